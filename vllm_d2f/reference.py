@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The truth the engine is held to: D2F decoding of one request, plainly.
+
+Every forward recomputes the whole sequence under a dense mask: no cache, no batch, no cleverness.
+The engine must give the same tokens with the same number of forwards.
+
+Shape suffixes: T positions of the sequence, V vocabulary, W window positions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_d2f.d2f import D2FParams, Window, advance, grow, may_attend
+from vllm_d2f.proposal import propose_greedy
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The request after one forward.
+
+    Attributes:
+        forward: 1 for the first forward.
+        tokens: the answer so far, one entry per position of a committed or open block.
+        decided: whether each is decided.
+        confidences: the probability each had when it was accepted, 0 where undecided.
+        accepted: positions decided by this forward.
+        activated: per open block, whether it was fully activated in this forward.
+        committed: positions whose keys and values are final.
+        block_size: positions per block.
+        done: this is the last frame, and `tokens` is cut where the answer ends.
+    """
+
+    forward: int
+    tokens: list[int]
+    decided: list[bool]
+    confidences: list[float]
+    accepted: list[int]
+    activated: list[bool]
+    committed: int
+    block_size: int
+    done: bool
+
+
+def hf_forward(model: torch.nn.Module) -> Forward:
+    """A transformers causal LM (Qwen2 for Dream, Llama for LLaDA) as a `Forward`."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def forward(tokens_T: Tensor, mask_TT: Tensor) -> Tensor:
+        # A 4-D mask switches the causal default of transformers off.
+        out = model(
+            tokens_T[None].to(device), attention_mask=mask_TT[None, None].to(device), use_cache=False
+        )
+        return out.logits[0]
+
+    return forward
+
+
+def decode(
+    forward: Forward,
+    prompt: Sequence[int],
+    params: D2FParams,
+    *,
+    max_tokens: int,
+    mask_id: int,
+    ends: Sequence[int],
+    shift: bool,
+    max_len: int | None = None,
+    run_on: bool = False,
+) -> Iterator[Frame]:
+    """Decode one request greedily, one frame per forward.
+
+    Args:
+        forward: the model.
+        prompt: token ids, at least one.
+        params: D2F settings; `max_blocks` limits the open blocks.
+        max_tokens: most tokens of the answer.
+        mask_id: the mask token.
+        ends: end tokens; the answer stops after the first one. Empty: ignore them all.
+        shift: the output at position i - 1 predicts position i (Dream); else the one at i (LLaDA).
+        max_len: the model's longest sequence; a last block that does not fit is cut short.
+        run_on: decode on behind an end token to the end of the blocks opened so far, as the
+            authors' loop does.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty; D2F needs at least one prompt token")
+    limit = max_len - len(prompt) if max_len is not None else max_tokens + params.block_size
+    window = Window.empty(1, params.window, max(len(ends), 1), mask_id)
+    window.start(
+        0,
+        params,
+        max_tokens=max_tokens,
+        limit=limit,
+        ends=() if run_on else ends,
+        mask_id=mask_id,
+    )
+    committed: list[int] = []
+    confidences: list[float] = []
+    forwards = 0
+    while True:
+        if run_on and any(t in ends for t in committed + _decided(window)):
+            window.rest_R = window.open_R.clone()
+            window.goal_R = torch.minimum(window.goal_R, window.open_R)
+        grow(window)
+        open_ = int(window.open_R)
+        start = len(prompt) + len(committed)
+        tokens_T = torch.cat(
+            [torch.tensor([*prompt, *committed], dtype=torch.int64), window.tokens_RW[0, :open_]]
+        )
+        position_T = torch.arange(len(tokens_T))
+        mask_TT = may_attend(
+            position_T[:, None], position_T[None, :], len(prompt), params.block_size
+        )
+        logits_TV = forward(tokens_T, mask_TT)
+        forwards += 1
+        rows = position_T[start:] - int(shift)
+        token_W, confidence_W = propose_greedy(logits_TV[rows].float(), mask_id)
+        pad = params.window - open_
+        activated = window.full_RW[0, :open_ : params.block_size].tolist()
+        step = advance(
+            window,
+            torch.nn.functional.pad(token_W, (0, pad))[None],
+            torch.nn.functional.pad(confidence_W, (0, pad))[None],
+            mask_id,
+        )
+        done = bool(step.done_R)
+        commit = int(step.commit_R)
+        seen = int(step.output_R) if done else commit
+        accepted = (step.accepted_RW[0].nonzero()[:, 0] + len(committed)).tolist()
+        committed += step.tokens_RW[0, :seen].tolist()
+        confidences += step.confidence_RW[0, :seen].tolist()
+        live = slice(0, 0) if done else slice(0, int(window.open_R))
+        yield Frame(
+            forward=forwards,
+            tokens=committed + window.tokens_RW[0, live].tolist(),
+            decided=[True] * len(committed) + window.decided_RW[0, live].tolist(),
+            confidences=confidences + window.confidence_RW[0, live].tolist(),
+            accepted=accepted,
+            activated=activated,
+            committed=len(committed),
+            block_size=params.block_size,
+            done=done,
+        )
+        if done:
+            return
+
+
+def generate(*args, **kwargs) -> tuple[list[int], int]:
+    """`decode` to its end: the answer's tokens (with the end token) and the number of forwards."""
+    frame = None
+    for frame in decode(*args, **kwargs):  # noqa: B007
+        pass
+    assert frame is not None
+    return frame.tokens, frame.forward
+
+
+def _decided(window: Window) -> list[int]:
+    return window.tokens_RW[0][window.decided_RW[0]].tolist()
