@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-causal attention as one non-causal sequence per block.
+
+Position q may attend to k when block_of(k) <= block_of(q). All queries of one block therefore see
+the same keys: everything from the start to the end of their block. So each block becomes a virtual
+sequence with its own queries, its request's page table and a length that ends with the block,
+attended without a causal mask. That is exact, needs no custom mask and runs on every backend that
+takes non-causal batches. The same holds for a prompt (block 0), for committed blocks recomputed
+after a preemption, and for requests in different phases in one batch.
+
+Everything here is index arithmetic on the host, a fixed number of NumPy calls whatever the batch.
+Shape suffixes: R requests, S virtual sequences.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_PROMPT_END = np.int64(1) << 40
+"""Prompt length of a row without a request: all its tokens are one block."""
+
+
+class VirtualSequences(NamedTuple):
+    """One row per attention block that has queries in this forward, in token order.
+
+    Attributes:
+        request_S: int64, row of the batch the block belongs to.
+        query_start_S1: int32 [S + 1], its queries are tokens [query_start[s], query_start[s + 1]).
+        kv_len_S: int32, keys from the request's first position up to the end of the block.
+    """
+
+    request_S: NDArray[np.int64]
+    query_start_S1: NDArray[np.int32]
+    kv_len_S: NDArray[np.int32]
+
+
+def virtual_sequences(
+    start_R: NDArray[np.integer],
+    stop_R: NDArray[np.integer],
+    prompt_len_R: NDArray[np.integer],
+    block_size_R: NDArray[np.integer],
+    prompt_block_R: NDArray[np.integer] | None = None,
+) -> VirtualSequences:
+    """Cut each request's query positions [start, stop) at its block boundaries.
+
+    Args:
+        start_R, stop_R: positions in this forward, stop > start.
+        prompt_len_R: where the generated blocks begin.
+        block_size_R: positions per generated block.
+        prompt_block_R: positions per prompt block for models trained with a block-causal prompt;
+            None: the prompt is one block.
+    """
+    start_R = start_R.astype(np.int64)
+    stop_R = stop_R.astype(np.int64)
+    prompt_R = prompt_len_R.astype(np.int64)
+    block_R = block_size_R.astype(np.int64)
+    whole_R = np.maximum(prompt_R, 1)
+    prompt_block_R = whole_R if prompt_block_R is None else np.minimum(prompt_block_R, whole_R)
+
+    # Blocks are numbered through prompt and answer: `split` of them before the answer begins.
+    split_R = -(-prompt_R // prompt_block_R)
+
+    def block_at(position_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.where(
+            position_R < prompt_R,
+            position_R // prompt_block_R,
+            split_R + (position_R - prompt_R) // block_R,
+        )
+
+    first_R = block_at(start_R)
+    count_R = block_at(stop_R - 1) - first_R + 1
+    request_S = np.repeat(np.arange(len(start_R)), count_R)
+    ordinal_S = np.arange(len(request_S)) - np.repeat(np.cumsum(count_R) - count_R, count_R)
+    after_S = (first_R[request_S] + ordinal_S + 1) - split_R[request_S]
+    prompt_S = prompt_R[request_S]
+    end_S = np.where(
+        after_S <= 0,
+        np.minimum((after_S + split_R[request_S]) * prompt_block_R[request_S], prompt_S),
+        prompt_S + after_S * block_R[request_S],
+    )
+    end_S = np.minimum(end_S, stop_R[request_S])
+    begin_S = np.where(ordinal_S == 0, start_R[request_S], np.roll(end_S, 1))
+    query_start_S1 = np.zeros(len(request_S) + 1, dtype=np.int32)
+    np.cumsum(end_S - begin_S, out=query_start_S1[1:])
+    return VirtualSequences(request_S, query_start_S1, end_S.astype(np.int32))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up: turn a Dream or LLaDA checkpoint into a D2F deployment, or refuse with the remedy."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config.diffusion import DiffusionConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from vllm_d2f.models import ARCHITECTURES
+from vllm_d2f.settings import Settings, settings_from_dict
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger(__name__)
+
+
+class D2FConfigHook(VerifyAndUpdateConfig):
+    """vLLM calls this for the architectures of `register_hook` when it builds its configuration."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        settings = _resolve(vllm_config)
+        _refuse(vllm_config)
+
+        model_config = vllm_config.model_config
+        scheduler_config = vllm_config.scheduler_config
+        # Both travel to the engine and worker processes inside the model's config.
+        model_config.hf_config.d2f = settings.as_dict()
+        # vLLM takes a model with a canvas for a diffusion model; ours is the widest window.
+        model_config.hf_config.canvas_length = settings.window
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=settings.window)
+        scheduler_config.scheduler_cls = "vllm_d2f.scheduler.D2FScheduler"
+        # Window widths come back from the worker every step.
+        scheduler_config.async_scheduling = False
+
+        # A prompt is one attention block, so it is prefilled whole.
+        scheduler_config.enable_chunked_prefill = False
+        if scheduler_config.max_num_batched_tokens < model_config.max_model_len:
+            logger.info(
+                "D2F prefills a prompt in one step: raising max_num_batched_tokens from %d to "
+                "max_model_len = %d. Lower --max-model-len to save memory.",
+                scheduler_config.max_num_batched_tokens,
+                model_config.max_model_len,
+            )
+            scheduler_config.max_num_batched_tokens = model_config.max_model_len
+
+        # The published setting is greedy. A request or the user's own default still decides.
+        if "temperature" not in model_config.get_diff_sampling_param():
+            model_config.override_generation_config.setdefault("temperature", 0.0)
+        logger.info("D2F settings: %s", settings)
+
+
+def register_hook() -> None:
+    """Make vLLM call the hook for every D2F architecture."""
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP[architecture] = D2FConfigHook
+
+
+def _resolve(vllm_config: "VllmConfig") -> Settings:
+    model_config = vllm_config.model_config
+    additional = vllm_config.additional_config
+    given = additional.get("d2f") if isinstance(additional, dict) else None
+    try:
+        return settings_from_dict(
+            _generation_config(model_config).get("d2f"), model_config.hf_config.d2f, given
+        )
+    except ValueError as error:
+        raise ValueError(f"{model_config.model}: {error}") from None
+
+
+def _generation_config(model_config: "ModelConfig") -> dict[str, Any]:
+    """The file as it is: transformers' class drops sections it does not know."""
+    found = get_hf_file_to_dict("generation_config.json", model_config.model, model_config.revision)
+    return found or {}
+
+
+def _refuse(vllm_config: "VllmConfig") -> None:
+    """Options that D2F decoding cannot honour, by the flag to change."""
+    parallel = vllm_config.parallel_config
+    cases = {
+        "--speculative-config: D2F already decodes several tokens per step; remove it": (
+            vllm_config.speculative_config is not None
+        ),
+        "--pipeline-parallel-size must be 1: the window lives on one rank; use "
+        "--tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--prefill-context-parallel-size and --decode-context-parallel-size must be 1": (
+            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
+        ),
+        "--enable-dbo: not supported; remove it": parallel.enable_dbo,
+        "--logits-processors: not supported; remove it": bool(
+            vllm_config.model_config.logits_processors
+        ),
+        "--scheduler-cls: D2F brings its own; remove it": (
+            vllm_config.scheduler_config.scheduler_cls
+            not in (None, "vllm_d2f.scheduler.D2FScheduler")
+        ),
+        "--runner pooling: D2F models generate text; remove it": (
+            vllm_config.model_config.runner_type != "generate"
+        ),
+    }
+    if refused := [message for message, hit in cases.items() if hit]:
+        raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(refused))

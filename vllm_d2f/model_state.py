@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a D2F model keeps per request in the worker, and how a batch becomes virtual sequences.
+
+A slot is the runner's row number of a request. A request that is preempted loses its slot and its
+pages, but not its window: `remove_request` puts the window aside and `add_request` takes it up
+again, so the answer does not depend on preemptions.
+
+Shape suffixes: S slots or virtual sequences, R requests of the batch, W window positions, H hidden.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
+from vllm_d2f.d2f import Window, grow
+from vllm_d2f.sampler import D2FSampler
+from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
+
+
+class D2FModelState(ModelState):
+    """vLLM's per-model seam of the V2 runner, filled for D2F."""
+
+    # A step commits window tokens and nothing beside them.
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: Any
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.model = model
+        self.settings = served_settings(self.model_config)
+        config = self.model_config.hf_config
+        self.mask_id: int = config.mask_token_id
+        self.shift: bool = config.logits_shift
+        self.window = Window.empty(
+            self.max_num_reqs, self.settings.window, MAX_END_TOKENS, self.mask_id, device
+        )
+        # The output at the last committed position predicts the first one of the window.
+        self.last_hidden_SH = torch.zeros(
+            self.max_num_reqs, self.model_config.get_hidden_size(), dtype=self.dtype, device=device
+        )
+        self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
+        self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
+        self._slots: dict[str, int] = {}
+        self._aside: dict[str, Window] = {}
+
+    # Requests
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        sampling = new_req_data.sampling_params
+        assert sampling is not None and sampling.max_tokens is not None
+        req_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
+        params = request_params(self.settings, sampling.extra_args)
+        self._slots[req_id] = req_index
+        self.prompt_len_S[req_index] = prompt_len
+        self.block_size_S[req_index] = params.block_size
+        self.window.start(
+            req_index,
+            params,
+            max_tokens=sampling.max_tokens,
+            limit=self.max_model_len - prompt_len,
+            ends=end_tokens(sampling),
+            mask_id=self.mask_id,
+        )
+        row = torch.tensor([req_index], device=self.device)
+        rows = self._aside.pop(req_id, None)
+        if rows is None:
+            rows = self.window.rows(row)
+            grow(rows)
+        self.window.put(row, rows)
+
+    def remove_request(self, req_id: str) -> None:
+        slot = self._slots.pop(req_id, None)
+        if slot is None:
+            return
+        self._aside[req_id] = self.window.rows(torch.tensor([slot], device=self.device))
+        self.prompt_len_S[slot] = NO_PROMPT_END
+
+    def forget_requests(self, req_ids: set[str]) -> None:
+        """Finished requests do not come back (called by the patch of the runner's clean-up)."""
+        for req_id in req_ids:
+            slot = self._slots.pop(req_id, None)
+            self._aside.pop(req_id, None)
+            if slot is not None:
+                self.prompt_len_S[slot] = NO_PROMPT_END
+
+    # Inputs
+
+    def prepare_inputs_embeds(self, *args: Any) -> None:
+        return None
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        # The sampler picks its rows from all of them, see D2FModel.compute_logits.
+        input_batch.logits_indices = slice(0, input_batch.num_tokens)  # type: ignore[assignment]
+        # Bring the new windows back to the scheduler as they are, for their widths.
+        input_batch.has_structured_output_reqs = True
+        return {}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        return {}
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        slot_R = input_batch.idx_mapping_np
+        start_R = input_batch.num_computed_tokens_np
+        length_R = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
+        block_size_R = self.block_size_S[slot_R]
+        sequences = virtual_sequences(
+            start_R,
+            start_R + length_R,
+            self.prompt_len_S[slot_R],
+            block_size_R,
+            np.full_like(block_size_R, self.settings.params.block_size)
+            if self.settings.prompt_attention == "block_causal"
+            else None,
+        )
+        query_start = torch.from_numpy(sequences.query_start_S1)
+        kv_len = torch.from_numpy(sequences.kv_len_S)
+        request = torch.from_numpy(sequences.request_S)
+        max_kv_len = int(sequences.kv_len_S.max())
+        tables = []
+        for table, group in zip(block_tables, kv_cache_config.kv_cache_groups, strict=True):
+            pages = -(-max_kv_len // group.kv_cache_spec.block_size)
+            tables.append(table[:, :pages].index_select(0, request.to(table.device)))
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=len(sequences.request_S),
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=query_start.to(self.device, non_blocking=True),
+            query_start_loc_cpu=query_start,
+            max_query_len=int(np.diff(sequences.query_start_S1).max()),
+            seq_lens=kv_len.to(self.device, non_blocking=True),
+            max_seq_len=max_kv_len,
+            block_tables=tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=kv_len,
+            for_cudagraph_capture=for_capture,
+            causal=False,
+            ubatch_idx=ubatch_idx,
+        )
+
+    # Outputs
+
+    def custom_sampler(self, sampler: Any) -> tuple[D2FSampler, None]:
+        return D2FSampler(self, sampler), None

