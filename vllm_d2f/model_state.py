@@ -24,6 +24,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
 from vllm_d2f.d2f import Window, grow
+from vllm_d2f.patches import p04_forget_finished
 from vllm_d2f.sampler import D2FSampler
 from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
 
@@ -38,6 +39,7 @@ class D2FModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: Any
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        p04_forget_finished.install()
         self.model = model
         self.settings = served_settings(self.model_config)
         config = self.model_config.hf_config

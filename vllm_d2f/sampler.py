@@ -35,7 +35,7 @@ class D2FSampler:
         self.sampling_states = base.sampling_states
         self.compute_nans = False
         self.project = state.model.project
-        self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * base.vocab_size))
+        self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """Nothing: `D2FModelState.add_request` keeps what a request needs."""

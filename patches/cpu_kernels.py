@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU stand-ins for Triton kernels of vLLM's V2 model runner (registered by p03).
+
+Each function has the parameters of the kernel it stands in for, reads the whole grid at once, and
+writes into the same tensors. They are numpy on views of those tensors (`Tensor.numpy()` shares
+memory): a step touches a few hundred integers, where a numpy call costs about a microsecond and a
+torch call about five.
+
+Row and token layout follow vLLM: `idx_mapping[b]` is the state row of batch row `b`, and the tokens
+of batch row `b` are `query_start_loc[b]:query_start_loc[b + 1]`. Strides and block sizes are in the
+signatures because the launch passes them; a view knows its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.integer]
+
+
+def spread(lengths: Ints) -> tuple[Ints, Ints]:
+    """Flatten ragged rows: for each element its row and its offset in that row.
+
+    `spread([2, 0, 3])` is `([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])`.
+    """
+    ends = lengths.cumsum()
+    row = np.arange(len(lengths)).repeat(lengths)
+    return row, np.arange(len(row)) - (ends - lengths)[row]
+
+
+def prepare_prefill_inputs(
+    input_ids_ptr: Tensor,
+    next_prefill_tokens_ptr: Tensor,
+    next_prefill_tokens_stride: int,
+    num_lookahead: int,
+    idx_mapping_ptr: Tensor,
+    query_start_loc_ptr: Tensor,
+    all_token_ids_ptr: Tensor,
+    all_token_ids_stride: int,
+    prefill_lens_ptr: Tensor,
+    num_computed_tokens_ptr: Tensor,
+    BLOCK_SIZE: int,
+    LOOKAHEAD_BLOCK: int,
+) -> None:
+    """Copy known tokens into the input of rows that are still in their prompt."""
+    state = idx_mapping_ptr.numpy()
+    prefill_len = prefill_lens_ptr.numpy()[state]
+    computed = num_computed_tokens_ptr.numpy()[state]
+    prefilling = (computed < prefill_len).nonzero()[0]
+    if not len(prefilling):
+        return
+    state, prefill_len, computed = state[prefilling], prefill_len[prefilling], computed[prefilling]
+    start = query_start_loc_ptr.numpy()[prefilling]
+    length = query_start_loc_ptr.numpy()[prefilling + 1] - start
+    tokens = all_token_ids_ptr.numpy()
+
+    row, offset = spread(length)
+    input_ids_ptr.numpy()[start[row] + offset] = tokens[state[row], computed[row] + offset]
+
+    # What comes after this chunk, or 0 behind the end of the prompt.
+    position = computed + length + np.arange(num_lookahead)[:, None]
+    inside = position < prefill_len
+    ahead = tokens[state, np.where(inside, position, 0)]
+    next_prefill_tokens_ptr.numpy()[:num_lookahead, state] = np.where(inside, ahead, 0)
+
+
+def prepare_pos_seq_lens(
+    pos_ptr: Tensor,
+    seq_lens_ptr: Tensor,
+    idx_mapping_ptr: Tensor,
+    query_start_loc_ptr: Tensor,
+    num_computed_tokens_ptr: Tensor,
+    max_num_reqs: int,
+    BLOCK_SIZE: int,
+) -> None:
+    """Positions of all tokens, and sequence lengths (0 in unused rows)."""
+    state = idx_mapping_ptr.numpy()
+    num_reqs = len(state)
+    bounds = query_start_loc_ptr.numpy()[: num_reqs + 1]
+    length = bounds[1:] - bounds[:-1]
+    computed = num_computed_tokens_ptr.numpy()[state]
+
+    seq_lens = seq_lens_ptr.numpy()
+    seq_lens[:num_reqs] = computed + length
+    seq_lens[num_reqs:max_num_reqs] = 0
+
+    row, offset = spread(length)
+    pos_ptr.numpy()[bounds[0] : bounds[-1]] = computed[row] + offset
+
+
+def combine_sampled_and_draft_tokens(
+    input_ids_ptr: Tensor,
+    idx_mapping_ptr: Tensor,
+    last_sampled_tokens_ptr: Tensor,
+    query_start_loc_ptr: Tensor,
+    seq_lens_ptr: Tensor,
+    prefill_len_ptr: Tensor,
+    draft_tokens_ptr: Tensor,
+    draft_tokens_stride: int,
+    cu_num_logits_ptr: Tensor,
+    logits_indices_ptr: Tensor,
+    BLOCK_SIZE: int,
+    NUM_NEW_SAMPLED_TOKENS: int = 1,
+) -> None:
+    """Put the last sampled and the draft tokens into the input, and list the rows to sample from.
+
+    For a D2F model `NUM_NEW_SAMPLED_TOKENS` is 0 and the draft tokens are the window.
+    """
+    state = idx_mapping_ptr.numpy()
+    num_reqs = len(state)
+    end = query_start_loc_ptr.numpy()[1 : num_reqs + 1]
+    bounds = cu_num_logits_ptr.numpy()[: num_reqs + 1]
+    num_logits = bounds[1:] - bounds[:-1]
+    first_logit = end - num_logits
+
+    row, offset = spread(num_logits)
+    slot = first_logit[row] + offset
+    logits_indices_ptr.numpy()[bounds[0] : bounds[-1]] = slot
+
+    input_ids = input_ids_ptr.numpy()
+    seq_len = seq_lens_ptr.numpy()[:num_reqs]
+    prefill_len = prefill_len_ptr.numpy()[state]
+    decoding = seq_len > prefill_len
+    if NUM_NEW_SAMPLED_TOKENS > 0:
+        # A prompt token keeps its place when the logits reach back into the prompt.
+        write = (decoding & (seq_len - num_logits >= prefill_len)).nonzero()[0]
+        last = last_sampled_tokens_ptr.numpy().reshape(-1)
+        input_ids[first_logit[write]] = last[state[write]]
+    draft = decoding[row] & (offset >= NUM_NEW_SAMPLED_TOKENS)
+    if not draft.all():
+        row, offset, slot = row[draft], offset[draft], slot[draft]
+    input_ids[slot] = draft_tokens_ptr.numpy()[state[row], offset - NUM_NEW_SAMPLED_TOKENS]
+
+
+def post_update(
+    idx_mapping_ptr: Tensor,
+    num_computed_tokens_ptr: Tensor,
+    last_sampled_tokens_ptr: Tensor,
+    output_bin_counts_ptr: Tensor | None,
+    output_bin_counts_stride: int,
+    sampled_tokens_ptr: Tensor,
+    sampled_tokens_stride: int,
+    num_sampled_ptr: Tensor,
+    num_rejected_ptr: Tensor,
+    query_start_loc_ptr: Tensor | None,
+    all_token_ids_ptr: Tensor,
+    all_token_ids_stride: int,
+    total_len_ptr: Tensor,
+    *,
+    num_warps: int = 1,
+) -> None:
+    """Append the committed tokens of each row and move its count of computed tokens."""
+    state = idx_mapping_ptr.numpy()
+    sampled = num_sampled_ptr.numpy()[: len(state)]
+    delta = -num_rejected_ptr.numpy()[: len(state)]
+    if query_start_loc_ptr is not None:
+        bounds = query_start_loc_ptr.numpy()[: len(state) + 1]
+        delta = delta + (bounds[1:] - bounds[:-1])
+
+    known = state >= 0  # a negative index means: skip this row
+    if not known.all():
+        state, delta = state[known], delta[known]
+    num_computed_tokens_ptr.numpy()[state] += delta
+
+    batch_row = (known & (sampled > 0)).nonzero()[0]
+    if not len(batch_row):
+        return
+    state, sampled = idx_mapping_ptr.numpy()[batch_row], sampled[batch_row]
+    tokens = sampled_tokens_ptr.numpy()
+    total_len = total_len_ptr.numpy()
+    start = total_len[state]
+
+    row, offset = spread(sampled)
+    new = tokens[batch_row[row], offset]
+    all_token_ids_ptr.numpy()[state[row], start[row] + offset] = new
+    if output_bin_counts_ptr is not None:
+        np.add.at(output_bin_counts_ptr.numpy(), (state[row], new), 1)
+    last_sampled_tokens_ptr.numpy().reshape(-1)[state] = tokens[batch_row, sampled - 1]
+    total_len[state] = start + sampled
+
+
+def expand_idx_mapping(
+    idx_mapping_ptr: Tensor,
+    expanded_idx_mapping_ptr: Tensor,
+    expanded_local_pos_ptr: Tensor,
+    cu_num_logits_ptr: Tensor,
+    BLOCK_SIZE: int,
+) -> None:
+    """For each logit: the state row of its request, and its place among that request's logits."""
+    state = idx_mapping_ptr.numpy()
+    bounds = cu_num_logits_ptr.numpy()[: len(state) + 1]
+    row, offset = spread(bounds[1:] - bounds[:-1])
+    expanded_idx_mapping_ptr.numpy()[bounds[0] : bounds[-1]] = state[row]
+    expanded_local_pos_ptr.numpy()[bounds[0] : bounds[-1]] = offset
+
+
+def apply_write(
+    output_ptr: Tensor,
+    output_stride: int,
+    write_indices_ptr: Tensor,
+    write_starts_ptr: Tensor,
+    write_contents_ptr: Tensor,
+    write_cu_lens_ptr: Tensor,
+    write_group_ids_ptr: Tensor | None,
+    BLOCK_SIZE: int,
+    MULTI_GROUP: bool,
+) -> None:
+    """Write staged pieces: piece `i` goes to row `write_indices[i]` from `write_starts[i]` on.
+
+    The variant for several KV cache groups gets raw pointers; `cpu_block_tables.apply_fused`
+    replaces its only caller.
+    """
+    assert not MULTI_GROUP
+    length = np.diff(write_cu_lens_ptr.numpy(), prepend=0)
+    row, offset = spread(length)
+    # int64 before the product: row times stride exceeds int32 for long contexts.
+    base = write_indices_ptr.numpy().astype(np.int64) * output_stride + write_starts_ptr.numpy()
+    output_ptr.view(-1).numpy()[base[row] + offset] = write_contents_ptr.numpy()[: len(row)]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""p01: let D2F models check their own sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm_d2f.patches.patch import Patch, replace
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.sampling_params import SamplingParams
+
+NAME = "p01_sampling_params"
+TARGET = "vllm.sampling_params:SamplingParams._validate_diffusion"
+
+
+def _make(original: Callable[..., None]) -> Callable[..., None]:
+    def _validate_diffusion(self: SamplingParams, model_config: ModelConfig) -> None:
+        from vllm_d2f.settings import check_sampling_params, is_d2f
+
+        if is_d2f(model_config):
+            check_sampling_params(self, model_config)
+        else:
+            original(self, model_config)
+
+    return _validate_diffusion
+
+
+def apply() -> None:
+    """Install the patch; a second call does nothing."""
+    replace(NAME, TARGET, _make)
+
+
+def needed() -> bool:
+    """Always: vLLM has no way for a model to declare its sampling parameters."""
+    return True
+
+
+PATCH = Patch(
+    name=NAME,
+    target=(TARGET,),
+    why="vLLM refuses temperature != 1, seed, min_p, min_tokens, logit_bias, bad_words and "
+    "allowed_token_ids for every diffusion model. D2F supports or judges them itself.",
+    how="Wraps the method: a D2F model goes to `vllm_d2f.settings.check_sampling_params`, every "
+    "other model to the original.",
+    upstream="none yet: wanted is a hook on the model class that declares supported parameters",
+    remove_when="vLLM asks the model which sampling parameters it supports",
+    when="always",
+    source_sha256={
+        TARGET: "2fbdc056cf1423098bf6dbe34fe9132ac8d9f0f5f079e144da7afbbcaa17494d",
+    },
+    apply=apply,
+    needed=needed,
+)
