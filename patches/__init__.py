@@ -38,11 +38,14 @@ def apply_all() -> None:
         if not patch.needed():
             _applied[patch.name] = f"skipped: applies only when {patch.when}"
             continue
-        changed = [] if patch.checked_late else check_sources(patch.name, patch.source_sha256)
+        if patch.checked_late:
+            patch.apply()
+            _applied[patch.name] = "armed: takes effect in a worker that needs it"
+            continue
+        changed = check_sources(patch.name, patch.source_sha256)
         patch.apply()
-        _applied[patch.name] = "applied" + (
-            f" (upstream changed: {', '.join(changed)})" if changed else ""
-        )
+        note = f" (upstream changed: {', '.join(changed)})" if changed else ""
+        _applied[patch.name] = "applied" + note
 
 
 def applied() -> dict[str, str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_d2f.patches.cpu_kernels import spread
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,9 @@ def compute_slot_mappings(
     state = idx_mapping.numpy()
     bounds = query_start_loc.numpy()[: len(state) + 1]
     first, last = bounds[0], bounds[-1]
-    row, _ = spread(bounds[1:] - bounds[:-1])
+    row = np.arange(len(state)).repeat(bounds[1:] - bounds[:-1])
     owner = state[row]
+    absent = state < 0  # such a row reads another request's table below, then gets PAD
     position = positions.numpy()[first:last]
     enabled = self.slot_mapping_enabled.numpy()
     for group, size in enumerate(self.block_sizes):
@@ -64,11 +65,12 @@ def compute_slot_mappings(
         if not enabled[group]:
             slots[group, first:last] = PAD_SLOT_ID
             continue
-        block, offset = divmod(position, size)
-        # A row of -1 reads some other request's table here; its slots are overwritten below.
-        slot = self.block_tables[group].gpu.numpy()[owner, block] * size + offset
-        slot[owner < 0] = PAD_SLOT_ID
-        slots[group, first:last] = slot
+        block = position // size
+        number = self.block_tables[group].gpu.numpy()[owner, block]
+        # number * size + position % size, without a second division.
+        slots[group, first:last] = (number - block) * size + position
+        if absent.any():
+            slots[group, first:last][absent[row]] = PAD_SLOT_ID
     return result[:, :num_tokens_padded]
 
 

@@ -25,9 +25,9 @@ def spread(lengths: Ints) -> tuple[Ints, Ints]:
 
     `spread([2, 0, 3])` is `([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])`.
     """
-    ends = lengths.cumsum()
     row = np.arange(len(lengths)).repeat(lengths)
-    return row, np.arange(len(row)) - (ends - lengths)[row]
+    before = (lengths.cumsum() - lengths).repeat(lengths)
+    return row, np.arange(len(row)) - before
 
 
 def prepare_prefill_inputs(
@@ -128,8 +128,8 @@ def combine_sampled_and_draft_tokens(
         write = (decoding & (seq_len - num_logits >= prefill_len)).nonzero()[0]
         last = last_sampled_tokens_ptr.numpy().reshape(-1)
         input_ids[first_logit[write]] = last[state[write]]
-    draft = decoding[row] & (offset >= NUM_NEW_SAMPLED_TOKENS)
-    if not draft.all():
+    if NUM_NEW_SAMPLED_TOKENS > 0 or not decoding.all():
+        draft = decoding[row] & (offset >= NUM_NEW_SAMPLED_TOKENS)
         row, offset, slot = row[draft], offset[draft], slot[draft]
     input_ids[slot] = draft_tokens_ptr.numpy()[state[row], offset - NUM_NEW_SAMPLED_TOKENS]
 

@@ -76,7 +76,6 @@ def register() -> None:
     from vllm.triton_utils import triton
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
     from vllm.utils.math_utils import next_power_of_2
-
     from vllm_d2f.patches import cpu_block_tables, cpu_kernels
 
     # The functions that launch the kernels compute a block size with this; vLLM's placeholder

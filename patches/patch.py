@@ -32,8 +32,8 @@ class Patch:
         source_sha256: `module:attribute` -> sha256 of the source it was written against.
         apply: Installs it. May be called again; must then do nothing.
         needed: Whether this process needs it. Imports vLLM, so only called by `apply_all`.
-        checked_late: The sources are in modules that must not be imported this early; `apply`
-            sees to it that `check_sources` runs when vLLM has imported them.
+        checked_late: The targets are in modules that must not be imported in every process.
+            `apply` at most arms it, and runs `check_sources` when a worker has imported them.
     """
 
     name: str

@@ -38,7 +38,8 @@ class D2FSampler:
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
-        """Nothing: `D2FModelState.add_request` keeps what a request needs."""
+        """`D2FModelState.add_request` made the window; its first forward may come at once."""
+        self._publish(torch.tensor([req_index], device=self.state.device))
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -52,26 +53,28 @@ class D2FSampler:
         drafts = input_batch.num_draft_tokens_per_req
         num_denoising = 0 if drafts is None else int((drafts > 0).sum())
         slot_R = input_batch.idx_mapping
-        first_R = input_batch.query_start_loc[:num_reqs].long()
+        begin_R = input_batch.query_start_loc[:num_reqs].long()
         last_R = input_batch.query_start_loc[1 : num_reqs + 1].long() - 1
         width = state.window.tokens_RW.shape[1]
 
         tokens_RW = torch.zeros(num_reqs, width, dtype=torch.int64, device=device)
         num_sampled_R = torch.zeros(num_reqs, dtype=torch.int32, device=device)
         num_rejected_R = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        keep_R = last_R  # a prefill leaves the output at its last position
-        kept_R = torch.ones(num_reqs, dtype=torch.bool, device=device)
+        keep_R = last_R  # a prompt alone leaves the output at its last position
 
         if num_denoising:
             denoising = slice(0, num_denoising)
             slot_D = slot_R[denoising]
             window = state.window.rows(slot_D)
-            width_D = last_R[denoising] - first_R[denoising] + 1
+            width_D = torch.from_numpy(drafts[:num_denoising]).to(device, non_blocking=True).long()
+            first_D = last_R[denoising] - width_D + 1  # behind a prompt that rides along
             column_W = torch.arange(width, device=device)
             present_DW = column_W < torch.minimum(window.open_R, width_D)[:, None]
             masked_DW = present_DW & ~window.decided_RW
-            row_DW = first_R[denoising, None] + column_W
-            proposal_DW, confidence_DW = self._propose(hidden_TH, row_DW, masked_DW, slot_D)
+            row_DW = first_D[:, None] + column_W
+            proposal_DW, confidence_DW = self._propose(
+                hidden_TH, row_DW, masked_DW, begin_R[denoising], slot_D
+            )
             step = advance(window, proposal_DW, confidence_DW, state.mask_id, width_D)
             grow(window)
             state.window.put(slot_D, window)
@@ -79,12 +82,13 @@ class D2FSampler:
             num_sampled_R[denoising] = step.output_R.int()
             num_rejected_R[denoising] = (width_D - step.output_R).int()
             keep_R = last_R.clone()
-            keep_R[denoising] = first_R[denoising] + (step.commit_R - 1).clamp(min=0)
-            kept_R[denoising] = step.commit_R > 0
+            keep_R[denoising] = first_D + step.commit_R - 1
 
         if state.shift:
             state.last_hidden_SH[slot_R] = torch.where(
-                kept_R[:, None], hidden_TH[keep_R], state.last_hidden_SH[slot_R]
+                (keep_R >= begin_R)[:, None],
+                hidden_TH[keep_R.clamp(min=0)],
+                state.last_hidden_SH[slot_R],
             )
         self._publish(slot_R)
         return SamplerOutput(
@@ -96,7 +100,12 @@ class D2FSampler:
         )
 
     def _propose(
-        self, hidden_TH: Tensor, row_DW: Tensor, masked_DW: Tensor, slot_D: Tensor
+        self,
+        hidden_TH: Tensor,
+        row_DW: Tensor,
+        masked_DW: Tensor,
+        begin_D: Tensor,
+        slot_D: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Token and confidence at the masked positions, zeros elsewhere: int64, float32 [D, W]."""
         state = self.state
@@ -105,11 +114,12 @@ class D2FSampler:
         request_N, column_N = masked_DW.nonzero(as_tuple=True)
         source_N = row_DW[request_N, column_N]
         if state.shift:
-            # Position i is predicted at i - 1, the window's first one at the last committed one.
+            # Position i is predicted at i - 1. For the window's first one that is the last position
+            # before it, whose output is kept from an earlier forward unless it is in this one.
             hidden_NH = torch.where(
-                (column_N == 0)[:, None],
-                state.last_hidden_SH[slot_D[request_N]],
+                (source_N > begin_D[request_N])[:, None],
                 hidden_TH[(source_N - 1).clamp(min=0)],
+                state.last_hidden_SH[slot_D[request_N]],
             )
         else:
             hidden_NH = hidden_TH[source_N]

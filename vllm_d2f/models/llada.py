@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from vllm_d2f.models.base import D2FModel
 
-__all__ = ["LLaDAForD2F"]
+__all__ = ["OLMO_TO_LLAMA", "LLaDAForD2F"]
 
 # Anchored at both ends: `ff_out` is the LM head under `transformer` and the MLP's down projection
 # under a block. Names end before the parameter's own name or at the end of the string, because
@@ -27,7 +27,7 @@ _RENAMES = {
     r"blocks\.(\d+)\.up_proj": r"model.layers.\1.mlp.up_proj",
     r"blocks\.(\d+)\.ff_out": r"model.layers.\1.mlp.down_proj",
 }
-_OLMO_TO_LLAMA = WeightsMapper(
+OLMO_TO_LLAMA = WeightsMapper(
     orig_to_new_regex={
         re.compile(rf"^model\.transformer\.{old}(?=\.|$)"): new for old, new in _RENAMES.items()
     }
@@ -37,9 +37,9 @@ _OLMO_TO_LLAMA = WeightsMapper(
 class LLaDAForD2F(D2FModel, LlamaForCausalLM):
     """Architecture `LLaDAModelLM`. Position i is predicted by the output at i."""
 
-    hf_to_vllm_mapper = _OLMO_TO_LLAMA | LlamaForCausalLM.hf_to_vllm_mapper
+    hf_to_vllm_mapper = OLMO_TO_LLAMA | LlamaForCausalLM.hf_to_vllm_mapper
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load OLMo-named tensors; Llama-named ones pass unchanged."""
         # The inner model stacks q/k/v and gate/up itself, so only the renames are applied here.
-        return AutoWeightsLoader(self).load_weights(weights, mapper=_OLMO_TO_LLAMA)
+        return AutoWeightsLoader(self).load_weights(weights, mapper=OLMO_TO_LLAMA)
