@@ -81,6 +81,8 @@ class Window:
         rest_R: int64, positions from the window's start to the last one this request may decode.
         goal_R: int64, positions from the window's start that the request still wants (max_tokens).
         ended_R: bool, an end token has been decided.
+        start_R: int64, answer position of the window's start: what is committed.
+        forward_R: int64, forwards so far.
         block_size_R, max_open_R: int64, positions per block and in the widest window.
         tau_add_R, tau_act_R: float64; tau_conf_R: float32.
         ends_RE: int64, end tokens, padded with -1.
@@ -94,6 +96,8 @@ class Window:
     rest_R: Tensor
     goal_R: Tensor
     ended_R: Tensor
+    start_R: Tensor
+    forward_R: Tensor
     block_size_R: Tensor
     max_open_R: Tensor
     tau_add_R: Tensor
@@ -117,6 +121,8 @@ class Window:
             rest_R=full(0, torch.int64),
             goal_R=full(0, torch.int64),
             ended_R=full(False, torch.bool),
+            start_R=full(0, torch.int64),
+            forward_R=full(0, torch.int64),
             block_size_R=full(1, torch.int64),
             max_open_R=full(0, torch.int64),
             tau_add_R=full(0.0, torch.float64),
@@ -151,6 +157,8 @@ class Window:
         self.rest_R[row] = min(whole_blocks, limit)
         self.goal_R[row] = min(max_tokens, limit)
         self.ended_R[row] = False
+        self.start_R[row] = 0
+        self.forward_R[row] = 0
         self.block_size_R[row] = params.block_size
         self.max_open_R[row] = min(params.window, self.tokens_RW.shape[1])
         self.tau_add_R[row] = params.tau_add
@@ -171,7 +179,7 @@ class Window:
 
 _STATE = (
     *("tokens_RW", "decided_RW", "full_RW", "confidence_RW"),
-    *("open_R", "rest_R", "goal_R", "ended_R"),
+    *("open_R", "rest_R", "goal_R", "ended_R", "start_R", "forward_R"),
 )
 
 
@@ -318,6 +326,8 @@ def advance(
     window.open_R = (open_R - commit_R).clamp(min=0)
     window.rest_R = window.rest_R - commit_R
     window.goal_R = window.goal_R - commit_R
+    window.start_R = window.start_R + commit_R
+    window.forward_R = window.forward_R + 1
     return step
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -25,6 +26,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
 from vllm_d2f.d2f import Window, grow
 from vllm_d2f.patches import p04_forget_finished
+from vllm_d2f.proposal import Sampling
 from vllm_d2f.sampler import D2FSampler
 from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
 
@@ -52,6 +54,9 @@ class D2FModelState(ModelState):
         self.last_hidden_SH = torch.zeros(
             self.max_num_reqs, self.model_config.get_hidden_size(), dtype=self.dtype, device=device
         )
+        self.sampling = Sampling.greedy(self.max_num_reqs, device)
+        # Whether a slot draws is known on the host, so a greedy batch runs no sampling code.
+        self.draws_S = np.zeros(self.max_num_reqs, dtype=bool)
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
         self._slots: dict[str, int] = {}
@@ -67,6 +72,7 @@ class D2FModelState(ModelState):
         self._slots[req_id] = req_index
         self.prompt_len_S[req_index] = prompt_len
         self.block_size_S[req_index] = params.block_size
+        self._set_sampling(req_index, sampling)
         self.window.start(
             req_index,
             params,
@@ -81,6 +87,16 @@ class D2FModelState(ModelState):
             rows = self.window.rows(row)
             grow(rows)
         self.window.put(row, rows)
+
+    def _set_sampling(self, slot: int, params: SamplingParams) -> None:
+        self.draws_S[slot] = params.temperature > 0
+        self.sampling.temperature_R[slot] = params.temperature
+        self.sampling.top_k_R[slot] = max(params.top_k, 0)
+        self.sampling.top_p_R[slot] = params.top_p
+        self.sampling.min_p_R[slot] = params.min_p
+        # Without a seed of its own a request takes the next of the engine's (same on every rank).
+        seed = torch.randint(1 << 62, ()) if params.seed is None else params.seed
+        self.sampling.seed_R[slot] = seed
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)

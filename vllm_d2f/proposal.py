@@ -1,11 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to a proposed token and its probability, row by row.
 
-Shape suffixes: N rows (one undecided position each), V vocabulary.
+At temperature 0 the proposal is the most probable token. Above, it is drawn from the distribution
+that temperature, min_p, top_k and top_p leave (in vLLM's order), and the confidence is the token's
+probability in that distribution. Draws depend on (seed, position, forward) alone, so they are the
+same whatever else is in the batch.
+
+Shape suffixes: N rows (one undecided position each), V vocabulary, R requests.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(slots=True)
+class Sampling:
+    """Sampling settings, one entry per row or request.
+
+    Attributes:
+        temperature_R: float32, 0 for greedy.
+        top_k_R: int64, 0 for no limit.
+        top_p_R, min_p_R: float32, 1 and 0 for no limit.
+        seed_R: int64.
+    """
+
+    temperature_R: Tensor
+    top_k_R: Tensor
+    top_p_R: Tensor
+    min_p_R: Tensor
+    seed_R: Tensor
+
+    @classmethod
+    def greedy(cls, num_rows: int, device: torch.device | str | None = None) -> "Sampling":
+        """Rows that take the most probable token."""
+
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature_R=full(0, torch.float32),
+            top_k_R=full(0, torch.int64),
+            top_p_R=full(1, torch.float32),
+            min_p_R=full(0, torch.float32),
+            seed_R=full(0, torch.int64),
+        )
+
+    def rows(self, index_N: Tensor) -> "Sampling":
+        """A copy of the given rows, which may repeat."""
+        return Sampling(
+            self.temperature_R[index_N],
+            self.top_k_R[index_N],
+            self.top_p_R[index_N],
+            self.min_p_R[index_N],
+            self.seed_R[index_N],
+        )
 
 
 def propose_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
@@ -21,3 +71,67 @@ def propose_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     top_N, token_N = logits_NV.max(dim=-1)
     confidence_N = torch.exp(top_N.float() - torch.logsumexp(logits_NV, dim=-1).float())
     return token_N, confidence_N
+
+
+def propose_drawn(
+    logits_NV: Tensor, mask_id: int, sampling: Sampling, position_N: Tensor, forward_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A token drawn for each row, all of which have a temperature above 0.
+
+    Args:
+        logits_NV: not changed.
+        sampling: one entry per row.
+        position_N, forward_N: int64, the row's position in the answer and the number of forwards
+            its request has had: what makes a draw different from every other of the same seed.
+
+    Returns:
+        token_N (int64) and confidence_N (float32).
+    """
+    logits_NV = logits_NV.float().clone()
+    logits_NV[:, mask_id] = -torch.inf
+    logits_NV /= sampling.temperature_R[:, None]
+    log_p_NV = logits_NV.log_softmax(-1)
+    floor_N = log_p_NV.amax(-1) + sampling.min_p_R.log()
+    log_p_NV = log_p_NV.masked_fill(log_p_NV < floor_N[:, None], -torch.inf)
+
+    sorted_NV, token_NV = log_p_NV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(log_p_NV.shape[1], device=log_p_NV.device)
+    limit_N = torch.where(sampling.top_k_R > 0, sampling.top_k_R, log_p_NV.shape[1])
+    sorted_NV = sorted_NV.masked_fill(rank_V >= limit_N[:, None], -torch.inf)
+    p_NV = sorted_NV.softmax(-1)
+    # Keep the smallest set that reaches top_p; the best token always stays.
+    drop_NV = (p_NV.cumsum(-1) - p_NV >= sampling.top_p_R[:, None]) & (rank_V > 0)
+    sorted_NV = sorted_NV.masked_fill(drop_NV, -torch.inf).log_softmax(-1)
+
+    noise_NV = gumbel(sampling.seed_R, position_N, forward_N, token_NV)
+    choice_N = (sorted_NV + noise_NV).argmax(-1, keepdim=True)
+    return (
+        token_NV.gather(1, choice_N)[:, 0],
+        sorted_NV.gather(1, choice_N)[:, 0].exp(),
+    )
+
+
+def gumbel(seed_N: Tensor, position_N: Tensor, forward_N: Tensor, token_NV: Tensor) -> Tensor:
+    """Gumbel noise as a function of its arguments (int64), float32 [N, V].
+
+    A counter-based generator: splitmix64's finaliser over (seed, position, forward, token).
+    """
+    key_N = _mix(_mix(_mix(seed_N) + position_N) + forward_N)
+    bits_NV = _mix(key_N[:, None] + token_NV * _signed(0x9E3779B97F4A7C15))
+    uniform_NV = (_shift(bits_NV, 40).double() + 0.5) / (1 << 24)
+    return -torch.log(-torch.log(uniform_NV)).float()
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -4,7 +4,7 @@
 Every forward recomputes the whole sequence under a dense mask: no cache, no batch, no cleverness.
 The engine must give the same tokens with the same number of forwards.
 
-Shape suffixes: T positions of the sequence, V vocabulary, W window positions.
+Shape suffixes: T positions of the sequence, V vocabulary, W open window positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_d2f.d2f import D2FParams, Window, advance, grow, may_attend
-from vllm_d2f.proposal import propose_greedy
+from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""
@@ -73,8 +73,9 @@ def decode(
     shift: bool,
     max_len: int | None = None,
     run_on: bool = False,
+    sampling: Sampling | None = None,
 ) -> Iterator[Frame]:
-    """Decode one request greedily, one frame per forward.
+    """Decode one request, one frame per forward.
 
     Args:
         forward: the model.
@@ -87,6 +88,7 @@ def decode(
         max_len: the model's longest sequence; a last block that does not fit is cut short.
         run_on: decode on behind an end token to the end of the blocks opened so far, as the
             authors' loop does.
+        sampling: one entry; None or temperature 0 is greedy.
     """
     if not prompt:
         raise ValueError("the prompt is empty; D2F needs at least one prompt token")
@@ -120,7 +122,17 @@ def decode(
         logits_TV = forward(tokens_T, mask_TT)
         forwards += 1
         rows = position_T[start:] - int(shift)
-        token_W, confidence_W = propose_greedy(logits_TV[rows].float(), mask_id)
+        logits_WV = logits_TV[rows].float()
+        if sampling is None or float(sampling.temperature_R) == 0:
+            token_W, confidence_W = propose_greedy(logits_WV, mask_id)
+        else:
+            token_W, confidence_W = propose_drawn(
+                logits_WV,
+                mask_id,
+                sampling.rows(torch.zeros(open_, dtype=torch.int64)),
+                torch.arange(open_) + len(committed),
+                window.forward_R.expand(open_),
+            )
         pad = params.window - open_
         activated = window.full_RW[0, :open_ : params.block_size].tolist()
         step = advance(

@@ -12,8 +12,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_d2f.d2f import advance, grow
-from vllm_d2f.proposal import propose_greedy
+from vllm_d2f.d2f import Window, advance, grow
+from vllm_d2f.proposal import propose_drawn, propose_greedy
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
@@ -72,8 +72,9 @@ class D2FSampler:
             present_DW = column_W < torch.minimum(window.open_R, width_D)[:, None]
             masked_DW = present_DW & ~window.decided_RW
             row_DW = first_D[:, None] + column_W
+            draws = bool(state.draws_S[input_batch.idx_mapping_np[denoising]].any())
             proposal_DW, confidence_DW = self._propose(
-                hidden_TH, row_DW, masked_DW, begin_R[denoising], slot_D
+                hidden_TH, row_DW, masked_DW, begin_R[denoising], slot_D, window, draws
             )
             step = advance(window, proposal_DW, confidence_DW, state.mask_id, width_D)
             grow(window)
@@ -106,6 +107,8 @@ class D2FSampler:
         masked_DW: Tensor,
         begin_D: Tensor,
         slot_D: Tensor,
+        window: Window,
+        draws: bool,
     ) -> tuple[Tensor, Tensor]:
         """Token and confidence at the masked positions, zeros elsewhere: int64, float32 [D, W]."""
         state = self.state
@@ -125,10 +128,21 @@ class D2FSampler:
             hidden_NH = hidden_TH[source_N]
         for at in range(0, len(hidden_NH), self.rows_per_chunk):
             chunk = slice(at, at + self.rows_per_chunk)
+            request, column = request_N[chunk], column_N[chunk]
             logits_NV = self.project(hidden_NH[chunk])
             token_N, confidence_N = propose_greedy(logits_NV, state.mask_id)
-            proposal_DW[request_N[chunk], column_N[chunk]] = token_N
-            confidence_DW[request_N[chunk], column_N[chunk]] = confidence_N
+            if draws:
+                drawn = (state.sampling.temperature_R[slot_D[request]] > 0).nonzero()[:, 0]
+                who = request[drawn]
+                token_N[drawn], confidence_N[drawn] = propose_drawn(
+                    logits_NV[drawn],
+                    state.mask_id,
+                    state.sampling.rows(slot_D[who]),
+                    window.start_R[who] + column[drawn],
+                    window.forward_R[who],
+                )
+            proposal_DW[request, column] = token_N
+            confidence_DW[request, column] = confidence_N
         return proposal_DW, confidence_DW
 
     def _publish(self, slot_R: Tensor) -> None:

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vectorised algorithm against a literal, one-request transcription of its description."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_d2f.d2f import D2FParams, Window, advance, block_of, grow, may_attend
+
+MASK, VOCAB = 0, 6
+
+
+@dataclass
+class Plain:
+    """One request, word by word: lists, loops and an `if` for every sentence."""
+
+    params: D2FParams
+    max_tokens: int
+    limit: int
+    ends: set[int]
+    committed: list[int] = field(default_factory=list)
+    blocks: list[list[int | None]] = field(default_factory=list)
+    activated: list[bool] = field(default_factory=list)
+    done: bool = False
+
+    def length(self, index: int) -> int:
+        """Positions of generated block `index`, the last of which may not fit."""
+        total = min(
+            math.ceil(self.max_tokens / self.params.block_size) * self.params.block_size, self.limit
+        )
+        return min(self.params.block_size, total - index * self.params.block_size)
+
+    def fraction(self, block: list[int | None]) -> float:
+        return sum(t is not None for t in block) / len(block)
+
+    def ended(self) -> int | None:
+        """Answer position of the first decided end token among those the request wants."""
+        for position, token in enumerate(self.all_tokens()):
+            if token in self.ends and position < min(self.max_tokens, self.limit):
+                return position
+        return None
+
+    def all_tokens(self) -> list[int | None]:
+        return [*self.committed, *(t for block in self.blocks for t in block)]
+
+    def grow(self) -> None:
+        first = len(self.committed) // self.params.block_size
+        index = first + len(self.blocks)
+        may_add = (
+            self.ended() is None
+            and self.length(index) > 0
+            and len(self.blocks) < self.params.max_blocks
+            and (not self.blocks or self.fraction(self.blocks[-1]) >= self.params.tau_add)
+        )
+        if may_add:
+            self.blocks.append([None] * self.length(index))
+            self.activated.append(False)
+        for i in range(len(self.blocks)):
+            filled = 1.0 if i == 0 else self.fraction(self.blocks[i - 1])
+            if filled >= self.params.tau_act:
+                self.activated[i] = True
+
+    def advance(self, tokens: list[int], confidences: list[float], present: int) -> None:
+        full_before = [all(t is not None for t in block) for block in self.blocks]
+        at = 0
+        for block, active in zip(self.blocks, self.activated, strict=True):
+            here = range(at, at + len(block))
+            at += len(block)
+            if at > present:
+                break  # not in the forward as a whole
+            masked = [p for p in here if block[p - here.start] is None]
+            take = [p for p in masked if confidences[p] > self.params.tau_conf]
+            if active and masked and not take:
+                take = [max(masked, key=lambda p: (confidences[p], -p))]
+            for p in take:
+                block[p - here.start] = tokens[p]
+        position = self.ended()
+        if position is not None:
+            keep = position // self.params.block_size + 1
+            first = len(self.committed) // self.params.block_size
+            del self.blocks[keep - first :], self.activated[keep - first :]
+        wanted = min(self.max_tokens, self.limit) if position is None else position + 1
+        everything = self.all_tokens()
+        self.done = len(everything) >= wanted and None not in everything[:wanted]
+        if self.done:
+            self.committed = everything[:wanted]
+            return
+        at = 0
+        while self.blocks and full_before[0] and at + len(self.blocks[0]) <= present:
+            at += len(self.blocks[0])
+            self.committed += self.blocks.pop(0)
+            self.activated.pop(0)
+            full_before.pop(0)
+
+
+params_strategy = st.builds(
+    D2FParams,
+    block_size=st.integers(1, 7),
+    max_blocks=st.integers(1, 4),
+    tau_add=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    tau_act=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    tau_conf=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+request_strategy = st.tuples(
+    params_strategy,
+    st.integers(1, 25),  # max_tokens
+    st.integers(1, 30),  # limit
+    st.sets(st.integers(1, VOCAB - 1), max_size=2),  # ends
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(request_strategy, min_size=1, max_size=5), st.integers(0, 2**31), st.booleans())
+def test_equals_the_plain_transcription(requests, seed, narrow):
+    generator = torch.Generator().manual_seed(seed)
+    width = 28
+    window = Window.empty(len(requests), width, 2, MASK)
+    plain = []
+    for row, (params, max_tokens, limit, ends) in enumerate(requests):
+        window.start(
+            row, params, max_tokens=max_tokens, limit=limit, ends=sorted(ends), mask_id=MASK
+        )
+        plain.append(Plain(params, max_tokens, limit, ends))
+    outputs: list[list[int]] = [[] for _ in requests]
+    done = [False] * len(requests)
+    for _ in range(2 * 60 + 5):
+        grow(window)
+        for p in plain:
+            if not p.done:
+                p.grow()
+        proposal = torch.randint(1, VOCAB, (len(requests), width), generator=generator)
+        # Few levels, so that equal confidences and exact thresholds occur.
+        level = torch.randint(0, 11, (len(requests), width), generator=generator)
+        confidence = level.float() / 10
+        present = window.open_R.clone()
+        if narrow:
+            cut = torch.randint(0, 4, (len(requests),), generator=generator)
+            present = (present - cut * (torch.rand(len(requests), generator=generator) < 0.3)).clamp(
+                min=1
+            )
+        before = window.rows(torch.arange(len(requests)))
+        step = advance(window, proposal, confidence, MASK, present if narrow else None)
+        for row, p in enumerate(plain):
+            if done[row]:
+                continue
+            assert before.full_RW[row, : before.open_R[row] : p.params.block_size].tolist() == (
+                p.activated
+            )
+            p.advance(proposal[row].tolist(), confidence[row].tolist(), int(present[row]))
+            outputs[row] += step.tokens_RW[row, : step.output_R[row]].tolist()
+            assert bool(step.done_R[row]) == p.done
+            assert outputs[row] == p.committed
+            if p.done:
+                done[row] = True
+                continue
+            live = [t for block in p.blocks for t in block]
+            assert int(window.open_R[row]) == len(live)
+            assert window.decided_RW[row, : len(live)].tolist() == [t is not None for t in live]
+            assert [t for t in window.tokens_RW[row, : len(live)].tolist() if t != MASK] == [
+                t for t in live if t is not None
+            ]
+            assert int(window.start_R[row]) == len(p.committed)
+        if all(done):
+            return
+    assert narrow, "a request did not end within (positions + blocks) forwards"
+
+
+@settings(max_examples=60, deadline=None)
+@given(request_strategy, st.integers(0, 2**31))
+def test_invariants_of_one_request(request_, seed):
+    """A decided token never changes; every forward decides or commits; nothing is decided twice."""
+    params, max_tokens, limit, ends = request_
+    generator = torch.Generator().manual_seed(seed)
+    window = Window.empty(1, 28, 2, MASK)
+    window.start(0, params, max_tokens=max_tokens, limit=limit, ends=sorted(ends), mask_id=MASK)
+    blocks = math.ceil(max_tokens / params.block_size)
+    decided: dict[int, int] = {}
+    start = 0
+    for forward in range(max_tokens + params.block_size + blocks + 1):
+        grow(window)
+        assert bool(window.full_RW[0, 0])
+        open_before = int(window.open_R)
+        step = advance(
+            window,
+            torch.randint(1, VOCAB, (1, 28), generator=generator),
+            torch.rand(1, 28, generator=generator),
+            MASK,
+        )
+        for column in step.accepted_RW[0].nonzero()[:, 0].tolist():
+            assert start + column not in decided
+            decided[start + column] = int(step.tokens_RW[0, column])
+        for column in range(open_before):
+            if start + column in decided:
+                assert int(step.tokens_RW[0, column]) == decided[start + column]
+        assert bool(step.accepted_RW.any()) or int(step.commit_R) > 0
+        if bool(step.done_R):
+            break
+        start += int(step.commit_R)
+        assert start % params.block_size == 0
+        assert int(window.open_R) <= params.window
+    else:
+        pytest.fail(f"not done after {forward + 1} forwards")
+
+
+@given(
+    st.integers(1, 20), st.integers(1, 9), st.lists(st.integers(0, 60), min_size=2, max_size=12)
+)
+def test_attention_rule(prompt_len, block_size, positions):
+    position = torch.tensor(positions)
+    blocks = [0 if p < prompt_len else 1 + (p - prompt_len) // block_size for p in positions]
+    assert block_of(position, prompt_len, block_size).tolist() == blocks
+    expected = [[bk <= bq for bk in blocks] for bq in blocks]
+    mask = may_attend(position[:, None], position[None, :], prompt_len, block_size)
+    assert mask.tolist() == expected
+
+
+def test_nan_confidence_still_ends():
+    window = Window.empty(1, 8, 1, MASK)
+    window.start(0, D2FParams(4, 2), max_tokens=8, limit=99, ends=[], mask_id=MASK)
+    for forward in range(20):
+        grow(window)
+        step = advance(window, torch.ones(1, 8, dtype=torch.int64), torch.full((1, 8), torch.nan), 0)
+        if bool(step.done_R):
+            break
+    assert forward < 12
+
+
+def test_semi_activated_blocks_wait_below_the_threshold():
+    window = Window.empty(1, 8, 1, MASK)
+    params = D2FParams(4, 2, tau_add=0.25, tau_act=1.0, tau_conf=0.9)
+    window.start(0, params, max_tokens=8, limit=99, ends=[], mask_id=MASK)
+    token = torch.ones(1, 8, dtype=torch.int64)
+    grow(window)
+    advance(window, token, torch.full((1, 8), 0.5), MASK)
+    assert window.decided_RW[0].tolist() == [True, *[False] * 7]
+    grow(window)  # one of four decided: the second block opens, not activated
+    assert int(window.open_R) == 8
+    assert window.full_RW[0].tolist() == [True] * 4 + [False] * 4
+    confidence = torch.tensor([[0.1, 0.1, 0.2, 0.1, 0.95, 0.89, 0.9, 0.91]])
+    advance(window, token, confidence, MASK)
+    assert window.decided_RW[0].tolist() == [True, False, True, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("field_", "value"),
+    [
+        ("block_size", 0),
+        ("block_size", 1.5),
+        ("block_size", True),
+        ("max_blocks", -1),
+        ("tau_add", 1.1),
+        ("tau_act", -0.1),
+        ("tau_conf", "0.9"),
+        ("tau_conf", float("nan")),
+    ],
+)
+def test_bad_params_are_refused_by_name(field_, value):
+    with pytest.raises(ValueError, match=field_):
+        D2FParams(**{field_: value})
