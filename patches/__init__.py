@@ -11,6 +11,7 @@ from vllm_d2f.patches import (
     p02_cpu_start,
     p03_cpu_kernels,
     p04_forget_finished,
+    p05_model_names,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -21,6 +22,7 @@ PATCHES: tuple[Patch, ...] = (
     p02_cpu_start.PATCH,
     p03_cpu_kernels.PATCH,
     p04_forget_finished.PATCH,
+    p05_model_names.PATCH,
 )
 
 _applied: dict[str, str] = {}

@@ -23,6 +23,7 @@ loop. The engine, the reference loop, training and the viewer import it; it impo
 Shape suffixes: R requests, W window positions, B positions of a block, E end tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -65,70 +66,82 @@ class D2FParams:
         return self.block_size * self.max_blocks
 
 
+def _column(matrix: str, index: int) -> property:
+    """One column of a matrix of per-request values, by name."""
+    return property(lambda self: getattr(self, matrix)[:, index])
+
+
 @dataclass(slots=True)
 class Window:
     """The undecided end of R requests: one row each, position 0 follows the last committed one.
 
-    Rows of one window may differ in every setting. Whether a position is decided is kept by position, never by comparing token ids, so a mask token
-    has no meaning of its own in a prompt.
+    Rows of one window may differ in every setting. Whether a position is decided is kept by
+    position, never by comparing token ids, so a mask token has no meaning of its own in a prompt.
+
+    Few tensors, because on a small batch an operation costs its launch: what is kept per request
+    lies in three matrices, read through the properties below.
 
     Attributes:
         tokens_RW: int64, decided tokens, the mask token elsewhere.
         decided_RW: bool.
         full_RW: bool, the position's block is fully activated (same value all over a block).
-        confidence_RW: float32, probability of the token when it was accepted, 0 where undecided.
-        open_R: int64, positions in open blocks.
-        rest_R: int64, positions from the window's start to the last one this request may decode.
-        goal_R: int64, positions from the window's start that the request still wants (max_tokens).
-        ended_R: bool, an end token has been decided.
-        start_R: int64, answer position of the window's start: what is committed.
-        forward_R: int64, forwards so far.
-        block_size_R, max_open_R: int64, positions per block and in the widest window.
-        tau_add_R, tau_act_R: float64; tau_conf_R: float32.
-        ends_RE: int64, end tokens, padded with -1.
+        state: int64 [R, 5], changes with every forward:
+            open_R, positions in open blocks;
+            rest_R, positions from the window's start to the last one the request may decode;
+            goal_R, positions from the window's start that the request still wants (max_tokens);
+            start_R, answer position of the window's start, that is how many are committed;
+            forward_R, forwards so far.
+        layout: int64 [R, 2W], the columns at which each column's block begins (start_RW) and at
+            which the block before it does, 0 for the first block.
+        limits: int64 [R, 4 + E], block_size_R, max_open_R (positions of the widest window),
+            add_R and act_R (tau_add and tau_act as the fewest decided positions of a block that
+            reach them) and ends_RE, end tokens padded with -1.
+        tau_conf_R1: float32 [R, 1].
+        num_ends: how many columns of ends_RE are in use.
     """
 
     tokens_RW: Tensor
     decided_RW: Tensor
     full_RW: Tensor
-    confidence_RW: Tensor
-    open_R: Tensor
-    rest_R: Tensor
-    goal_R: Tensor
-    ended_R: Tensor
-    start_R: Tensor
-    forward_R: Tensor
-    block_size_R: Tensor
-    max_open_R: Tensor
-    tau_add_R: Tensor
-    tau_act_R: Tensor
-    tau_conf_R: Tensor
-    ends_RE: Tensor
+    state: Tensor
+    layout: Tensor
+    limits: Tensor
+    tau_conf_R1: Tensor
+    num_ends: int = 0
+
+    open_R = _column("state", 0)
+    rest_R = _column("state", 1)
+    goal_R = _column("state", 2)
+    start_R = _column("state", 3)
+    forward_R = _column("state", 4)
+    block_size_R = _column("limits", 0)
+    max_open_R = _column("limits", 1)
+    add_R = _column("limits", 2)
+    act_R = _column("limits", 3)
+    ends_RE = property(lambda self: self.limits[:, 4:])
 
     @classmethod
-    def empty(cls, num_rows: int, width: int, num_ends: int, mask_id: int, device=None) -> "Window":
+    def empty(
+        cls,
+        num_rows: int,
+        width: int,
+        num_ends: int,
+        mask_id: int,
+        device: torch.device | str | None = None,
+    ) -> "Window":
         """Rows with nothing to decode; `start` fills them."""
 
-        def full(value, dtype, *shape):
-            return torch.full((num_rows, *shape), value, dtype=dtype, device=device)
+        def full(value: float, dtype: torch.dtype, columns: int) -> Tensor:
+            return torch.full((num_rows, columns), value, dtype=dtype, device=device)
 
         return cls(
             tokens_RW=full(mask_id, torch.int64, width),
             decided_RW=full(False, torch.bool, width),
             full_RW=full(False, torch.bool, width),
-            confidence_RW=full(0.0, torch.float32, width),
-            open_R=full(0, torch.int64),
-            rest_R=full(0, torch.int64),
-            goal_R=full(0, torch.int64),
-            ended_R=full(False, torch.bool),
-            start_R=full(0, torch.int64),
-            forward_R=full(0, torch.int64),
-            block_size_R=full(1, torch.int64),
-            max_open_R=full(0, torch.int64),
-            tau_add_R=full(0.0, torch.float64),
-            tau_act_R=full(0.0, torch.float64),
-            tau_conf_R=full(0.0, torch.float32),
-            ends_RE=full(-1, torch.int64, num_ends),
+            state=full(0, torch.int64, 5),
+            layout=full(0, torch.int64, 2 * width),
+            limits=full(1, torch.int64, 4 + num_ends),
+            tau_conf_R1=full(0.0, torch.float32, 1),
         )
 
     def start(
@@ -148,39 +161,50 @@ class Window:
             limit: positions the model can still hold; a last block that does not fit is cut short.
             ends: end tokens, at most E of them.
         """
-        whole_blocks = -(-max_tokens // params.block_size) * params.block_size
+        width, room = self.tokens_RW.shape[1], self.limits.shape[1] - 4
+        if len(ends) > room:
+            raise ValueError(f"{len(ends)} end tokens, there is room for {room}")
+        size = params.block_size
+        whole_blocks = -(-max_tokens // size) * size
         self.tokens_RW[row] = mask_id
         self.decided_RW[row] = False
         self.full_RW[row] = False
-        self.confidence_RW[row] = 0.0
-        self.open_R[row] = 0
-        self.rest_R[row] = min(whole_blocks, limit)
-        self.goal_R[row] = min(max_tokens, limit)
-        self.ended_R[row] = False
-        self.start_R[row] = 0
-        self.forward_R[row] = 0
-        self.block_size_R[row] = params.block_size
-        self.max_open_R[row] = min(params.window, self.tokens_RW.shape[1])
-        self.tau_add_R[row] = params.tau_add
-        self.tau_act_R[row] = params.tau_act
-        self.tau_conf_R[row] = params.tau_conf
-        self.ends_RE[row] = -1
-        self.ends_RE[row, : len(ends)] = torch.tensor(list(ends), dtype=torch.int64)
+        self.state[row] = torch.tensor([0, min(whole_blocks, limit), min(max_tokens, limit), 0, 0])
+        start_W = torch.arange(width) // size * size
+        self.layout[row] = torch.cat((start_W, (start_W - size).clamp(min=0)))
+        self.limits[row] = torch.tensor(
+            [
+                size,
+                min(params.window, width),
+                _fewest(params.tau_add, size),
+                _fewest(params.tau_act, size),
+                *ends,
+                *[-1] * (room - len(ends)),
+            ]
+        )
+        self.tau_conf_R1[row] = params.tau_conf
+        self.num_ends = max(self.num_ends, len(ends))
 
     def rows(self, index_R: Tensor) -> "Window":
         """A copy of the given rows."""
-        return Window(*(getattr(self, f.name)[index_R] for f in fields(self)))
+        return Window(
+            *(getattr(self, name).index_select(0, index_R) for name in _TENSORS), self.num_ends
+        )
 
     def put(self, index_R: Tensor, rows: "Window") -> None:
-        """Write back what `rows` returned. Settings never change while a request runs."""
-        for name in _STATE:
-            getattr(self, name)[index_R] = getattr(rows, name)
+        """Write back rows that went through `grow` and `advance`; their settings stay."""
+        for name in ("tokens_RW", "decided_RW", "full_RW", "state"):
+            getattr(self, name).index_copy_(0, index_R, getattr(rows, name))
 
 
-_STATE = (
-    *("tokens_RW", "decided_RW", "full_RW", "confidence_RW"),
-    *("open_R", "rest_R", "goal_R", "ended_R", "start_R", "forward_R"),
-)
+_TENSORS = tuple(f.name for f in fields(Window) if f.type is Tensor)
+
+
+def _fewest(fraction: float, size: int) -> int:
+    """The smallest count with count / size >= fraction."""
+    count = math.ceil(fraction * size)
+    # The product may be off by a rounding error; the quotient is what the rule compares.
+    return count - 1 if count and (count - 1) / size >= fraction else count
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +216,11 @@ class Step:
         commit_R: int64, leading positions whose keys and values are final now.
         output_R: int64, leading positions of `tokens_RW` that leave as output: the committed ones
             or, when the request is done, everything up to its end.
-        confidence_RW: float32, probabilities of `tokens_RW` when they were accepted.
         done_R: bool, nothing that could still be decided would change the output.
         accepted_RW: bool, positions decided by this forward.
     """
 
     tokens_RW: Tensor
-    confidence_RW: Tensor
     commit_R: Tensor
     output_R: Tensor
     done_R: Tensor
@@ -225,25 +247,23 @@ def may_attend(
 
 def grow(window: Window) -> None:
     """Add and activate (ALGORITHM: iteration steps 1 and 2), in place, before a forward."""
-    column_W = torch.arange(window.tokens_RW.shape[1], device=window.tokens_RW.device)
+    column_W = _columns(window)
     block_R, open_R = window.block_size_R, window.open_R
-    count_RW = window.decided_RW.cumsum(1)
+    # Decided positions before each column; the last entry is the window's total.
+    count_RW1 = torch.nn.functional.pad(window.decided_RW.cumsum(1), (1, 0))
 
-    # Add. The last open block may be cut short by the end of what may be decoded.
-    last_R = torch.where(open_R > 0, (open_R - 1).div(block_R, rounding_mode="floor") * block_R, 0)
-    fraction_R = _fraction(count_RW, last_R, open_R)
-    wanted_R = ~window.ended_R & ((open_R == 0) | (fraction_R >= window.tau_add_R))
+    # Add, if there is anything to add: an end token has cut `rest_R` down to the end of its block,
+    # and only the last block of all is ever shorter than the others.
+    last_R = (open_R - 1).div(block_R, rounding_mode="floor") * block_R  # -block_size if none
+    before_R = count_RW1.gather(1, last_R.clamp(min=0)[:, None])[:, 0]
+    filled_R = (count_RW1[:, -1] - before_R >= window.add_R) | (open_R == 0)
     limit_R = torch.minimum(window.rest_R, window.max_open_R)
-    grown_R = torch.minimum(last_R + torch.where(open_R > 0, 2, 1) * block_R, limit_R)
-    window.open_R = torch.where(wanted_R & (open_R < limit_R), grown_R, open_R)
+    grown_R = torch.minimum(last_R + 2 * block_R, limit_R)
+    window.state[:, 0] = torch.where(filled_R & (open_R < limit_R), grown_R, open_R)
 
     # Activate. What precedes the window is decided, so its first block is always fully activated.
-    start_RW = column_W.div(block_R[:, None], rounding_mode="floor") * block_R[:, None]
-    previous_RW = (start_RW - block_R[:, None]).clamp(min=0)
-    fraction_RW = (_before(count_RW, start_RW) - _before(count_RW, previous_RW)) / (
-        block_R[:, None].double()
-    )
-    filled_RW = (start_RW == 0) | (fraction_RW >= window.tau_act_R[:, None])
+    start_RW, previous_RW = count_RW1.gather(1, window.layout).chunk(2, dim=1)
+    filled_RW = (start_RW - previous_RW >= window.act_R[:, None]) | (column_W < block_R[:, None])
     window.full_RW = (window.full_RW | filled_RW) & (column_W < window.open_R[:, None])
 
 
@@ -264,51 +284,57 @@ def advance(
         width_R: int64, positions that were in the forward, when fewer than the open ones. Blocks
             that were not there as a whole keep their state and wait.
     """
-    device, width = window.tokens_RW.device, window.tokens_RW.shape[1]
-    column_W = torch.arange(width, device=device)
-    block_RW = column_W.div(window.block_size_R[:, None], rounding_mode="floor")
-    decided_in_RW = window.decided_RW
-
-    present_R = window.open_R
+    column_W, width = _columns(window), window.tokens_RW.shape[1]
+    block_R, open_R, start_RW = window.block_size_R, window.open_R, window.layout[:, :width]
+    present_R = open_R
     if width_R is not None:
-        whole_R = width_R.div(window.block_size_R, rounding_mode="floor") * window.block_size_R
-        present_R = torch.where(width_R < present_R, whole_R, present_R)
-    masked_RW = (column_W < present_R[:, None]) & ~decided_in_RW
+        whole_R = width_R.div(block_R, rounding_mode="floor") * block_R
+        present_R = torch.where(width_R < open_R, whole_R, open_R)
+    present_RW = column_W < present_R[:, None]
+    masked_RW = present_RW & ~window.decided_RW
+    # Leading positions that went into the forward decided: their keys and values are final.
+    lead_in_R = _lead(present_RW & window.decided_RW)
 
     # Accept. If any proposal of a block passes the threshold its best one does, so a fully activated
     # block may take its best one without asking. Of equals the first wins.
     candidate_RW = torch.where(masked_RW, confidence_RW.nan_to_num(0.0), -1.0)
-    best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce(1, block_RW, candidate_RW, "amax")
-    is_best_RW = masked_RW & (candidate_RW == best_RW.gather(1, block_RW))
-    first_RW = torch.full_like(block_RW, width).scatter_reduce(
-        1, block_RW, torch.where(is_best_RW, column_W, width), "amin"
+    best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce_(
+        1, start_RW, candidate_RW, "amax"
     )
-    forced_RW = window.full_RW & (column_W == first_RW.gather(1, block_RW))
-    accepted_RW = masked_RW & ((candidate_RW > window.tau_conf_R[:, None]) | forced_RW)
-    window.tokens_RW = torch.where(accepted_RW, proposal_RW, window.tokens_RW)
-    window.confidence_RW = torch.where(accepted_RW, candidate_RW, window.confidence_RW)
-    window.decided_RW = decided_in_RW | accepted_RW
+    best_column_RW = torch.where(candidate_RW == best_RW.gather(1, start_RW), column_W, width)
+    first_RW = torch.full_like(start_RW, width).scatter_reduce_(
+        1, start_RW, best_column_RW, "amin"
+    )
+    forced_RW = window.full_RW & (column_W == first_RW.gather(1, start_RW))
+    accepted_RW = ((candidate_RW > window.tau_conf_R1) | forced_RW) & masked_RW
+    tokens_RW = torch.where(accepted_RW, proposal_RW, window.tokens_RW)
+    decided_RW = window.decided_RW | accepted_RW
 
-    # End. The first decided end token closes the window behind its block at once: later blocks
-    # cannot influence earlier ones.
-    is_end_RW = (window.tokens_RW[:, :, None] == window.ends_RE[:, None, :]).any(-1)
-    is_end_RW &= window.decided_RW & (column_W < window.goal_R[:, None])
-    end_R = torch.where(is_end_RW, column_W, width).amin(1)
-    window.ended_R = end_R < width
-    behind_R = (end_R.div(window.block_size_R, rounding_mode="floor") + 1) * window.block_size_R
-    open_R = torch.where(window.ended_R, torch.minimum(window.open_R, behind_R), window.open_R)
-
-    # Commit the leading blocks that went in whole, so that their keys and values are final.
-    lead_in_R = _lead(decided_in_RW & (column_W < present_R[:, None]))
-    whole_R = lead_in_R.div(window.block_size_R, rounding_mode="floor") * window.block_size_R
-    commit_R = torch.where(lead_in_R >= window.rest_R, window.rest_R, whole_R)
+    # End. Behind the block of the first decided end token nothing is decoded any more: the window
+    # closes there at once, as later blocks cannot influence earlier ones.
+    rest_R, need_R = window.rest_R, window.goal_R
+    if window.num_ends:
+        ends_RE = window.ends_RE
+        is_end_RW = tokens_RW == ends_RE[:, :1]
+        for end in range(1, window.num_ends):
+            is_end_RW |= tokens_RW == ends_RE[:, end, None]
+        is_end_RW &= decided_RW & (column_W < need_R[:, None])
+        end_R = _lead(~is_end_RW)
+        behind_R = (end_R.div(block_R, rounding_mode="floor") + 1) * block_R
+        # Without an end token `end_R` is the window's width: too far to cut anything.
+        ended_R = end_R < width
+        rest_R = torch.where(ended_R, torch.minimum(rest_R, behind_R), rest_R)
+        need_R = torch.where(ended_R, end_R + 1, need_R)
+        open_R = torch.minimum(open_R, rest_R)
 
     # Done when everything up to the end token, or up to the wanted length, is decided.
-    need_R = torch.minimum(torch.where(window.ended_R, end_R + 1, window.rest_R), window.goal_R)
-    done_R = (_lead(window.decided_RW) >= need_R) & (window.open_R > 0)
+    done_R = _lead(decided_RW) >= need_R
+
+    # Commit whole blocks; the last one may be cut short.
+    whole_R = lead_in_R.div(block_R, rounding_mode="floor") * block_R
+    commit_R = torch.where(lead_in_R >= rest_R, rest_R, whole_R)
     step = Step(
-        tokens_RW=window.tokens_RW,
-        confidence_RW=window.confidence_RW,
+        tokens_RW=tokens_RW,
         commit_R=commit_R,
         output_R=torch.where(done_R, need_R, torch.minimum(commit_R, need_R)),
         done_R=done_R,
@@ -318,32 +344,28 @@ def advance(
     # Move the window over what was committed.
     source_RW = column_W + commit_R[:, None]
     inside_RW = source_RW < open_R[:, None]
-    source_RW = source_RW.clamp(max=width - 1)
-    window.tokens_RW = torch.where(inside_RW, window.tokens_RW.gather(1, source_RW), mask_id)
-    window.decided_RW = inside_RW & window.decided_RW.gather(1, source_RW)
+    source_RW = source_RW.clamp_(max=width - 1)
+    window.tokens_RW = torch.where(inside_RW, tokens_RW.gather(1, source_RW), mask_id)
+    window.decided_RW = inside_RW & decided_RW.gather(1, source_RW)
     window.full_RW = inside_RW & window.full_RW.gather(1, source_RW)
-    window.confidence_RW = torch.where(inside_RW, window.confidence_RW.gather(1, source_RW), 0.0)
-    window.open_R = (open_R - commit_R).clamp(min=0)
-    window.rest_R = window.rest_R - commit_R
-    window.goal_R = window.goal_R - commit_R
-    window.start_R = window.start_R + commit_R
-    window.forward_R = window.forward_R + 1
+    window.state = torch.stack(
+        (
+            (open_R - commit_R).clamp_(min=0),
+            rest_R - commit_R,
+            window.goal_R - commit_R,
+            window.start_R + commit_R,
+            window.forward_R + 1,
+        ),
+        dim=1,
+    )
     return step
 
 
-def _before(count_RW: Tensor, column_RW: Tensor) -> Tensor:
-    """Decided positions before each column, from the inclusive count."""
-    return torch.where(column_RW > 0, count_RW.gather(1, (column_RW - 1).clamp(min=0)), 0)
-
-
-def _fraction(count_RW: Tensor, start_R: Tensor, stop_R: Tensor) -> Tensor:
-    """Decided fraction of the positions [start, stop) of each row, float64."""
-    count_R = _before(count_RW, stop_R[:, None]) - _before(count_RW, start_R[:, None])
-    return count_R[:, 0] / (stop_R - start_R).clamp(min=1).double()
+def _columns(window: Window) -> Tensor:
+    return torch.arange(window.tokens_RW.shape[1], device=window.tokens_RW.device)
 
 
 def _lead(flag_RW: Tensor) -> Tensor:
     """How many leading columns of each row are True, int64."""
-    width = flag_RW.shape[1]
-    column_W = torch.arange(width, device=flag_RW.device)
-    return torch.where(flag_RW, width, column_W).amin(1)
+    # cumprod is 1 up to the first False.
+    return flag_RW.cumprod(1).sum(1)

@@ -4,28 +4,32 @@
     python -m vllm_d2f.demo [--model d2f-tiny] [--baseline ar-tiny] [--json FILE]
 
 Both run in this process, one after the other, with the same settings: float32 on a CPU, greedy,
-no compilation. Tokens are counted up to and including the end token. A request's forwards are its
-prefill and its denoising steps; a plain model needs one forward per token.
+no compilation. Tokens are counted up to and including the end token. A plain model needs one
+forward per token; a D2F request's forwards are counted by vLLM, and its prompt rides in the first.
 """
 
 import argparse
 import json
+import logging
 import os
 import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_d2f.metrics import denoising_forwards
+
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 MAX_TOKENS = 64
-REPEATS = 5
+REPEATS = 3
 NUMBER = re.compile(r"\d+")
 
 
@@ -92,13 +96,10 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
     # What comes first pays for memory and code that are touched for the first time.
     llm.generate(prompts, sampling, use_tqdm=False)
 
-    before = denoising_steps(llm)
     outputs = llm.generate(prompts, sampling, use_tqdm=show)
-    tokens = _count_tokens(outputs)
-    steps = denoising_steps(llm) - before
-    forwards = steps + len(problems) if steps else tokens
     if show:
         _print_answers(problems, outputs)
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
 
     seconds = statistics.median(_timed(llm, prompts, sampling) for _ in range(REPEATS))
     single_seconds = sum(_timed(llm, [prompt], sampling) for prompt in prompts)
@@ -107,31 +108,33 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
         problems=len(problems),
         right=sum(is_right(o, p) for o, p in zip(outputs, problems, strict=True)),
         tokens=tokens,
-        forwards=forwards,
+        forwards=sum(count_forwards(output) for output in outputs),
         batch_tokens_per_s=tokens / seconds,
         single_tokens_per_s=tokens / single_seconds,
     )
 
 
-def denoising_steps(llm: "LLM") -> int:
-    """vLLM's counter of denoising steps, summed over requests; 0 for a model that has none."""
-    name = "vllm:diffusion_num_denoising_steps"
-    return sum(int(m.value) for m in llm.get_metrics() if m.name == name)  # type: ignore[attr-defined]
+def count_forwards(output: "RequestOutput") -> int:
+    """Forwards that a request took part in."""
+    completion = output.outputs[0]
+    if completion.spec_decode_metrics is None:
+        return len(completion.token_ids)
+    return denoising_forwards(completion)
 
 
 def summary(figures: Sequence[Figures]) -> str:
     """The closing table, one line per model."""
-    name_width = max(len("model"), *(len(Path(f.model).name) for f in figures))
+    width = max(len("model"), *(len(Path(f.model).name) for f in figures))
     batch = f"batch of {figures[0].problems}"
     lines = [
-        f"{'':{name_width}}  {'right':>8}  {'tokens per':>10}  {'tokens/s,':>12}  {'tokens/s,':>13}",
-        f"{'model':{name_width}}  {'answers':>8}  {'forward':>10}  {batch:>12}  one at a time",
+        f"{'':{width}}  {'right':>8}  {'tokens per':>10}  {'tokens/s,':>11}  {'tokens/s,':>11}",
+        f"{'model':{width}}  {'answers':>8}  {'forward':>10}  {batch:>11}  {'one by one':>11}",
     ]
     for f in figures:
         lines.append(
-            f"{Path(f.model).name:{name_width}}  {f'{f.right} of {f.problems}':>8}  "
-            f"{f.tokens_per_forward:>10.2f}  {f.batch_tokens_per_s:>12.0f}  "
-            f"{f.single_tokens_per_s:>13.0f}"
+            f"{Path(f.model).name:{width}}  {f'{f.right} of {f.problems}':>8}  "
+            f"{f.tokens_per_forward:>10.2f}  {f.batch_tokens_per_s:>11.0f}  "
+            f"{f.single_tokens_per_s:>11.0f}"
         )
     return "\n".join(lines)
 
@@ -150,7 +153,7 @@ def _start(model: str, num_problems: int) -> tuple["LLM", Any]:
         kv_cache_memory_bytes=1 << 27,
         # An answer must be computed each time it is timed.
         enable_prefix_caching=False,
-        disable_log_stats=False,
+        use_tqdm_on_load=False,
     )
     print(f"Loaded in {time.perf_counter() - began:.0f} s.\n", flush=True)
     return llm, SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
@@ -162,10 +165,6 @@ def _timed(llm: "LLM", prompts: list[str], sampling: Any) -> float:
     return time.perf_counter() - began
 
 
-def _count_tokens(outputs: Sequence["RequestOutput"]) -> int:
-    return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-
 def _print_answers(problems: Sequence[Problem], outputs: Sequence["RequestOutput"]) -> None:
     print()
     for number, (problem, output) in enumerate(zip(problems, outputs, strict=True), start=1):
@@ -173,6 +172,20 @@ def _print_answers(problems: Sequence[Problem], outputs: Sequence["RequestOutput
         print(f"{number:2}. {problem.question}")
         print(f"    {output.outputs[0].text.strip()}   [{mark}]")
     print(flush=True)
+
+
+def _prepare_process() -> None:
+    """Environment and log levels, before vLLM and torch are imported. The user's own come first."""
+    # One process: it starts sooner, and no message passing is timed.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # With more threads than idle cores every operator waits for the scheduler.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Errors only: the warnings of a plain start ask for nothing that a newcomer could do.
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if level == "ERROR":
+        logging.getLogger("vllm").setLevel(level)
+        warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _stop() -> None:
@@ -192,12 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args(arguments)
 
-    # One process: it starts sooner, and no message passing is timed.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # With more threads than idle cores every operator waits for the scheduler.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
+    _prepare_process()
     problems = bundled_problems()
     print(f"{len(problems)} arithmetic problems that no model here was trained on.")
     figures = [run(options.model, problems, show=True)]

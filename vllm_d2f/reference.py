@@ -103,12 +103,12 @@ def decode(
         mask_id=mask_id,
     )
     committed: list[int] = []
-    confidences: list[float] = []
+    confidences: dict[int, float] = {}
     forwards = 0
     while True:
         if run_on and any(t in ends for t in committed + _decided(window)):
-            window.rest_R = window.open_R.clone()
-            window.goal_R = torch.minimum(window.goal_R, window.open_R)
+            window.rest_R[:] = window.open_R
+            window.goal_R[:] = torch.minimum(window.goal_R, window.open_R)
         grow(window)
         open_ = int(window.open_R)
         start = len(prompt) + len(committed)
@@ -141,18 +141,20 @@ def decode(
             torch.nn.functional.pad(confidence_W, (0, pad))[None],
             mask_id,
         )
+        for column in step.accepted_RW[0].nonzero()[:, 0].tolist():
+            confidences[len(committed) + column] = float(confidence_W[column])
         done = bool(step.done_R)
         commit = int(step.commit_R)
         seen = int(step.output_R) if done else commit
         accepted = (step.accepted_RW[0].nonzero()[:, 0] + len(committed)).tolist()
         committed += step.tokens_RW[0, :seen].tolist()
-        confidences += step.confidence_RW[0, :seen].tolist()
-        live = slice(0, 0) if done else slice(0, int(window.open_R))
+        live = slice(0, 0 if done else int(window.open_R))
+        tokens = committed + window.tokens_RW[0, live].tolist()
         yield Frame(
             forward=forwards,
-            tokens=committed + window.tokens_RW[0, live].tolist(),
+            tokens=tokens,
             decided=[True] * len(committed) + window.decided_RW[0, live].tolist(),
-            confidences=confidences + window.confidence_RW[0, live].tolist(),
+            confidences=[confidences.get(position, 0.0) for position in range(len(tokens))],
             accepted=accepted,
             activated=activated,
             committed=len(committed),

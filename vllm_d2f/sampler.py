@@ -7,6 +7,7 @@ the batch), P that prefill, R = D + P, W window positions, N masked rows, V voca
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -39,7 +40,8 @@ class D2FSampler:
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """`D2FModelState.add_request` made the window; its first forward may come at once."""
-        self._publish(torch.tensor([req_index], device=self.state.device))
+        slot = torch.tensor([req_index], device=self.state.device)
+        self._publish(slot, self.state.window.rows(slot))
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -47,75 +49,83 @@ class D2FSampler:
     def __call__(
         self, hidden_TH: Tensor, input_batch: InputBatch, draft_logits: Any = None
     ) -> SamplerOutput:
-        state = self.state
-        device = hidden_TH.device
-        num_reqs = input_batch.num_reqs
-        drafts = input_batch.num_draft_tokens_per_req
-        num_denoising = 0 if drafts is None else int((drafts > 0).sum())
+        state, device, num_reqs = self.state, hidden_TH.device, input_batch.num_reqs
+        if num_reqs > state.max_num_reqs:
+            # vLLM's memory profiling takes every token for a request. Its peak is one chunk's.
+            self.project(hidden_TH[: self.rows_per_chunk])
+            return _nothing_sampled(num_reqs, device)
+        # Lengths are known on the host; what is in the windows is known on the device only.
+        drafts_np = input_batch.num_draft_tokens_per_req
+        num_denoising = 0 if drafts_np is None else int(np.count_nonzero(drafts_np))
+        begin_np = input_batch.query_start_loc_np[:num_reqs]
+        end_np = input_batch.query_start_loc_np[1 : num_reqs + 1]
+        begin_R = _to_device(begin_np, device)
+        keep_R = _to_device(end_np - 1, device)  # a prompt leaves the output at its last position
         slot_R = input_batch.idx_mapping
-        begin_R = input_batch.query_start_loc[:num_reqs].long()
-        last_R = input_batch.query_start_loc[1 : num_reqs + 1].long() - 1
-        width = state.window.tokens_RW.shape[1]
-
-        tokens_RW = torch.zeros(num_reqs, width, dtype=torch.int64, device=device)
-        num_sampled_R = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        num_rejected_R = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        keep_R = last_R  # a prompt alone leaves the output at its last position
 
         if num_denoising:
-            denoising = slice(0, num_denoising)
-            slot_D = slot_R[denoising]
+            slot_D = slot_R[:num_denoising]
+            width_np = drafts_np[:num_denoising]
+            width_D = _to_device(width_np, device)
+            # The window is the end of the query: a prompt may ride along before it.
+            first_D = _to_device(end_np[:num_denoising] - width_np, device)
             window = state.window.rows(slot_D)
-            width_D = torch.from_numpy(drafts[:num_denoising]).to(device, non_blocking=True).long()
-            first_D = last_R[denoising] - width_D + 1  # behind a prompt that rides along
-            column_W = torch.arange(width, device=device)
-            present_DW = column_W < torch.minimum(window.open_R, width_D)[:, None]
-            masked_DW = present_DW & ~window.decided_RW
-            row_DW = first_D[:, None] + column_W
-            draws = bool(state.draws_S[input_batch.idx_mapping_np[denoising]].any())
+            draws = bool(state.draws_S[input_batch.idx_mapping_np[:num_denoising]].any())
             proposal_DW, confidence_DW = self._propose(
-                hidden_TH, row_DW, masked_DW, begin_R[denoising], slot_D, window, draws
+                hidden_TH, window, slot_D, begin_R[:num_denoising], first_D, width_D, draws
             )
             step = advance(window, proposal_DW, confidence_DW, state.mask_id, width_D)
             grow(window)
             state.window.put(slot_D, window)
-            tokens_RW[denoising] = step.tokens_RW
-            num_sampled_R[denoising] = step.output_R.int()
-            num_rejected_R[denoising] = (width_D - step.output_R).int()
-            keep_R = last_R.clone()
-            keep_R[denoising] = first_D + step.commit_R - 1
+            self._publish(slot_D, window)
+            idle = num_reqs - num_denoising
+            pad = torch.nn.functional.pad
+            output = SamplerOutput(
+                sampled_token_ids=pad(step.tokens_RW, (0, 0, 0, idle)),
+                logprobs_tensors=None,
+                num_nans=None,
+                num_sampled=pad(step.output_R, (0, idle)).int(),
+                num_rejected=pad(width_D - step.output_R, (0, idle)).int(),
+            )
+            keep_R[:num_denoising] = first_D + step.commit_R - 1
+        else:
+            output = _nothing_sampled(num_reqs, device)
 
         if state.shift:
-            state.last_hidden_SH[slot_R] = torch.where(
+            # Before `begin` means: nothing committed, what was kept before still holds.
+            kept_RH = torch.where(
                 (keep_R >= begin_R)[:, None],
                 hidden_TH[keep_R.clamp(min=0)],
                 state.last_hidden_SH[slot_R],
             )
-        self._publish(slot_R)
-        return SamplerOutput(
-            sampled_token_ids=tokens_RW,
-            logprobs_tensors=None,
-            num_nans=None,
-            num_sampled=num_sampled_R,
-            num_rejected=num_rejected_R,
-        )
+            state.last_hidden_SH.index_copy_(0, slot_R, kept_RH)
+        return output
 
     def _propose(
         self,
         hidden_TH: Tensor,
-        row_DW: Tensor,
-        masked_DW: Tensor,
-        begin_D: Tensor,
-        slot_D: Tensor,
         window: Window,
+        slot_D: Tensor,
+        begin_D: Tensor,
+        first_D: Tensor,
+        width_D: Tensor,
         draws: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Token and confidence at the masked positions, zeros elsewhere: int64, float32 [D, W]."""
-        state = self.state
-        proposal_DW = torch.zeros_like(row_DW)
-        confidence_DW = torch.zeros(row_DW.shape, dtype=torch.float32, device=row_DW.device)
+        """Token and confidence at the masked positions, zeros elsewhere: int64, float32 [D, W].
+
+        Args:
+            begin_D, first_D: rows of `hidden_TH` at which the request and its window begin.
+            width_D: positions of the window in this forward.
+            draws: some of these requests have a temperature above 0.
+        """
+        state, device = self.state, hidden_TH.device
+        present_D = torch.minimum(window.open_R, width_D)
+        column_W = torch.arange(window.tokens_RW.shape[1], device=device)
+        masked_DW = (column_W < present_D[:, None]) & ~window.decided_RW
+        proposal_DW = torch.zeros_like(window.tokens_RW)
+        confidence_DW = torch.zeros(masked_DW.shape, dtype=torch.float32, device=device)
         request_N, column_N = masked_DW.nonzero(as_tuple=True)
-        source_N = row_DW[request_N, column_N]
+        source_N = first_D[request_N] + column_N
         if state.shift:
             # Position i is predicted at i - 1. For the window's first one that is the last position
             # before it, whose output is kept from an earlier forward unless it is in this one.
@@ -145,9 +155,25 @@ class D2FSampler:
             confidence_DW[request, column] = confidence_N
         return proposal_DW, confidence_DW
 
-    def _publish(self, slot_R: Tensor) -> None:
+    def _publish(self, slot_D: Tensor, window: Window) -> None:
         """The next forward's window, where vLLM keeps draft tokens; -1 beyond the open blocks."""
-        window = self.state.window
-        column_W = torch.arange(window.tokens_RW.shape[1], device=slot_R.device)
-        open_RW = column_W < window.open_R[slot_R][:, None]
-        self.req_states.draft_tokens[slot_R] = torch.where(open_RW, window.tokens_RW[slot_R], -1)
+        column_W = torch.arange(window.tokens_RW.shape[1], device=slot_D.device)
+        open_DW = column_W < window.open_R[:, None]
+        self.req_states.draft_tokens.index_copy_(
+            0, slot_D, torch.where(open_DW, window.tokens_RW, -1)
+        )
+
+
+def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+
+
+def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
+    zeros_R = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    return SamplerOutput(
+        sampled_token_ids=zeros_R[:, None],
+        logprobs_tensors=None,
+        num_nans=None,
+        num_sampled=zeros_R,
+        num_rejected=zeros_R,
+    )

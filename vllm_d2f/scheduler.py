@@ -10,7 +10,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.settings import request_params, served_settings
@@ -32,7 +32,11 @@ class D2FScheduler(Scheduler):
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.num_spec_tokens)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        held = self._hold_back()
         output = super().schedule(throttle_prefills)
+        for request, window in held:
+            if request.status == RequestStatus.RUNNING:
+                request.spec_token_ids = window
         self.num_preempted += len(output.preempted_req_ids or ())
         for data in output.scheduled_new_reqs:
             self._add_first_block(self.requests[data.req_id], data, output)
@@ -44,6 +48,25 @@ class D2FScheduler(Scheduler):
             if -1 in token_ids:
                 draft_token_ids.draft_token_ids[i] = token_ids[: token_ids.index(-1)]
         super().update_draft_token_ids(draft_token_ids)
+
+    def _hold_back(self) -> list[tuple[Request, list[int]]]:
+        """Take the windows of running requests that would not fit this step's token budget.
+
+        vLLM would cut the last one short, and a block that waits while others go on may be decided
+        differently. Without a window a request sits out the step; earlier ones always go on.
+        """
+        budget = self.max_num_scheduled_tokens
+        if len(self.running) * self.num_spec_tokens <= budget:
+            return []
+        held = []
+        for request in self.running:
+            need = request.num_tokens_with_spec - request.num_computed_tokens
+            if need > budget:
+                held.append((request, request.spec_token_ids))
+                request.spec_token_ids = []
+            else:
+                budget -= need
+        return held
 
     def _add_first_block(
         self, request: Request, data: NewRequestData, output: SchedulerOutput

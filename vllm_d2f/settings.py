@@ -218,9 +218,10 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
         "logprobs": (params.logprobs, None),
         "prompt_logprobs": (params.prompt_logprobs, None),
         "logprob_token_ids": (params.logprob_token_ids or None, None),
+        "prompt_logprob_token_ids": (params.prompt_logprob_token_ids, None),
     }
     for name, (value, allowed) in neutral.items():
-        if value != allowed:
+        if value is not allowed and value != allowed:
             raise VLLMValidationError(
                 f"{name} is not supported for D2F models yet; leave it at {allowed!r}.",
                 parameter=name,

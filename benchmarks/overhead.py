@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vllm-d2f adds to a step: everything but the model's forward and the logits.
+
+    python -m benchmarks.overhead
+
+Counted: the sampler without the language-model head (window update, rows, bookkeeping), the model
+state (input and attention metadata, vLLM's own part of it included), the scheduler's additions, and
+the CPU stand-ins for Triton kernels. The windows are 4 blocks of 32, all open, in every request.
+CPU time of the thread that runs the step is reported beside wall time: on a shared machine the
+former is what the code costs.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_d2f.d2f import D2FParams
+
+BLOCK, BLOCKS = 32, 4
+LIMIT_MS = {1: 1.5, 64: 4.0}
+
+
+class Meter:
+    """Exclusive time of the functions it wraps, by label, summed over a step."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, float] = defaultdict(float)
+        self.wall: dict[str, float] = defaultdict(float)
+        self._stack: list[list[float]] = []
+
+    def wrap(self, owner: Any, name: str, label: str) -> None:
+        """Replace `owner.name` by a timed version."""
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._stack.append([0.0, 0.0])
+            cpu, wall = time.thread_time(), time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
+                nested = self._stack.pop()
+                self.cpu[label] += cpu - nested[0]
+                self.wall[label] += wall - nested[1]
+                if self._stack:
+                    self._stack[-1][0] += cpu
+                    self._stack[-1][1] += wall
+
+        setattr(owner, name, timed)
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """CPU and wall seconds by label since the last call."""
+        cpu, wall = dict(self.cpu), dict(self.wall)
+        self.cpu.clear()
+        self.wall.clear()
+        return cpu, wall
+
+
+def instrument(llm: Any) -> Meter:
+    """Time what vllm-d2f runs in each step of an engine of this process."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter
+
+    from vllm_d2f.patches import cpu_kernels, p03_cpu_kernels
+
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    meter = Meter()
+    # `_propose` is the part with the language-model head: timed apart, not counted.
+    meter.wrap(runner.sampler, "_propose", "logits")
+    meter.wrap(type(runner.sampler), "__call__", "sampler")
+    meter.wrap(runner.model_state, "prepare_inputs", "model state")
+    meter.wrap(runner.model_state, "prepare_attn", "model state")
+    meter.wrap(runner.model, "forward", "model")
+    # vLLM's own scheduling is inside ours and not counted.
+    meter.wrap(Scheduler, "schedule", "vllm scheduler")
+    meter.wrap(Scheduler, "update_draft_token_ids", "vllm scheduler")
+    meter.wrap(type(core.scheduler), "schedule", "scheduler")
+    meter.wrap(type(core.scheduler), "update_draft_token_ids", "scheduler")
+    if p03_cpu_kernels.needed():
+        for name in ("gather_block_tables", "compute_slot_mappings"):
+            meter.wrap(BlockTables, name, "stand-ins")
+        meter.wrap(FusedStagedWriter, "apply", "stand-ins")
+        _wrap_kernels(meter, cpu_kernels, p03_cpu_kernels)
+    return meter
+
+
+def _wrap_kernels(meter: Meter, cpu_kernels: Any, p03: Any) -> None:
+    """The registered overrides hold our functions; time them where they are launched."""
+    from vllm_d2f.patches.patch import find
+
+    for target in p03.KERNELS:
+        kernel = find("overhead", target)[2]
+        for attribute, value in vars(kernel).items():
+            if callable(value) and value in vars(cpu_kernels).values():
+                holder = _Holder(value)
+                meter.wrap(holder, "function", "stand-ins")
+                setattr(kernel, attribute, holder.function)
+
+
+class _Holder:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+
+def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]:
+    """Median milliseconds per step over `steps` steps in which every window is fully open."""
+    from benchmarks.parity import Case, sampling_params
+
+    # Open a block each step whatever is decided, and decide one position a step and block.
+    params = D2FParams(BLOCK, BLOCKS, tau_add=0.0, tau_act=0.0, tau_conf=1.0)
+    engine = llm.llm_engine
+    vocab = llm.llm_engine.model_config.get_vocab_size()
+    for index in range(num_reqs):
+        prompt = tuple((7 * index + 3 * i) % (vocab - 2) for i in range(40))
+        request = sampling_params(Case(prompt, params, BLOCK * BLOCKS * 2))
+        request.ignore_eos = True
+        engine.add_request(f"r{num_reqs}-{index}", {"prompt_token_ids": list(prompt)}, request)
+    for _ in range(BLOCKS + 2):
+        engine.step()
+    meter.take()
+    per_step = []
+    for _ in range(steps):
+        engine.step()
+        per_step.append(meter.take())
+    while engine.has_unfinished_requests():
+        engine.step()
+    meter.take()
+    ours = ("sampler", "model state", "scheduler", "stand-ins")
+    labels = [*ours, "logits", "model", "vllm scheduler"]
+
+    def median(kind: int, label: str) -> float:
+        return round(1e3 * statistics.median(s[kind].get(label, 0.0) for s in per_step), 3)
+
+    totals = [[1e3 * sum(s[k].get(x, 0.0) for x in ours) for s in per_step] for k in (0, 1)]
+    return {
+        "requests": num_reqs,
+        "steps": steps,
+        "added_cpu_ms": round(statistics.median(totals[0]), 3),
+        "added_wall_ms": round(statistics.median(totals[1]), 3),
+        "limit_ms": LIMIT_MS.get(num_reqs),
+        "cpu_ms": {label: median(0, label) for label in labels},
+    }
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="d2f-tiny", help="embedded name or folder")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--steps", type=int, default=24, help="steps measured, at most 26")
+    parser.add_argument("--json", help="write the result here")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from benchmarks.parity import start_engine
+    from vllm_d2f import register
+    from vllm_d2f.names import resolve
+
+    register()
+    llm = start_engine(
+        resolve(args.model), window=BLOCK * BLOCKS, max_model_len=512, max_num_seqs=64
+    )
+    meter = instrument(llm)
+    measure(llm, meter, 1, 4)  # warm-up
+    rows = [measure(llm, meter, n, args.steps) for n in args.requests]
+    missed = False
+    for row in rows:
+        limit = row["limit_ms"]
+        verdict = "" if limit is None else f"  (limit {limit} ms)"
+        missed |= limit is not None and row["added_cpu_ms"] > limit
+        print(
+            f"{row['requests']:3d} requests: {row['added_cpu_ms']:.2f} ms added a step, CPU time; "
+            f"{row['added_wall_ms']:.2f} ms wall{verdict}"
+        )
+        print("    " + ", ".join(f"{k} {v:.2f}" for k, v in row["cpu_ms"].items()))
+    if args.json:
+        import torch
+        import vllm
+
+        report = {
+            "command": "python -m benchmarks.overhead " + " ".join(argv or sys.argv[1:]),
+            "window": f"{BLOCKS} blocks of {BLOCK}",
+            "threads": torch.get_num_threads(),
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+            "rows": rows,
+        }
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

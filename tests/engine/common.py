@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parity tests share: requests that cover the settings, and the comparison."""
+
+import random
+
+from benchmarks.parity import GRID, Case, differences
+
+MAX_LEN = 320
+WINDOW = 256
+
+
+def random_prompts(count, seed, vocab=200, longest=60):
+    rng = random.Random(seed)
+    # Mask (198) and end token (199) stand in prompts like any other token.
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def check(cases, expected, got):
+    wrong = list(differences(cases, expected, got))
+    assert not wrong, f"{len(wrong)} of {len(cases)} differ; the first: {wrong[0]}"
+
+
+def grid_cases():
+    """One prompt for each of the 48 settings: blocks 4 to 32, windows of 1 to 8 blocks."""
+    prompts = random_prompts(len(GRID), seed=1)
+    return [Case(tuple(p), s, 48) for p, s in zip(prompts, GRID, strict=True)]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine says what the reference says, with as many forwards, however the batch is made up."""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks.parity import (
+    GRID,
+    Case,
+    engine_answers,
+    load_forward,
+    make_cases,
+    reference_answers,
+    sampling_params,
+    shut_down,
+    start_engine,
+)
+from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
+from vllm_d2f.d2f import D2FParams
+from vllm_d2f.metrics import denoising_forwards
+from vllm_d2f.proposal import Sampling
+from vllm_d2f.reference import generate
+
+@pytest.fixture(scope="module", params=["dream", "llada"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return grid_cases()
+
+
+@pytest.fixture(scope="module")
+def expected(model, cases):
+    return reference_answers(model, cases, MAX_LEN)
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    llm = start_engine(model, window=WINDOW, max_model_len=MAX_LEN)
+    yield llm
+    shut_down(llm)
+
+
+@pytest.mark.parametrize("way", ["batch", "arrivals"])
+def test_every_setting(llm, cases, expected, way):
+    check(cases, expected, engine_answers(llm, cases, way, seed=5))
+
+
+def test_one_by_one(llm, cases, expected):
+    check(cases[::3], expected[::3], engine_answers(llm, cases[::3], "single"))
+
+
+def test_last_block_cut_by_the_models_length(llm, model):
+    rng = random.Random(4)
+    cases = [
+        Case(tuple(rng.randrange(200) for _ in range(length)), params, 500)
+        for length in (MAX_LEN - 1, MAX_LEN - 5, MAX_LEN - 21, MAX_LEN - 40)
+        for params in (D2FParams(16, 4, 0.1, 0.95, 0.5), D2FParams(8, 2, 0.1, 0.95, 0.9))
+    ]
+    check(cases, reference_answers(model, cases, MAX_LEN), engine_answers(llm, cases, "batch"))
+
+
+def test_max_tokens_inside_a_block_and_of_one(llm, model):
+    prompts = random_prompts(6, seed=11)
+    cases = [
+        Case(tuple(p), D2FParams(16, 4, 0.1, 0.95, 0.8), n)
+        for p, n in zip(prompts, (1, 2, 15, 17, 31, 33), strict=True)
+    ]
+    check(cases, reference_answers(model, cases, MAX_LEN), engine_answers(llm, cases, "batch"))
+
+
+def test_prompt_of_mask_tokens(llm, model):
+    cases = [Case((198,) * n, D2FParams(8, 4), 24) for n in (1, 8, 30)]
+    cases += [Case((5, 198, 6, 199, 198), D2FParams(8, 4), 24)]
+    check(cases, reference_answers(model, cases, MAX_LEN), engine_answers(llm, cases, "batch"))
+
+
+def test_seeded_draws_equal_the_references_in_any_batch(llm, model):
+    from vllm import SamplingParams
+
+    forward, config = load_forward(model)
+    prompts = random_prompts(10, seed=21)
+    rules = [dict(temperature=0.8), dict(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02)]
+    params = D2FParams(8, 4, 0.1, 0.95, 0.6)
+    requests, expected = [], []
+    for index, prompt in enumerate(prompts):
+        rule = rules[index % 2]
+        requests.append(
+            SamplingParams(
+                **rule,
+                seed=1000 + index,
+                max_tokens=32,
+                detokenize=False,
+                extra_args={"d2f_block_size": 8, "d2f_max_blocks": 4, "d2f_tau_conf": 0.6},
+            )
+        )
+        sampling = Sampling.greedy(1)
+        sampling.temperature_R[0] = rule["temperature"]
+        sampling.top_k_R[0] = rule.get("top_k", 0)
+        sampling.top_p_R[0] = rule.get("top_p", 1.0)
+        sampling.min_p_R[0] = rule.get("min_p", 0.0)
+        sampling.seed_R[0] = 1000 + index
+        expected.append(
+            generate(
+                forward,
+                prompt,
+                params,
+                max_tokens=32,
+                mask_id=config.mask_token_id,
+                ends=config.end_token_ids,
+                shift=config.logits_shift,
+                sampling=sampling,
+            )
+        )
+    inputs = [{"prompt_token_ids": p} for p in prompts]
+    together = llm.generate(inputs, requests, use_tqdm=False)
+    alone = [
+        llm.generate([i], [r], use_tqdm=False)[0]
+        for i, r in zip(inputs[:3], requests[:3], strict=True)
+    ]
+    for output, (tokens, forwards) in zip(together, expected, strict=True):
+        assert list(output.outputs[0].token_ids) == tokens
+        assert denoising_forwards(output.outputs[0]) == forwards
+    for one, all_ in zip(alone, together, strict=False):
+        assert one.outputs[0].token_ids == all_.outputs[0].token_ids
+    # Another seed, another text; no seed, not the same text twice.
+    other = [SamplingParams(temperature=0.8, max_tokens=32, detokenize=False, seed=s) for s in (1, 2)]
+    texts = {
+        tuple(llm.generate([inputs[0]], [s], use_tqdm=False)[0].outputs[0].token_ids)
+        for s in other + [SamplingParams(temperature=0.8, max_tokens=32, detokenize=False)] * 2
+    }
+    assert len(texts) == 4
+
+
+def test_stop_token_and_ignore_eos(llm, model, cases, expected):
+    """A stop token closes the window like an end token; ignored end tokens do not."""
+    from vllm import SamplingParams
+
+    case = Case(tuple(random_prompts(1, seed=31)[0]), D2FParams(8, 4, 0.1, 0.95, 0.6), 40)
+    forward, config = load_forward(model)
+    common = dict(max_tokens=40, mask_id=config.mask_token_id, shift=config.logits_shift)
+    free, _ = generate(forward, case.prompt, case.params, ends=[], **common)
+    stop = free[20]
+    first, forwards = generate(forward, case.prompt, case.params, ends=[stop], **common)
+    extra = sampling_params(case).extra_args
+    requests = [
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args=extra),
+        SamplingParams(
+            temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop], extra_args=extra
+        ),
+    ]
+    for request in requests:
+        request.detokenize = False
+    inputs = [{"prompt_token_ids": list(case.prompt)}] * 2
+    unstopped, stopped = llm.generate(inputs, requests, use_tqdm=False)
+    assert list(unstopped.outputs[0].token_ids) == free
+    assert list(stopped.outputs[0].token_ids) == first
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert denoising_forwards(stopped.outputs[0]) == forwards
+
+
+def test_abort_leaves_nothing_behind(llm, model, cases, expected):
+    engine = llm.llm_engine
+    for index, case in enumerate(cases[:20]):
+        engine.add_request(
+            f"abort-{index}", {"prompt_token_ids": list(case.prompt)}, sampling_params(case)
+        )
+    for index in range(20):
+        engine.step()
+        engine.abort_request([f"abort-{index}"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    check(cases[:8], expected[:8], engine_answers(llm, cases[:8], "batch"))
+    worker = engine.engine_core.engine_core.model_executor.driver_worker.worker
+    state = worker.model_runner.model_state
+    assert state._aside == {}
+    assert len(state._slots) <= 8  # the last batch is forgotten with the next step
+
+
+def test_only_masked_rows_reach_the_head(llm, model):
+    """Logits are made for undecided positions, and never all of them at once in float32."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    sampler = worker.model_runner.sampler
+    seen, masked = [], []
+    project, propose = sampler.project, sampler._propose
+
+    def counting_project(hidden):
+        seen.append(len(hidden))
+        return project(hidden)
+
+    def counting_propose(hidden, window, slot, begin, first, width, draws):
+        column = torch.arange(window.tokens_RW.shape[1])
+        masked.append(int(((column < window.open_R[:, None]) & ~window.decided_RW).sum()))
+        return propose(hidden, window, slot, begin, first, width, draws)
+
+    sampler.project, sampler._propose = counting_project, counting_propose
+    chunk, sampler.rows_per_chunk = sampler.rows_per_chunk, 16
+    try:
+        cases = make_cases(random_prompts(3, seed=2), [D2FParams(8, 4, 0.1, 0.95, 0.6)], 32)
+        answers = engine_answers(llm, cases, "batch")
+    finally:
+        sampler.project, sampler._propose, sampler.rows_per_chunk = project, propose, chunk
+    assert max(seen) <= 16
+    assert sum(seen) == sum(masked)
+    assert sum(masked) < 32 * sum(a.forwards for a in answers)
+
+
+@pytest.mark.slow
+def test_every_setting_on_many_prompts(llm, model):
+    cases = make_cases(random_prompts(20, seed=100), GRID, 48)
+    check(cases, reference_answers(model, cases, MAX_LEN), engine_answers(llm, cases, "batch"))
