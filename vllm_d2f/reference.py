@@ -7,6 +7,7 @@ The engine must give the same tokens with the same number of forwards.
 Shape suffixes: T positions of the sequence, V vocabulary, W open window positions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ class Frame:
         accepted: positions decided by this forward.
         activated: per open block, whether it was fully activated in this forward.
         committed: positions whose keys and values are final.
+        margin: by how much a probability would have had to be different for this forward to
+            decide otherwise. Below float32's rounding error it is a tie, and another order of
+            summation may decide it the other way. Infinite for drawn tokens.
         block_size: positions per block.
         done: this is the last frame, and `tokens` is cut where the answer ends.
     """
@@ -43,6 +47,7 @@ class Frame:
     accepted: list[int]
     activated: list[bool]
     committed: int
+    margin: float
     block_size: int
     done: bool
 
@@ -133,6 +138,9 @@ def decode(
                 torch.arange(open_) + len(committed),
                 window.forward_R.expand(open_),
             )
+        margin = math.inf
+        if sampling is None or float(sampling.temperature_R) == 0:
+            margin = _margin(window, logits_WV, confidence_W)
         pad = params.window - open_
         activated = window.full_RW[0, :open_ : params.block_size].tolist()
         step = advance(
@@ -158,6 +166,7 @@ def decode(
             accepted=accepted,
             activated=activated,
             committed=len(committed),
+            margin=margin,
             block_size=params.block_size,
             done=done,
         )
@@ -172,6 +181,29 @@ def generate(*args, **kwargs) -> tuple[list[int], int]:
         pass
     assert frame is not None
     return frame.tokens, frame.forward
+
+
+def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
+    """See `Frame.margin`; `logits_WV` has no mask token any more."""
+    open_ = len(confidence_W)
+    masked_W = ~window.decided_RW[0, :open_]
+    if not masked_W.any():
+        return math.inf
+    top_W2 = logits_WV.softmax(-1).topk(2, dim=-1).values
+    tau = float(window.tau_conf_R1)
+    margin = float((confidence_W - tau).abs()[masked_W].min())
+    taken_W = masked_W & (confidence_W > tau)
+    size = int(window.block_size_R)
+    for start in range(0, open_, size):
+        block = slice(start, min(start + size, open_))
+        if bool(window.full_RW[0, start]) and masked_W[block].any() and not taken_W[block].any():
+            best = confidence_W[block][masked_W[block]].sort(descending=True)
+            if len(best.values) > 1:
+                margin = min(margin, float(best.values[0] - best.values[1]))
+            taken_W[start + masked_W[block].nonzero()[best.indices[0], 0]] = True
+    if taken_W.any():
+        margin = min(margin, float((top_W2[:, 0] - top_W2[:, 1])[taken_W].min()))
+    return margin
 
 
 def _decided(window: Window) -> list[int]:

@@ -3,7 +3,7 @@
 
 import random
 
-from benchmarks.parity import GRID, Case, differences
+from benchmarks.parity import GRID, TIE, Case, differences
 
 MAX_LEN = 320
 WINDOW = 256
@@ -15,9 +15,12 @@ def random_prompts(count, seed, vocab=200, longest=60):
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def check(cases, expected, got):
-    wrong = list(differences(cases, expected, got))
+def check(cases, expected, got, decisive=0.8):
+    """Equal tokens and forwards wherever rounding cannot have decided; that is nearly everywhere."""
+    wrong = [item for item in differences(cases, expected, got) if not item["tie"]]
     assert not wrong, f"{len(wrong)} of {len(cases)} differ; the first: {wrong[0]}"
+    clear = sum(known.margin >= TIE for known in expected)
+    assert clear >= decisive * len(cases), "too many ties for this to be a test"
 
 
 def grid_cases():
