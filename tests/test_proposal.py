@@ -108,3 +108,10 @@ def test_gumbel_moments():
     assert abs(noise.std() - 1.2825) < 0.01
     corr = torch.corrcoef(noise[:8])
     assert (corr - torch.eye(8)).abs().max() < 0.15
+
+
+def test_nan_logits_give_confidence_zero():
+    logits = torch.full((2, 8), torch.nan)
+    assert propose_greedy(logits.clone(), MASK)[1].tolist() == [0, 0]
+    zero = torch.zeros(2, dtype=torch.int64)
+    assert propose_drawn(logits, MASK, sampling(2), zero, zero)[1].tolist() == [0, 0]

@@ -97,6 +97,9 @@ def _refuse(vllm_config: "VllmConfig") -> None:
             vllm_config.scheduler_config.scheduler_cls
             not in (None, "vllm_d2f.scheduler.D2FScheduler")
         ),
+        "--long-prefill-token-threshold must be 0: it would cut prompts and windows": (
+            vllm_config.scheduler_config.long_prefill_token_threshold > 0
+        ),
         "--runner pooling: D2F models generate text; remove it": (
             vllm_config.model_config.runner_type != "generate"
         ),

@@ -20,7 +20,7 @@ is accept and commit: the caller runs `grow`, forward, `advance`, and again.
 Everything here is vectorised over requests, runs on any device without a host sync and has no
 loop. The engine, the reference loop, training and the viewer import it; it imports torch only.
 
-Shape suffixes: R requests, W window positions, B positions of a block, E end tokens.
+Shape suffixes: R requests, W window positions, E end tokens; R1 is a column [R, 1].
 """
 
 import math
@@ -115,9 +115,6 @@ class Window:
     start_R = _column("state", 3)
     forward_R = _column("state", 4)
     block_size_R = _column("limits", 0)
-    max_open_R = _column("limits", 1)
-    add_R = _column("limits", 2)
-    act_R = _column("limits", 3)
     ends_RE = property(lambda self: self.limits[:, 4:])
 
     @classmethod
@@ -248,63 +245,49 @@ def may_attend(
 def grow(window: Window) -> None:
     """Add and activate (ALGORITHM: iteration steps 1 and 2), in place, before a forward."""
     column_W = _columns(window)
-    block_R, open_R = window.block_size_R, window.open_R
+    open_R1, rest_R1, *_ = window.state.split(1, dim=1)
+    block_R1, max_open_R1, add_R1, act_R1, *_ = window.limits.split(1, dim=1)
     # Decided positions before each column; the last entry is the window's total.
     count_RW1 = torch.nn.functional.pad(window.decided_RW.cumsum(1), (1, 0))
 
     # Add, if there is anything to add: an end token has cut `rest_R` down to the end of its block,
     # and only the last block of all is ever shorter than the others.
-    last_R = (open_R - 1).div(block_R, rounding_mode="floor") * block_R  # -block_size if none
-    before_R = count_RW1.gather(1, last_R.clamp(min=0)[:, None])[:, 0]
-    filled_R = (count_RW1[:, -1] - before_R >= window.add_R) | (open_R == 0)
-    limit_R = torch.minimum(window.rest_R, window.max_open_R)
-    grown_R = torch.minimum(last_R + 2 * block_R, limit_R)
-    window.state[:, 0] = torch.where(filled_R & (open_R < limit_R), grown_R, open_R)
+    last_R1 = (open_R1 - 1).div(block_R1, rounding_mode="floor") * block_R1  # < 0 if none is open
+    decided_R1 = count_RW1[:, -1:] - count_RW1.gather(1, last_R1.clamp(min=0))
+    filled_R1 = (decided_R1 >= add_R1) | (open_R1 == 0)
+    limit_R1 = torch.minimum(rest_R1, max_open_R1)
+    grown_R1 = torch.minimum(last_R1 + 2 * block_R1, limit_R1)
+    grown_R1 = torch.where(filled_R1 & (open_R1 < limit_R1), grown_R1, open_R1)
 
     # Activate. What precedes the window is decided, so its first block is always fully activated.
     start_RW, previous_RW = count_RW1.gather(1, window.layout).chunk(2, dim=1)
-    filled_RW = (start_RW - previous_RW >= window.act_R[:, None]) | (column_W < block_R[:, None])
-    window.full_RW = (window.full_RW | filled_RW) & (column_W < window.open_R[:, None])
+    filled_RW = (start_RW - previous_RW >= act_R1) | (column_W < block_R1)
+    window.full_RW = (window.full_RW | filled_RW) & (column_W < grown_R1)
+    open_R1.copy_(grown_R1)
 
 
-def advance(
-    window: Window,
-    proposal_RW: Tensor,
-    confidence_RW: Tensor,
-    mask_id: int,
-    width_R: Tensor | None = None,
-) -> Step:
+def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id: int) -> Step:
     """Accept and commit (ALGORITHM: iteration steps 4 and 5), in place, after a forward.
 
     Args:
-        window: what went into the forward, as `grow` left it.
+        window: what went into the forward, as `grow` left it, all open blocks.
         proposal_RW: int64, proposed tokens; read at undecided open positions only.
-        confidence_RW: float32, their probabilities. NaN counts as 0.
+        confidence_RW: float32, their probabilities, never NaN (`proposal` sees to that).
         mask_id: the mask token, written where the window moves over.
-        width_R: int64, positions that were in the forward, when fewer than the open ones. Blocks
-            that were not there as a whole keep their state and wait.
     """
     column_W, width = _columns(window), window.tokens_RW.shape[1]
-    block_R, open_R, start_RW = window.block_size_R, window.open_R, window.layout[:, :width]
-    present_R = open_R
-    if width_R is not None:
-        whole_R = width_R.div(block_R, rounding_mode="floor") * block_R
-        present_R = torch.where(width_R < open_R, whole_R, open_R)
-    present_RW = column_W < present_R[:, None]
-    masked_RW = present_RW & ~window.decided_RW
+    open_R1, rest_R1, goal_R1, start_R1, forward_R1 = window.state.split(1, dim=1)
+    block_R1, start_RW = window.limits[:, :1], window.layout[:, :width]
+    masked_RW = (column_W < open_R1) & ~window.decided_RW
     # Leading positions that went into the forward decided: their keys and values are final.
-    lead_in_R = _lead(present_RW & window.decided_RW)
+    lead_in_R1 = _lead(window.decided_RW)
 
     # Accept. If any proposal of a block passes the threshold its best one does, so a fully activated
     # block may take its best one without asking. Of equals the first wins.
-    candidate_RW = torch.where(masked_RW, confidence_RW.nan_to_num(0.0), -1.0)
-    best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce_(
-        1, start_RW, candidate_RW, "amax"
-    )
+    candidate_RW = torch.where(masked_RW, confidence_RW, -1.0)
+    best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce_(1, start_RW, candidate_RW, "amax")
     best_column_RW = torch.where(candidate_RW == best_RW.gather(1, start_RW), column_W, width)
-    first_RW = torch.full_like(start_RW, width).scatter_reduce_(
-        1, start_RW, best_column_RW, "amin"
-    )
+    first_RW = torch.full_like(start_RW, width).scatter_reduce_(1, start_RW, best_column_RW, "amin")
     forced_RW = window.full_RW & (column_W == first_RW.gather(1, start_RW))
     accepted_RW = ((candidate_RW > window.tau_conf_R1) | forced_RW) & masked_RW
     tokens_RW = torch.where(accepted_RW, proposal_RW, window.tokens_RW)
@@ -312,49 +295,50 @@ def advance(
 
     # End. Behind the block of the first decided end token nothing is decoded any more: the window
     # closes there at once, as later blocks cannot influence earlier ones.
-    rest_R, need_R = window.rest_R, window.goal_R
+    need_R1 = goal_R1
     if window.num_ends:
         ends_RE = window.ends_RE
         is_end_RW = tokens_RW == ends_RE[:, :1]
         for end in range(1, window.num_ends):
             is_end_RW |= tokens_RW == ends_RE[:, end, None]
-        is_end_RW &= decided_RW & (column_W < need_R[:, None])
-        end_R = _lead(~is_end_RW)
-        behind_R = (end_R.div(block_R, rounding_mode="floor") + 1) * block_R
-        # Without an end token `end_R` is the window's width: too far to cut anything.
-        ended_R = end_R < width
-        rest_R = torch.where(ended_R, torch.minimum(rest_R, behind_R), rest_R)
-        need_R = torch.where(ended_R, end_R + 1, need_R)
-        open_R = torch.minimum(open_R, rest_R)
+        is_end_RW &= decided_RW & (column_W < goal_R1)
+        end_R1 = _lead(~is_end_RW)
+        behind_R1 = (end_R1.div(block_R1, rounding_mode="floor") + 1) * block_R1
+        # Without an end token `end_R1` is the window's width: too far to cut anything.
+        ended_R1 = end_R1 < width
+        rest_R1 = torch.where(ended_R1, torch.minimum(rest_R1, behind_R1), rest_R1)
+        need_R1 = torch.where(ended_R1, end_R1 + 1, goal_R1)
+        open_R1 = torch.minimum(open_R1, rest_R1)
 
     # Done when everything up to the end token, or up to the wanted length, is decided.
-    done_R = _lead(decided_RW) >= need_R
+    done_R1 = _lead(decided_RW) >= need_R1
 
     # Commit whole blocks; the last one may be cut short.
-    whole_R = lead_in_R.div(block_R, rounding_mode="floor") * block_R
-    commit_R = torch.where(lead_in_R >= rest_R, rest_R, whole_R)
+    whole_R1 = lead_in_R1.div(block_R1, rounding_mode="floor") * block_R1
+    commit_R1 = torch.where(lead_in_R1 >= rest_R1, rest_R1, whole_R1)
+    output_R1 = torch.where(done_R1, need_R1, torch.minimum(commit_R1, need_R1))
     step = Step(
         tokens_RW=tokens_RW,
-        commit_R=commit_R,
-        output_R=torch.where(done_R, need_R, torch.minimum(commit_R, need_R)),
-        done_R=done_R,
+        commit_R=commit_R1[:, 0],
+        output_R=output_R1[:, 0],
+        done_R=done_R1[:, 0],
         accepted_RW=accepted_RW,
     )
 
     # Move the window over what was committed.
-    source_RW = column_W + commit_R[:, None]
-    inside_RW = source_RW < open_R[:, None]
+    source_RW = column_W + commit_R1
+    inside_RW = source_RW < open_R1
     source_RW = source_RW.clamp_(max=width - 1)
     window.tokens_RW = torch.where(inside_RW, tokens_RW.gather(1, source_RW), mask_id)
     window.decided_RW = inside_RW & decided_RW.gather(1, source_RW)
     window.full_RW = inside_RW & window.full_RW.gather(1, source_RW)
-    window.state = torch.stack(
+    window.state = torch.cat(
         (
-            (open_R - commit_R).clamp_(min=0),
-            rest_R - commit_R,
-            window.goal_R - commit_R,
-            window.start_R + commit_R,
-            window.forward_R + 1,
+            (open_R1 - commit_R1).clamp_(min=0),
+            rest_R1 - commit_R1,
+            goal_R1 - commit_R1,
+            start_R1 + commit_R1,
+            forward_R1 + 1,
         ),
         dim=1,
     )
@@ -366,6 +350,6 @@ def _columns(window: Window) -> Tensor:
 
 
 def _lead(flag_RW: Tensor) -> Tensor:
-    """How many leading columns of each row are True, int64."""
+    """How many leading columns of each row are True, int64 [R, 1]."""
     # cumprod is 1 up to the first False.
-    return flag_RW.cumprod(1).sum(1)
+    return flag_RW.cumprod(1).sum(1, keepdim=True)

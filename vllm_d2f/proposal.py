@@ -65,12 +65,12 @@ def propose_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     mask column of `logits_NV`.
 
     Returns:
-        token_N (int64) and confidence_N (float32).
+        token_N (int64) and confidence_N (float32, 0 where the logits have a NaN).
     """
     logits_NV[:, mask_id] = -torch.inf
     top_N, token_N = logits_NV.max(dim=-1)
     confidence_N = torch.exp(top_N.float() - torch.logsumexp(logits_NV, dim=-1).float())
-    return token_N, confidence_N
+    return token_N, confidence_N.nan_to_num_(0.0)
 
 
 def propose_drawn(
@@ -107,7 +107,7 @@ def propose_drawn(
     choice_N = (sorted_NV + noise_NV).argmax(-1, keepdim=True)
     return (
         token_NV.gather(1, choice_N)[:, 0],
-        sorted_NV.gather(1, choice_N)[:, 0].exp(),
+        sorted_NV.gather(1, choice_N)[:, 0].exp().nan_to_num_(0.0),
     )
 
 

@@ -72,20 +72,25 @@ class D2FSampler:
             window = state.window.rows(slot_D)
             draws = bool(state.draws_S[input_batch.idx_mapping_np[:num_denoising]].any())
             proposal_DW, confidence_DW = self._propose(
-                hidden_TH, window, slot_D, begin_R[:num_denoising], first_D, width_D, draws
+                hidden_TH, window, slot_D, begin_R[:num_denoising], first_D, draws
             )
-            step = advance(window, proposal_DW, confidence_DW, state.mask_id, width_D)
+            step = advance(window, proposal_DW, confidence_DW, state.mask_id)
             grow(window)
             state.window.put(slot_D, window)
             self._publish(slot_D, window)
             idle = num_reqs - num_denoising
-            pad = torch.nn.functional.pad
+            tokens_RW, sampled_R = step.tokens_RW, step.output_R
+            rejected_R = width_D - sampled_R
+            if idle:
+                pad = torch.nn.functional.pad
+                tokens_RW = pad(tokens_RW, (0, 0, 0, idle))
+                sampled_R, rejected_R = pad(sampled_R, (0, idle)), pad(rejected_R, (0, idle))
             output = SamplerOutput(
-                sampled_token_ids=pad(step.tokens_RW, (0, 0, 0, idle)),
+                sampled_token_ids=tokens_RW,
                 logprobs_tensors=None,
                 num_nans=None,
-                num_sampled=pad(step.output_R, (0, idle)).int(),
-                num_rejected=pad(width_D - step.output_R, (0, idle)).int(),
+                num_sampled=sampled_R.int(),
+                num_rejected=rejected_R.int(),
             )
             keep_R[:num_denoising] = first_D + step.commit_R - 1
         else:
@@ -108,20 +113,17 @@ class D2FSampler:
         slot_D: Tensor,
         begin_D: Tensor,
         first_D: Tensor,
-        width_D: Tensor,
         draws: bool,
     ) -> tuple[Tensor, Tensor]:
         """Token and confidence at the masked positions, zeros elsewhere: int64, float32 [D, W].
 
         Args:
             begin_D, first_D: rows of `hidden_TH` at which the request and its window begin.
-            width_D: positions of the window in this forward.
             draws: some of these requests have a temperature above 0.
         """
         state, device = self.state, hidden_TH.device
-        present_D = torch.minimum(window.open_R, width_D)
         column_W = torch.arange(window.tokens_RW.shape[1], device=device)
-        masked_DW = (column_W < present_D[:, None]) & ~window.decided_RW
+        masked_DW = (column_W < window.open_R[:, None]) & ~window.decided_RW
         proposal_DW = torch.zeros_like(window.tokens_RW)
         confidence_DW = torch.zeros(masked_DW.shape, dtype=torch.float32, device=device)
         request_N, column_N = masked_DW.nonzero(as_tuple=True)

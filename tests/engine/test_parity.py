@@ -192,10 +192,10 @@ def test_only_masked_rows_reach_the_head(llm, model):
         seen.append(len(hidden))
         return project(hidden)
 
-    def counting_propose(hidden, window, slot, begin, first, width, draws):
+    def counting_propose(hidden, window, slot, begin, first, draws):
         column = torch.arange(window.tokens_RW.shape[1])
         masked.append(int(((column < window.open_R[:, None]) & ~window.decided_RW).sum()))
-        return propose(hidden, window, slot, begin, first, width, draws)
+        return propose(hidden, window, slot, begin, first, draws)
 
     sampler.project, sampler._propose = counting_project, counting_propose
     chunk, sampler.rows_per_chunk = sampler.rows_per_chunk, 16
