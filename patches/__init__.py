@@ -12,6 +12,7 @@ from vllm_d2f.patches import (
     p03_cpu_kernels,
     p04_forget_finished,
     p05_model_names,
+    p06_cpu_package_name,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -23,6 +24,7 @@ PATCHES: tuple[Patch, ...] = (
     p03_cpu_kernels.PATCH,
     p04_forget_finished.PATCH,
     p05_model_names.PATCH,
+    p06_cpu_package_name.PATCH,
 )
 
 _applied: dict[str, str] = {}

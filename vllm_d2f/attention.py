@@ -70,17 +70,19 @@ def virtual_sequences(
 
     first_R = block_at(start_R)
     count_R = block_at(stop_R - 1) - first_R + 1
-    request_S = np.repeat(np.arange(len(start_R)), count_R)
-    ordinal_S = np.arange(len(request_S)) - np.repeat(np.cumsum(count_R) - count_R, count_R)
-    after_S = (first_R[request_S] + ordinal_S + 1) - split_R[request_S]
+    request_S = np.arange(len(start_R)).repeat(count_R)
+    # Blocks of the answer up to and including this one; 0 or less inside the prompt.
+    before_R = first_R - split_R + 1 - (count_R.cumsum() - count_R)
+    answer_S = before_R[request_S] + np.arange(len(request_S))
     prompt_S = prompt_R[request_S]
-    end_S = np.where(
-        after_S <= 0,
-        np.minimum((after_S + split_R[request_S]) * prompt_block_R[request_S], prompt_S),
-        prompt_S + after_S * block_R[request_S],
-    )
+    end_S = prompt_S + answer_S * block_R[request_S]
+    if (answer_S <= 0).any():
+        in_prompt_S = (answer_S + split_R[request_S]) * prompt_block_R[request_S]
+        end_S = np.where(answer_S <= 0, np.minimum(in_prompt_S, prompt_S), end_S)
     end_S = np.minimum(end_S, stop_R[request_S])
-    begin_S = np.where(ordinal_S == 0, start_R[request_S], np.roll(end_S, 1))
+    # A request's queries lie side by side, so a block's begin where the one before ends.
+    length_R = stop_R - start_R
+    offset_R = length_R.cumsum() - length_R - start_R
     query_start_S1 = np.zeros(len(request_S) + 1, dtype=np.int32)
-    np.cumsum(end_S - begin_S, out=query_start_S1[1:])
+    query_start_S1[1:] = end_S + offset_R[request_S]
     return VirtualSequences(request_S, query_start_S1, end_S.astype(np.int32))

@@ -15,6 +15,7 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 64
 REPEATS = 3
+WIDTH = 100
 NUMBER = re.compile(r"\d+")
 
 
@@ -169,8 +171,9 @@ def _print_answers(problems: Sequence[Problem], outputs: Sequence["RequestOutput
     print()
     for number, (problem, output) in enumerate(zip(problems, outputs, strict=True), start=1):
         mark = "right" if is_right(output, problem) else f"WRONG, {problem.final} expected"
-        print(f"{number:2}. {problem.question}")
-        print(f"    {output.outputs[0].text.strip()}   [{mark}]")
+        lines = textwrap.wrap(problem.question, WIDTH - 4)
+        answer = textwrap.wrap(f"{output.outputs[0].text.strip()}   [{mark}]", WIDTH - 4)
+        print(f"{number:2}. " + "\n    ".join(lines + answer))
     print(flush=True)
 
 

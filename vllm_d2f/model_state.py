@@ -141,7 +141,8 @@ class D2FModelState(ModelState):
     ) -> dict[str, Any]:
         slot_R = input_batch.idx_mapping_np
         start_R = input_batch.num_computed_tokens_np
-        length_R = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
+        query_start_R1 = input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
+        length_R = query_start_R1[1:] - query_start_R1[:-1]
         block_size_R = self.block_size_S[slot_R]
         sequences = virtual_sequences(
             start_R,
@@ -166,7 +167,7 @@ class D2FModelState(ModelState):
             num_tokens=input_batch.num_tokens,
             query_start_loc_gpu=query_start.to(self.device, non_blocking=True),
             query_start_loc_cpu=query_start,
-            max_query_len=int(np.diff(sequences.query_start_S1).max()),
+            max_query_len=int((sequences.query_start_S1[1:] - sequences.query_start_S1[:-1]).max()),
             seq_lens=kv_len.to(self.device, non_blocking=True),
             max_seq_len=max_kv_len,
             block_tables=tables,

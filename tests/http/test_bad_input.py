@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server refuses: HTTP 400 with a message that names the remedy, and it goes on serving."""
+
+import openai
+import pytest
+from conftest import MODEL
+
+from vllm_d2f.demo import bundled_problems
+
+PROBLEM = bundled_problems()[1]
+
+
+def ask(client: openai.OpenAI, **options) -> str:
+    options = {"prompt": PROBLEM.question, "temperature": 0, "max_tokens": 64} | options
+    return client.completions.create(model=MODEL, **options).choices[0].text
+
+
+@pytest.fixture(scope="module")
+def good_answer(client) -> str:
+    return ask(client)
+
+
+def xargs(**values) -> dict:
+    return {"extra_body": {"vllm_xargs": values}}
+
+
+# Test id -> the request's options, and what the message must contain.
+REFUSED = {
+    "unknown option": (xargs(d2f_speed=2), ["d2f_speed", "d2f_tau_conf"]),
+    "another diffusion's option": (xargs(diffusion_steps=2), ["diffusion_steps", "d2f_tau_conf"]),
+    "tau_conf above 1": (xargs(d2f_tau_conf=1.5), ["d2f_tau_conf", "[0, 1]", "1.5"]),
+    "tau_add below 0": (xargs(d2f_tau_add=-0.1), ["d2f_tau_add", "[0, 1]"]),
+    "tau_act no number": (xargs(d2f_tau_act="high"), ["d2f_tau_act", "number"]),
+    "block size 0": (xargs(d2f_block_size=0), ["d2f_block_size", "[1, "]),
+    "block size negative": (xargs(d2f_block_size=-16), ["d2f_block_size", "[1, "]),
+    "block size of a fraction": (xargs(d2f_block_size=7.5), ["d2f_block_size", "integer"]),
+    "block too wide": (xargs(d2f_block_size=100_000), ["d2f_block_size", "[1, "]),
+    "max blocks 0": (xargs(d2f_max_blocks=0), ["d2f_max_blocks", "[1, "]),
+    "window too wide": (
+        xargs(d2f_block_size=32, d2f_max_blocks=64),
+        ["d2f_block_size * d2f_max_blocks", "2048", "--additional-config"],
+    ),
+    "logprobs": ({"logprobs": 1}, ["logprobs", "not supported"]),
+    "presence penalty": ({"presence_penalty": 0.5}, ["presence_penalty", "0.0"]),
+    "frequency penalty": ({"frequency_penalty": 0.5}, ["frequency_penalty", "0.0"]),
+    "repetition penalty": (
+        {"extra_body": {"repetition_penalty": 1.1}},
+        ["repetition_penalty", "1.0"],
+    ),
+    "min tokens": ({"extra_body": {"min_tokens": 4}}, ["min_tokens", "0"]),
+    "logit bias": ({"logit_bias": {"5": 1.0}}, ["logit_bias", "not supported"]),
+    "bad words": ({"extra_body": {"bad_words": ["apples"]}}, ["bad_words", "not supported"]),
+    "allowed token ids": (
+        {"extra_body": {"allowed_token_ids": [5, 6]}},
+        ["allowed_token_ids", "not supported"],
+    ),
+    "prompt logprobs": (
+        {"extra_body": {"prompt_logprobs": 1}},
+        ["prompt_logprobs", "not supported"],
+    ),
+    "structured output": (
+        {"extra_body": {"structured_outputs": {"regex": "[0-9]+"}}},
+        ["tructured output", "Remove"],
+    ),
+    "prompt too long": ({"prompt": "Leo has 73 pens. " * 200}, ["maximum context length", "512"]),
+    "prompt and answer too long": ({"max_tokens": 5000}, ["max_tokens", "512"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_remedy(client, good_answer, name):
+    options, expected = REFUSED[name]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(client, **options)
+    assert refusal.value.status_code == 400
+    message = refusal.value.body["message"]
+    for part in expected:
+        assert part in message
+    assert ask(client) == good_answer
+
+
+def test_chat_refuses_the_same_way(client, good_answer):
+    with pytest.raises(openai.BadRequestError, match="d2f_tau_conf must be a number in"):
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": PROBLEM.question}],
+            extra_body={"vllm_xargs": {"d2f_tau_conf": 2}},
+        )
+    assert ask(client) == good_answer
+
+
+def test_an_unknown_model_is_not_found(client, good_answer):
+    with pytest.raises(openai.NotFoundError, match="d2f-huge"):
+        client.completions.create(model="d2f-huge", prompt="1")
+    assert ask(client) == good_answer
+
+
+def test_a_bad_request_among_good_ones_hurts_nobody(client, good_answer):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def bad_or_good(i: int) -> str:
+        if i % 2:
+            return ask(client)
+        with pytest.raises(openai.BadRequestError):
+            ask(client, **xargs(d2f_tau_conf=3))
+        return good_answer
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(bad_or_good, range(16))) == {good_answer}
