@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm_d2f.patches.patch import Patch, check_parameters, check_sources, find,
 
 NAME = "p03_cpu_kernels"
 HOOK = "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides"
+SCAN = "vllm.triton_utils.dispatcher:_rebind_kernels"
 
 _INPUT_BATCH = "vllm.v1.worker.gpu.input_batch"
 _BUFFERS = "vllm.v1.worker.gpu.buffer_utils"
@@ -108,19 +110,39 @@ def _make(original: Callable[..., None]) -> Callable[..., None]:
     return register_triton_kernel_overrides
 
 
+def _make_scan(original: Callable[..., None]) -> Callable[..., None]:
+    def _rebind_kernels(overrides: list[Any]) -> None:
+        # `llvmlite.binding.ffi.lib` answers every attribute, `__dict__` too, with a C function, on
+        # which the scan over all modules falls. No kernel is in there.
+        hidden = {name: sys.modules.pop(name) for name in _llvmlite()}
+        try:
+            original(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    return _rebind_kernels
+
+
+def _llvmlite() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
+
+
 def apply() -> None:
     """Install the patch; a second call does nothing."""
     replace(NAME, HOOK, _make)
+    replace(NAME, SCAN, _make_scan)
 
 
 PATCH = Patch(
     name=NAME,
-    target=(HOOK, *KERNELS, *METHODS),
+    target=(HOOK, SCAN, *KERNELS, *METHODS),
     why="The V2 model runner prepares its batch with Triton kernels. Without Triton's CPU backend "
     "the first launch fails.",
     how="When a worker starts, vLLM lets its platform register kernel replacements. On the CPU "
     "ours are registered right after vLLM's own, through the same `register_kernels`. They are "
-    "vectorised numpy on views of the same tensors. Models on the V1 runner launch none of these.",
+    "vectorised numpy on views of the same tensors. Models on the V1 runner launch none of these. "
+    "vLLM's scan for references to the kernels is kept away from llvmlite, on which it fails in a "
+    "process that has loaded Numba.",
     upstream="`CpuPlatform.register_triton_kernel_overrides` does this for the V1 runner's kernels",
     remove_when="vLLM registers CPU versions of these kernels, or triton-cpu is on PyPI",
     when="the platform is a CPU and Triton has no CPU backend",

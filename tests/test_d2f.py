@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_d2f.d2f import D2FParams, Window, advance, block_of, grow, may_attend
+from vllm_d2f.d2f import D2FParams, Window, activated, advance, block_of, grow, may_attend
 
 MASK, VOCAB = 0, 6
 
@@ -137,7 +137,7 @@ def test_equals_the_plain_transcription(requests, seed):
         for row, p in enumerate(plain):
             if done[row]:
                 continue
-            assert before.full_RW[row, : before.open_R[row] : p.params.block_size].tolist() == (
+            assert activated(before)[row, : before.open_R[row] : p.params.block_size].tolist() == (
                 p.activated
             )
             p.advance(proposal[row].tolist(), confidence[row].tolist())
@@ -172,7 +172,7 @@ def test_invariants_of_one_request(request_, seed):
     start = 0
     for forward in range(max_tokens + params.block_size + blocks + 1):
         grow(window)
-        assert bool(window.full_RW[0, 0])
+        assert bool(activated(window)[0, 0])
         open_before = int(window.open_R)
         step = advance(
             window,
@@ -218,7 +218,7 @@ def test_semi_activated_blocks_wait_below_the_threshold():
     assert window.decided_RW[0].tolist() == [True, *[False] * 7]
     grow(window)  # one of four decided: the second block opens, not activated
     assert int(window.open_R) == 8
-    assert window.full_RW[0].tolist() == [True] * 4 + [False] * 4
+    assert activated(window)[0].tolist() == [True] * 4 + [False] * 4
     confidence = torch.tensor([[0.1, 0.1, 0.2, 0.1, 0.95, 0.89, 0.9, 0.91]])
     advance(window, token, confidence, MASK)
     assert window.decided_RW[0].tolist() == [True, False, True, False, True, False, False, True]

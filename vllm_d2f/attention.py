@@ -55,18 +55,21 @@ def virtual_sequences(
     stop_R = stop_R.astype(np.int64)
     prompt_R = prompt_len_R.astype(np.int64)
     block_R = block_size_R.astype(np.int64)
-    whole_R = np.maximum(prompt_R, 1)
-    prompt_block_R = whole_R if prompt_block_R is None else np.minimum(prompt_block_R, whole_R)
+    if prompt_block_R is None:
+        # The prompt is one block, and an empty one none.
+        prompt_block_R = prompt_R
+        split_R = np.minimum(prompt_R, 1)
+    else:
+        prompt_block_R = np.minimum(prompt_block_R, np.maximum(prompt_R, 1))
+        split_R = -(-prompt_R // prompt_block_R)
 
     # Blocks are numbered through prompt and answer: `split` of them before the answer begins.
-    split_R = -(-prompt_R // prompt_block_R)
-
     def block_at(position_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.where(
-            position_R < prompt_R,
-            position_R // prompt_block_R,
-            split_R + (position_R - prompt_R) // block_R,
-        )
+        answer_R = split_R + (position_R - prompt_R) // block_R
+        if (position_R >= prompt_R).all():
+            return answer_R
+        in_prompt_R = position_R // np.maximum(prompt_block_R, 1)
+        return np.where(position_R < prompt_R, in_prompt_R, answer_R)
 
     first_R = block_at(start_R)
     count_R = block_at(stop_R - 1) - first_R + 1

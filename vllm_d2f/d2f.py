@@ -14,8 +14,9 @@ values are final and stay in the KV cache. The blocks that are not finished form
 One iteration: **add** a block if the last open one is filled enough, **activate** blocks whose
 predecessor is filled enough, run the model's **forward** over the window, **accept** proposals
 (above the confidence threshold; a fully activated block takes its best one if none is), **commit**
-the leading blocks that went into the forward without a mask. `grow` is add and activate, `advance`
-is accept and commit: the caller runs `grow`, forward, `advance`, and again.
+the leading blocks that went into the forward without a mask. `grow` adds, `activated` says which
+blocks are activated, `advance` accepts and commits: the caller runs `grow`, forward, `advance`, and
+again.
 
 Everything here is vectorised over requests, runs on any device without a host sync and has no
 loop. The engine, the reference loop, training and the viewer import it; it imports torch only.
@@ -25,7 +26,7 @@ Shape suffixes: R requests, W window positions, E end tokens; R1 is a column [R,
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,9 +67,9 @@ class D2FParams:
         return self.block_size * self.max_blocks
 
 
-def _column(matrix: str, index: int) -> property:
-    """One column of a matrix of per-request values, by name."""
-    return property(lambda self: getattr(self, matrix)[:, index])
+def _column(index: int) -> property:
+    """One column of the per-request values, by name."""
+    return property(lambda self: self.numbers[:, index])
 
 
 @dataclass(slots=True)
@@ -79,43 +80,42 @@ class Window:
     position, never by comparing token ids, so a mask token has no meaning of its own in a prompt.
 
     Few tensors, because on a small batch an operation costs its launch: what is kept per request
-    lies in three matrices, read through the properties below.
+    lies side by side in one matrix, read through the properties below.
 
     Attributes:
         tokens_RW: int64, decided tokens, the mask token elsewhere.
         decided_RW: bool.
-        full_RW: bool, the position's block is fully activated (same value all over a block).
-        state: int64 [R, 5], changes with every forward:
+        numbers: int64 [R, 10 + E]. Changing with every forward:
             open_R, positions in open blocks;
             rest_R, positions from the window's start to the last one the request may decode;
             goal_R, positions from the window's start that the request still wants (max_tokens);
             start_R, answer position of the window's start, that is how many are committed;
-            forward_R, forwards so far.
+            forward_R, forwards so far;
+            lead_R, leading decided positions.
+            Fixed: block_size_R; max_open_R, positions of the widest window; add_R and act_R,
+            tau_add and tau_act as the fewest decided positions of a block that reach them;
+            ends_RE, end tokens padded with -1.
         layout: int64 [R, 2W], the columns at which each column's block begins (start_RW) and at
             which the block before it does, 0 for the first block.
-        limits: int64 [R, 4 + E], block_size_R, max_open_R (positions of the widest window),
-            add_R and act_R (tau_add and tau_act as the fewest decided positions of a block that
-            reach them) and ends_RE, end tokens padded with -1.
         tau_conf_R1: float32 [R, 1].
+        column_W: int64, 0, 1, 2, ...
         num_ends: how many columns of ends_RE are in use.
     """
 
     tokens_RW: Tensor
     decided_RW: Tensor
-    full_RW: Tensor
-    state: Tensor
+    numbers: Tensor
     layout: Tensor
-    limits: Tensor
     tau_conf_R1: Tensor
+    column_W: Tensor
     num_ends: int = 0
 
-    open_R = _column("state", 0)
-    rest_R = _column("state", 1)
-    goal_R = _column("state", 2)
-    start_R = _column("state", 3)
-    forward_R = _column("state", 4)
-    block_size_R = _column("limits", 0)
-    ends_RE = property(lambda self: self.limits[:, 4:])
+    open_R = _column(0)
+    rest_R = _column(1)
+    goal_R = _column(2)
+    start_R = _column(3)
+    forward_R = _column(4)
+    block_size_R = _column(6)
 
     @classmethod
     def empty(
@@ -134,11 +134,10 @@ class Window:
         return cls(
             tokens_RW=full(mask_id, torch.int64, width),
             decided_RW=full(False, torch.bool, width),
-            full_RW=full(False, torch.bool, width),
-            state=full(0, torch.int64, 5),
+            numbers=full(1, torch.int64, _STATE + _FIXED + num_ends),
             layout=full(0, torch.int64, 2 * width),
-            limits=full(1, torch.int64, 4 + num_ends),
             tau_conf_R1=full(0.0, torch.float32, 1),
+            column_W=torch.arange(width, device=device),
         )
 
     def start(
@@ -158,43 +157,44 @@ class Window:
             limit: positions the model can still hold; a last block that does not fit is cut short.
             ends: end tokens, at most E of them.
         """
-        width, room = self.tokens_RW.shape[1], self.limits.shape[1] - 4
+        width, room = len(self.column_W), self.numbers.shape[1] - _STATE - _FIXED
         if len(ends) > room:
             raise ValueError(f"{len(ends)} end tokens, there is room for {room}")
         size = params.block_size
         whole_blocks = -(-max_tokens // size) * size
         self.tokens_RW[row] = mask_id
         self.decided_RW[row] = False
-        self.full_RW[row] = False
-        self.state[row] = torch.tensor([0, min(whole_blocks, limit), min(max_tokens, limit), 0, 0])
+        state = [0, min(whole_blocks, limit), min(max_tokens, limit), 0, 0, 0]
+        fixed = [size, min(params.window, width)]
+        fixed += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
+        unused = [-1] * (room - len(ends))
+        self.numbers[row] = torch.tensor([*state, *fixed, *ends, *unused])
         start_W = torch.arange(width) // size * size
         self.layout[row] = torch.cat((start_W, (start_W - size).clamp(min=0)))
-        self.limits[row] = torch.tensor(
-            [
-                size,
-                min(params.window, width),
-                _fewest(params.tau_add, size),
-                _fewest(params.tau_act, size),
-                *ends,
-                *[-1] * (room - len(ends)),
-            ]
-        )
         self.tau_conf_R1[row] = params.tau_conf
         self.num_ends = max(self.num_ends, len(ends))
 
     def rows(self, index_R: Tensor) -> "Window":
         """A copy of the given rows."""
         return Window(
-            *(getattr(self, name).index_select(0, index_R) for name in _TENSORS), self.num_ends
+            self.tokens_RW.index_select(0, index_R),
+            self.decided_RW.index_select(0, index_R),
+            self.numbers.index_select(0, index_R),
+            self.layout.index_select(0, index_R),
+            self.tau_conf_R1.index_select(0, index_R),
+            self.column_W,
+            self.num_ends,
         )
 
     def put(self, index_R: Tensor, rows: "Window") -> None:
         """Write back rows that went through `grow` and `advance`; their settings stay."""
-        for name in ("tokens_RW", "decided_RW", "full_RW", "state"):
-            getattr(self, name).index_copy_(0, index_R, getattr(rows, name))
+        self.tokens_RW.index_copy_(0, index_R, rows.tokens_RW)
+        self.decided_RW.index_copy_(0, index_R, rows.decided_RW)
+        self.numbers[:, :_STATE].index_copy_(0, index_R, rows.numbers[:, :_STATE])
 
 
-_TENSORS = tuple(f.name for f in fields(Window) if f.type is Tensor)
+# Columns of `Window.numbers` that change, and that do not (the end tokens come behind them).
+_STATE, _FIXED = 6, 4
 
 
 def _fewest(fraction: float, size: int) -> int:
@@ -243,27 +243,33 @@ def may_attend(
 
 
 def grow(window: Window) -> None:
-    """Add and activate (ALGORITHM: iteration steps 1 and 2), in place, before a forward."""
-    column_W = _columns(window)
-    open_R1, rest_R1, *_ = window.state.split(1, dim=1)
-    block_R1, max_open_R1, add_R1, act_R1, *_ = window.limits.split(1, dim=1)
-    # Decided positions before each column; the last entry is the window's total.
-    count_RW1 = torch.nn.functional.pad(window.decided_RW.cumsum(1), (1, 0))
+    """Add (ALGORITHM: iteration step 1), in place, before a forward.
 
-    # Add, if there is anything to add: an end token has cut `rest_R` down to the end of its block,
-    # and only the last block of all is ever shorter than the others.
+    An end token has cut `rest_R` down to the end of its block, so nothing is added behind it; and
+    only the last block of all is ever shorter than the others, behind which nothing comes either.
+    """
+    open_R1, rest_R1 = window.numbers[:, :2].split(1, dim=1)
+    block_R1, max_open_R1, add_R1, _ = _fixed(window)
     last_R1 = (open_R1 - 1).div(block_R1, rounding_mode="floor") * block_R1  # < 0 if none is open
-    decided_R1 = count_RW1[:, -1:] - count_RW1.gather(1, last_R1.clamp(min=0))
-    filled_R1 = (decided_R1 >= add_R1) | (open_R1 == 0)
+    in_last_RW = window.decided_RW & (window.column_W >= last_R1)
+    filled_R1 = (in_last_RW.sum(1, keepdim=True) >= add_R1) | (open_R1 == 0)
     limit_R1 = torch.minimum(rest_R1, max_open_R1)
     grown_R1 = torch.minimum(last_R1 + 2 * block_R1, limit_R1)
-    grown_R1 = torch.where(filled_R1 & (open_R1 < limit_R1), grown_R1, open_R1)
+    open_R1.copy_(torch.where(filled_R1 & (open_R1 < limit_R1), grown_R1, open_R1))
 
-    # Activate. What precedes the window is decided, so its first block is always fully activated.
-    start_RW, previous_RW = count_RW1.gather(1, window.layout).chunk(2, dim=1)
-    filled_RW = (start_RW - previous_RW >= act_R1) | (column_W < block_R1)
-    window.full_RW = (window.full_RW | filled_RW) & (column_W < grown_R1)
-    open_R1.copy_(grown_R1)
+
+def activated(window: Window) -> Tensor:
+    """Activate (ALGORITHM: iteration step 2): whether each position's block is fully activated.
+
+    Bool [R, W], the same all over a block. A function of what is decided and no state of its own:
+    decided positions only ever become more, so an activated block stays activated. What precedes
+    the window is decided, so its first block always is.
+    """
+    width = len(window.column_W)
+    block_R1, _, _, act_R1 = _fixed(window)
+    start_RW, previous_RW = window.layout[:, :width], window.layout[:, width:]
+    decided_RW = torch.zeros_like(start_RW).scatter_add_(1, start_RW, window.decided_RW.long())
+    return (decided_RW.gather(1, previous_RW) >= act_R1) | (window.column_W < block_R1)
 
 
 def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id: int) -> Step:
@@ -275,12 +281,14 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
         confidence_RW: float32, their probabilities, never NaN (`proposal` sees to that).
         mask_id: the mask token, written where the window moves over.
     """
-    column_W, width = _columns(window), window.tokens_RW.shape[1]
-    open_R1, rest_R1, goal_R1, start_R1, forward_R1 = window.state.split(1, dim=1)
-    block_R1, start_RW = window.limits[:, :1], window.layout[:, :width]
-    masked_RW = (column_W < open_R1) & ~window.decided_RW
-    # Leading positions that went into the forward decided: their keys and values are final.
-    lead_in_R1 = _lead(window.decided_RW)
+    column_W, width = window.column_W, len(window.column_W)
+    decided_in_RW = window.decided_RW
+    open_R1, rest_R1, goal_R1, start_R1, forward_R1, lead_in_R1 = window.numbers[:, :_STATE].split(
+        1, dim=1
+    )
+    block_R1 = _fixed(window)[0]
+    start_RW = window.layout[:, :width]
+    masked_RW = (column_W < open_R1) & ~decided_in_RW
 
     # Accept. If any proposal of a block passes the threshold its best one does, so a fully activated
     # block may take its best one without asking. Of equals the first wins.
@@ -288,16 +296,17 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce_(1, start_RW, candidate_RW, "amax")
     best_column_RW = torch.where(candidate_RW == best_RW.gather(1, start_RW), column_W, width)
     first_RW = torch.full_like(start_RW, width).scatter_reduce_(1, start_RW, best_column_RW, "amin")
-    forced_RW = window.full_RW & (column_W == first_RW.gather(1, start_RW))
+    forced_RW = activated(window) & (column_W == first_RW.gather(1, start_RW))
     accepted_RW = ((candidate_RW > window.tau_conf_R1) | forced_RW) & masked_RW
     tokens_RW = torch.where(accepted_RW, proposal_RW, window.tokens_RW)
-    decided_RW = window.decided_RW | accepted_RW
+    decided_RW = decided_in_RW | accepted_RW
+    lead_R1 = _lead(decided_RW)
 
     # End. Behind the block of the first decided end token nothing is decoded any more: the window
     # closes there at once, as later blocks cannot influence earlier ones.
     need_R1 = goal_R1
     if window.num_ends:
-        ends_RE = window.ends_RE
+        ends_RE = window.numbers[:, _STATE + _FIXED :]
         is_end_RW = tokens_RW == ends_RE[:, :1]
         for end in range(1, window.num_ends):
             is_end_RW |= tokens_RW == ends_RE[:, end, None]
@@ -311,9 +320,10 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
         open_R1 = torch.minimum(open_R1, rest_R1)
 
     # Done when everything up to the end token, or up to the wanted length, is decided.
-    done_R1 = _lead(decided_RW) >= need_R1
+    done_R1 = lead_R1 >= need_R1
 
-    # Commit whole blocks; the last one may be cut short.
+    # Commit the leading positions that went into the forward decided, in whole blocks; the last one
+    # may be cut short. Their keys and values are final now.
     whole_R1 = lead_in_R1.div(block_R1, rounding_mode="floor") * block_R1
     commit_R1 = torch.where(lead_in_R1 >= rest_R1, rest_R1, whole_R1)
     output_R1 = torch.where(done_R1, need_R1, torch.minimum(commit_R1, need_R1))
@@ -331,22 +341,23 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     source_RW = source_RW.clamp_(max=width - 1)
     window.tokens_RW = torch.where(inside_RW, tokens_RW.gather(1, source_RW), mask_id)
     window.decided_RW = inside_RW & decided_RW.gather(1, source_RW)
-    window.full_RW = inside_RW & window.full_RW.gather(1, source_RW)
-    window.state = torch.cat(
+    window.numbers[:, :_STATE] = torch.cat(
         (
             (open_R1 - commit_R1).clamp_(min=0),
             rest_R1 - commit_R1,
             goal_R1 - commit_R1,
             start_R1 + commit_R1,
             forward_R1 + 1,
+            lead_R1 - commit_R1,
         ),
         dim=1,
     )
     return step
 
 
-def _columns(window: Window) -> Tensor:
-    return torch.arange(window.tokens_RW.shape[1], device=window.tokens_RW.device)
+def _fixed(window: Window) -> tuple[Tensor, ...]:
+    """block_size_R1, max_open_R1, add_R1, act_R1."""
+    return window.numbers[:, _STATE : _STATE + _FIXED].split(1, dim=1)
 
 
 def _lead(flag_RW: Tensor) -> Tensor:

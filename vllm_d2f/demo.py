@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import platform
 import re
 import statistics
 import sys
@@ -177,6 +178,22 @@ def _print_answers(problems: Sequence[Problem], outputs: Sequence["RequestOutput
     print(flush=True)
 
 
+def _machine() -> dict[str, str]:
+    """Where the figures come from."""
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "device": current_platform.get_device_name(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+    }
+
+
 def _prepare_process() -> None:
     """Environment and log levels, before vLLM and torch are imported. The user's own come first."""
     # One process: it starts sooner, and no message passing is timed.
@@ -217,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures.append(run(options.baseline, problems, show=False))
     print(summary(figures))
     if options.json:
-        options.json.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
+        report = {"machine": _machine(), "figures": [asdict(f) for f in figures]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

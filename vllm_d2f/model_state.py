@@ -55,8 +55,8 @@ class D2FModelState(ModelState):
             self.max_num_reqs, self.model_config.get_hidden_size(), dtype=self.dtype, device=device
         )
         self.sampling = Sampling.greedy(self.max_num_reqs, device)
-        # Whether a slot draws is known on the host, so a greedy batch runs no sampling code.
-        self.draws_S = np.zeros(self.max_num_reqs, dtype=bool)
+        # Slots with a temperature: known on the host, so that greedy decoding runs no sampling code.
+        self.drawing: set[int] = set()
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
         self._slots: dict[str, int] = {}
@@ -89,7 +89,8 @@ class D2FModelState(ModelState):
         self.window.put(row, rows)
 
     def _set_sampling(self, slot: int, params: SamplingParams) -> None:
-        self.draws_S[slot] = params.temperature > 0
+        if params.temperature > 0:
+            self.drawing.add(slot)
         self.sampling.temperature_R[slot] = params.temperature
         self.sampling.top_k_R[slot] = max(params.top_k, 0)
         self.sampling.top_p_R[slot] = params.top_p
@@ -103,7 +104,7 @@ class D2FModelState(ModelState):
         if slot is None:
             return
         self._aside[req_id] = self.window.rows(torch.tensor([slot], device=self.device))
-        self.prompt_len_S[slot] = NO_PROMPT_END
+        self._free(slot)
 
     def forget_requests(self, req_ids: set[str]) -> None:
         """Finished requests do not come back (called by the patch of the runner's clean-up)."""
@@ -111,7 +112,11 @@ class D2FModelState(ModelState):
             slot = self._slots.pop(req_id, None)
             self._aside.pop(req_id, None)
             if slot is not None:
-                self.prompt_len_S[slot] = NO_PROMPT_END
+                self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        self.prompt_len_S[slot] = NO_PROMPT_END
+        self.drawing.discard(slot)
 
     # Inputs
 
@@ -182,4 +187,8 @@ class D2FModelState(ModelState):
     # Outputs
 
     def custom_sampler(self, sampler: Any) -> tuple[D2FSampler, None]:
+        if self.device.type == "cpu":
+            from vllm_d2f.cpu_sampler import CpuSampler
+
+            return CpuSampler(self, sampler), None
         return D2FSampler(self, sampler), None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_d2f.d2f import D2FParams, Window, advance, grow, may_attend
+from vllm_d2f.d2f import D2FParams, Window, activated, advance, grow, may_attend
 from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -142,7 +142,7 @@ def decode(
         if sampling is None or float(sampling.temperature_R) == 0:
             margin = _margin(window, logits_WV, confidence_W)
         pad = params.window - open_
-        activated = window.full_RW[0, :open_ : params.block_size].tolist()
+        active = activated(window)[0, :open_ : params.block_size].tolist()
         step = advance(
             window,
             torch.nn.functional.pad(token_W, (0, pad))[None],
@@ -164,7 +164,7 @@ def decode(
             decided=[True] * len(committed) + window.decided_RW[0, live].tolist(),
             confidences=[confidences.get(position, 0.0) for position in range(len(tokens))],
             accepted=accepted,
-            activated=activated,
+            activated=active,
             committed=len(committed),
             margin=margin,
             block_size=params.block_size,
@@ -193,10 +193,10 @@ def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     tau = float(window.tau_conf_R1)
     margin = float((confidence_W - tau).abs()[masked_W].min())
     taken_W = masked_W & (confidence_W > tau)
-    size = int(window.block_size_R)
+    size, full_W = int(window.block_size_R), activated(window)[0]
     for start in range(0, open_, size):
         block = slice(start, min(start + size, open_))
-        if bool(window.full_RW[0, start]) and masked_W[block].any() and not taken_W[block].any():
+        if bool(full_W[start]) and masked_W[block].any() and not taken_W[block].any():
             best = confidence_W[block][masked_W[block]].sort(descending=True)
             if len(best.values) > 1:
                 margin = min(margin, float(best.values[0] - best.values[1]))

@@ -56,43 +56,35 @@ class D2FSampler:
             return _nothing_sampled(num_reqs, device)
         # Lengths are known on the host; what is in the windows is known on the device only.
         drafts_np = input_batch.num_draft_tokens_per_req
-        num_denoising = 0 if drafts_np is None else int(np.count_nonzero(drafts_np))
-        begin_np = input_batch.query_start_loc_np[:num_reqs]
-        end_np = input_batch.query_start_loc_np[1 : num_reqs + 1]
-        begin_R = _to_device(begin_np, device)
-        keep_R = _to_device(end_np - 1, device)  # a prompt leaves the output at its last position
+        if drafts_np is None:
+            num_denoising = 0
+        elif input_batch.has_prefill:
+            num_denoising = int((drafts_np > 0).sum())
+        else:
+            num_denoising = num_reqs
+        lengths = np.empty((2, num_reqs), dtype=np.int64)
+        lengths[0] = input_batch.query_start_loc_np[:num_reqs]
+        lengths[1] = input_batch.query_start_loc_np[1 : num_reqs + 1]
+        begin_R, end_R = torch.from_numpy(lengths).to(device, non_blocking=True)
         slot_R = input_batch.idx_mapping
 
+        keep_R = end_R - 1  # a prompt alone leaves the output at its last position
         if num_denoising:
-            slot_D = slot_R[:num_denoising]
-            width_np = drafts_np[:num_denoising]
-            width_D = _to_device(width_np, device)
+            drafts = torch.from_numpy(drafts_np[:num_denoising])
+            width_D = drafts.to(device, torch.int64, non_blocking=True)
             # The window is the end of the query: a prompt may ride along before it.
-            first_D = _to_device(end_np[:num_denoising] - width_np, device)
-            window = state.window.rows(slot_D)
-            draws = bool(state.draws_S[input_batch.idx_mapping_np[:num_denoising]].any())
-            proposal_DW, confidence_DW = self._propose(
-                hidden_TH, window, slot_D, begin_R[:num_denoising], first_D, draws
+            first_D = end_R[:num_denoising] - width_D
+            tokens_DW, output_D, commit_D = self._denoise(
+                hidden_TH, slot_R[:num_denoising], begin_R[:num_denoising], first_D
             )
-            step = advance(window, proposal_DW, confidence_DW, state.mask_id)
-            grow(window)
-            state.window.put(slot_D, window)
-            self._publish(slot_D, window)
-            idle = num_reqs - num_denoising
-            tokens_RW, sampled_R = step.tokens_RW, step.output_R
-            rejected_R = width_D - sampled_R
-            if idle:
-                pad = torch.nn.functional.pad
-                tokens_RW = pad(tokens_RW, (0, 0, 0, idle))
-                sampled_R, rejected_R = pad(sampled_R, (0, idle)), pad(rejected_R, (0, idle))
             output = SamplerOutput(
-                sampled_token_ids=tokens_RW,
+                sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
                 logprobs_tensors=None,
                 num_nans=None,
-                num_sampled=sampled_R.int(),
-                num_rejected=rejected_R.int(),
+                num_sampled=_pad_rows(output_D.int(), num_reqs),
+                num_rejected=_pad_rows((width_D - output_D).int(), num_reqs),
             )
-            keep_R[:num_denoising] = first_D + step.commit_R - 1
+            keep_R[:num_denoising] = first_D + commit_D - 1
         else:
             output = _nothing_sampled(num_reqs, device)
 
@@ -106,68 +98,80 @@ class D2FSampler:
             state.last_hidden_SH.index_copy_(0, slot_R, kept_RH)
         return output
 
-    def _propose(
-        self,
-        hidden_TH: Tensor,
-        window: Window,
-        slot_D: Tensor,
-        begin_D: Tensor,
-        first_D: Tensor,
-        draws: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Token and confidence at the masked positions, zeros elsewhere: int64, float32 [D, W].
+    def _denoise(
+        self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Propose, advance, grow, publish.
 
         Args:
             begin_D, first_D: rows of `hidden_TH` at which the request and its window begin.
-            draws: some of these requests have a temperature above 0.
+
+        Returns:
+            `Step.tokens_RW`, `Step.output_R` and `Step.commit_R` of these requests.
         """
-        state, device = self.state, hidden_TH.device
-        column_W = torch.arange(window.tokens_RW.shape[1], device=device)
-        masked_DW = (column_W < window.open_R[:, None]) & ~window.decided_RW
-        proposal_DW = torch.zeros_like(window.tokens_RW)
-        confidence_DW = torch.zeros(masked_DW.shape, dtype=torch.float32, device=device)
+        state = self.state
+        window = state.window.rows(slot_D)
+        masked_DW = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
         request_N, column_N = masked_DW.nonzero(as_tuple=True)
-        source_N = first_D[request_N] + column_N
+        token_N, confidence_N = self._propose(
+            hidden_TH, request_N, column_N, slot_D, begin_D, first_D
+        )
+        proposal_DW = torch.zeros_like(window.tokens_RW)
+        confidence_DW = torch.zeros_like(proposal_DW, dtype=torch.float32)
+        proposal_DW[request_N, column_N] = token_N
+        confidence_DW[request_N, column_N] = confidence_N
+        step = advance(window, proposal_DW, confidence_DW, state.mask_id)
+        grow(window)
+        state.window.put(slot_D, window)
+        self._publish(slot_D, window)
+        return step.tokens_RW, step.output_R, step.commit_R
+
+    def _propose(
+        self,
+        hidden_TH: Tensor,
+        request_N: Tensor,
+        column_N: Tensor,
+        slot_D: Tensor,
+        begin_D: Tensor,
+        first_D: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Token (int64) and confidence (float32) at the given window positions, [N] each."""
+        state = self.state
+        slot_N, source_N = slot_D[request_N], first_D[request_N] + column_N
         if state.shift:
             # Position i is predicted at i - 1. For the window's first one that is the last position
             # before it, whose output is kept from an earlier forward unless it is in this one.
             hidden_NH = torch.where(
                 (source_N > begin_D[request_N])[:, None],
                 hidden_TH[(source_N - 1).clamp(min=0)],
-                state.last_hidden_SH[slot_D[request_N]],
+                state.last_hidden_SH[slot_N],
             )
         else:
             hidden_NH = hidden_TH[source_N]
+        token_N = torch.empty_like(column_N)
+        confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
         for at in range(0, len(hidden_NH), self.rows_per_chunk):
             chunk = slice(at, at + self.rows_per_chunk)
-            request, column = request_N[chunk], column_N[chunk]
             logits_NV = self.project(hidden_NH[chunk])
-            token_N, confidence_N = propose_greedy(logits_NV, state.mask_id)
-            if draws:
-                drawn = (state.sampling.temperature_R[slot_D[request]] > 0).nonzero()[:, 0]
-                who = request[drawn]
-                token_N[drawn], confidence_N[drawn] = propose_drawn(
+            token_N[chunk], confidence_N[chunk] = propose_greedy(logits_NV, state.mask_id)
+            if state.drawing:
+                drawn = (state.sampling.temperature_R[slot_N[chunk]] > 0).nonzero()[:, 0]
+                who = slot_N[chunk][drawn]
+                token_N[at + drawn], confidence_N[at + drawn] = propose_drawn(
                     logits_NV[drawn],
                     state.mask_id,
-                    state.sampling.rows(slot_D[who]),
-                    window.start_R[who] + column[drawn],
-                    window.forward_R[who],
+                    state.sampling.rows(who),
+                    state.window.start_R[who] + column_N[chunk][drawn],
+                    state.window.forward_R[who],
                 )
-            proposal_DW[request, column] = token_N
-            confidence_DW[request, column] = confidence_N
-        return proposal_DW, confidence_DW
+        return token_N, confidence_N
 
     def _publish(self, slot_D: Tensor, window: Window) -> None:
         """The next forward's window, where vLLM keeps draft tokens; -1 beyond the open blocks."""
-        column_W = torch.arange(window.tokens_RW.shape[1], device=slot_D.device)
-        open_DW = column_W < window.open_R[:, None]
+        open_DW = window.column_W < window.open_R[:, None]
         self.req_states.draft_tokens.index_copy_(
             0, slot_D, torch.where(open_DW, window.tokens_RW, -1)
         )
-
-
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
@@ -179,3 +183,11 @@ def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
         num_sampled=zeros_R,
         num_rejected=zeros_R,
     )
+
+
+def _pad_rows(values: Tensor, num_rows: int) -> Tensor:
+    """Zero rows for the requests that only prefill, which come last."""
+    missing = num_rows - len(values)
+    if not missing:
+        return values
+    return torch.cat((values, values.new_zeros(missing, *values.shape[1:])))

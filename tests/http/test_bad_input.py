@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server refuses: HTTP 400 with a message that names the remedy, and it goes on serving."""
+"""What the server refuses: HTTP 400 with a message that names the remedy. It goes on serving."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from conftest import MODEL
+from http_server import MODEL
 
 from vllm_d2f.demo import bundled_problems
 
@@ -40,6 +42,7 @@ REFUSED = {
         xargs(d2f_block_size=32, d2f_max_blocks=64),
         ["d2f_block_size * d2f_max_blocks", "2048", "--additional-config"],
     ),
+    "two greedy answers": ({"n": 2}, ["n must be 1", "greedy"]),
     "logprobs": ({"logprobs": 1}, ["logprobs", "not supported"]),
     "presence penalty": ({"presence_penalty": 0.5}, ["presence_penalty", "0.0"]),
     "frequency penalty": ({"frequency_penalty": 0.5}, ["frequency_penalty", "0.0"]),
@@ -96,8 +99,6 @@ def test_an_unknown_model_is_not_found(client, good_answer):
 
 
 def test_a_bad_request_among_good_ones_hurts_nobody(client, good_answer):
-    from concurrent.futures import ThreadPoolExecutor
-
     def bad_or_good(i: int) -> str:
         if i % 2:
             return ask(client)

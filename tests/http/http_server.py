@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting and ending a real `vllm serve` process."""
+
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import IO
+
+import httpx
+import openai
+import pytest
+
+MODEL = "d2f-tiny"
+START_SECONDS = 300
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the server listens, and its official client."""
+
+    url: str
+    client: openai.OpenAI
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_until_ready(process: subprocess.Popen, url: str, log: IO[str]) -> None:
+    """Return when the server answers its health check; fail with its log when it does not."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    log.seek(0)
+    reason = "is not ready in time" if process.poll() is None else f"ended: {process.returncode}"
+    pytest.fail(f"vllm serve {reason}. Its log ends:\n{log.read()[-6000:]}", pytrace=False)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ask the server to end, and make it end."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

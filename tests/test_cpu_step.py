@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled step against the vectorised one it stands for: every number the same."""
+
+import pytest
+import torch
+
+from vllm_d2f.d2f import D2FParams, Window, advance, grow
+
+numba = pytest.importorskip("numba", reason="vLLM's CPU build brings Numba")
+from vllm_d2f.cpu_step import advance_and_grow, list_masked  # noqa: E402
+
+MASK, VOCAB, SLOTS, WIDTH, ENDS = 0, 7, 9, 24, 3
+
+
+def start_random(windows, row, generator):
+    def pick(*values):
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    params = D2FParams(
+        pick(1, 2, 3, 4, 6, 8), pick(1, 2, 3), pick(0, 0.1, 0.5, 1), pick(0, 0.5, 0.95), pick(0, 0.5, 0.9, 1)
+    )
+    arguments = dict(
+        max_tokens=pick(1, 5, 13, 24, 60), limit=pick(3, 17, 80), ends=[[], [5], [5, 6, 1]][pick(0, 1, 2)]
+    )
+    for window in windows:
+        window.start(row, params, mask_id=MASK, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_equals_d2f(seed):
+    generator = torch.Generator().manual_seed(seed)
+    plain, compiled = (Window.empty(SLOTS, WIDTH, ENDS, MASK) for _ in range(2))
+    for row in range(SLOTS):
+        start_random((plain, compiled), row, generator)
+    everyone = torch.arange(SLOTS)
+    for window in (plain, compiled):
+        rows = window.rows(everyone)
+        grow(rows)
+        window.put(everyone, rows)
+    draft = torch.full((SLOTS, WIDTH), -7)
+    request_N, column_N = (torch.empty(SLOTS * WIDTH, dtype=torch.int64) for _ in range(2))
+    for _ in range(40):
+        slot_D = torch.randperm(SLOTS, generator=generator)[: int(torch.randint(1, SLOTS, (), generator=generator))]
+        rows = plain.rows(slot_D)
+        masked = (rows.column_W < rows.open_R[:, None]) & ~rows.decided_RW
+        proposal = torch.randint(1, VOCAB, (len(slot_D), WIDTH), generator=generator)
+        # Few levels, so that equal confidences and exact thresholds occur.
+        confidence = torch.randint(0, 11, (len(slot_D), WIDTH), generator=generator).float() / 10
+        step = advance(rows, proposal, confidence, MASK)
+        grow(rows)
+        plain.put(slot_D, rows)
+
+        count = list_masked(
+            slot_D.numpy(),
+            compiled.decided_RW.numpy(),
+            compiled.numbers.numpy(),
+            request_N.numpy(),
+            column_N.numpy(),
+        )
+        request, column = request_N[:count], column_N[:count]
+        assert torch.equal(torch.stack((request, column), 1), masked.nonzero())
+        tokens = torch.empty(len(slot_D), WIDTH, dtype=torch.int64)
+        output, commit = torch.empty_like(slot_D), torch.empty_like(slot_D)
+        advance_and_grow(
+            slot_D.numpy(),
+            request.numpy(),
+            column.numpy(),
+            proposal[request, column].numpy(),
+            confidence[request, column].numpy(),
+            MASK,
+            compiled.num_ends,
+            compiled.tokens_RW.numpy(),
+            compiled.decided_RW.numpy(),
+            compiled.numbers.numpy(),
+            compiled.tau_conf_R1.numpy(),
+            draft.numpy(),
+            tokens.numpy(),
+            output.numpy(),
+            commit.numpy(),
+        )
+        assert torch.equal(output, step.output_R)
+        assert torch.equal(commit, step.commit_R)
+        for d, keep in enumerate(output.tolist()):
+            assert torch.equal(tokens[d, :keep], step.tokens_RW[d, :keep])
+        for name in ("tokens_RW", "decided_RW", "numbers"):
+            assert torch.equal(getattr(compiled, name), getattr(plain, name)), name
+        open_RW = rows.column_W < rows.open_R[:, None]
+        assert torch.equal(draft[slot_D], torch.where(open_RW, rows.tokens_RW, -1))
+        # Finished rows make room for new requests, as slots do.
+        for slot in slot_D[step.done_R].tolist():
+            start_random((plain, compiled), slot, generator)
+            row = torch.tensor([slot])
+            for window in (plain, compiled):
+                fresh = window.rows(row)
+                grow(fresh)
+                window.put(row, fresh)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents promise is there: commands, links, files, ranges. No network."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_d2f.d2f import D2FParams
+from vllm_d2f.settings import MAX_WINDOW, PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
+
+
+def blocks(language: str, text: str = README + CONTRIBUTING) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(first: str) -> list[list[str]]:
+    """Commands of the shell blocks that begin with a word, split, without comments."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in split if words and words[0] == first]
+
+
+def unique(items: list) -> list:
+    return sorted(set(items))
+
+
+@pytest.mark.parametrize("module", unique([words[2] for words in commands("python")]))
+def test_commands_of_python_take_help(module):
+    assert all(words[1] == "-m" for words in commands("python"))
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in commands("python"):
+        if words[2] == module:
+            for option in words[3:]:
+                assert not option.startswith("--") or option in done.stdout
+
+
+@pytest.mark.parametrize("target", unique([words[1] for words in commands("make")]))
+def test_make_targets_exist(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"make {target}"
+        in subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    )
+
+
+@pytest.mark.parametrize("words", commands("vllm"), ids=" ".join)
+def test_serve_commands_parse(words):
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_d2f.settings import settings_from_dict
+
+    program, verb, *arguments = words
+    assert (program, verb) == ("vllm", "serve")
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    if section := (parsed.additional_config or {}).get("d2f"):
+        settings_from_dict(section)
+
+
+def test_the_request_is_json_for_an_embedded_model():
+    from vllm_d2f.names import EMBEDDED
+
+    (curl,) = commands("curl")
+    body = json.loads(curl[curl.index("-d") + 1])
+    assert body["model"] in EMBEDDED and body["prompt"]
+
+
+def test_the_offline_example_answers(tmp_path):
+    (example,) = [block for block in blocks("python") if "from vllm import LLM" in block]
+    file = tmp_path / "example.py"
+    file.write_text(example)
+    done = subprocess.run(
+        [sys.executable, file],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-1] == "73+24=97-17=80"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_relative_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        assert not path or ((ROOT / document).parent / path).exists(), link
+        assert path or anchor in headings, link
+
+
+def listed() -> dict[str, str]:
+    """The file tree: path -> purpose."""
+    (tree,) = [block for block in blocks("text", README) if "vllm_d2f/d2f.py" in block]
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in tree.splitlines())
+
+
+def test_the_file_tree_is_complete():
+    for path, purpose in listed().items():
+        assert purpose and (ROOT / path).exists(), path
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_d2f").glob("*.py")}
+    assert modules <= listed().keys()
+    folders = {f"{path.name}/" for path in ROOT.iterdir() if any(path.glob("*.py"))}
+    assert folders - {"vllm_d2f/"} <= listed().keys()
+
+
+def test_the_table_of_settings_is_right():
+    defaults = D2FParams()
+    rows = {}
+    for line in README.splitlines():
+        cells = [cell.strip("` ") for cell in line.strip("|").split("|")]
+        if len(cells) == 5:
+            rows[cells[0]] = cells[1:]
+    for name in D2FParams.__dataclass_fields__:
+        assert rows[name][0] == f"d2f_{name}"
+        assert rows[name][2] == str(getattr(defaults, name))
+    assert rows["window"][1] == f"up to {MAX_WINDOW}"
+    for preset in PRESETS:
+        assert f"`{preset}`" in README
+
+
+def test_the_picture_is_that_of_the_algorithm():
+    from vllm_d2f import d2f
+
+    (picture,) = [part for part in (d2f.__doc__ or "").split("\n\n") if "[ P P P P ]" in part]
+    assert picture in README
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_no_result_without_a_source(document):
+    """Figures of this project stand between the result marks, with the file they come from."""
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"`(benchmarks/results/[\w./-]+)`", text):
+        assert Path(ROOT / path).exists(), path
