@@ -169,7 +169,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from benchmarks.parity import start_engine
+    from benchmarks.parity import command_line, start_engine
     from vllm_d2f import register
     from vllm_d2f.names import resolve
 
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import vllm
 
         report = {
-            "command": "python -m benchmarks.overhead " + " ".join(argv or sys.argv[1:]),
+            "command": command_line("overhead", argv),
             "window": f"{BLOCKS} blocks of {BLOCK}",
             "threads": torch.get_num_threads(),
             "versions": {"vllm": vllm.__version__, "torch": torch.__version__},

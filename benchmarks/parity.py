@@ -229,6 +229,13 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
     return [tokenizer(text).input_ids for text in texts]
 
 
+def command_line(name: str, argv: Sequence[str] | None) -> str:
+    """What was run, without the folders of the machine it ran on."""
+    words = sys.argv[1:] if argv is None else argv
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return " ".join(["python -m benchmarks." + name, *shown])
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.parity",
@@ -239,8 +246,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--data", help="JSONL with a `question` per line, for example GSM8K")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--grid", action="store_true", help="48 settings instead of the model's own")
+    parser.add_argument("--max-model-len", type=int, help="default: the model's, at most 1024")
+    parser.add_argument(
+        "--grid", action="store_true", help="48 settings instead of the model's own"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the result here")
@@ -257,22 +266,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     register()
     model = resolve(args.model)
+    config = AutoConfig.from_pretrained(model)
+    max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
     if args.grid:
         settings = GRID
     else:
-        settings = [settings_from_dict(AutoConfig.from_pretrained(model).d2f).params]
+        settings = [settings_from_dict(config.d2f).params]
     prompts = load_prompts(model, args.prompts, args.data, args.seed)
+    prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
     cases = make_cases(prompts, settings, args.max_tokens)
     window = max(case.params.window for case in cases)
 
     started = time.perf_counter()
-    expected = reference_answers(model, cases, args.max_model_len)
+    expected = reference_answers(model, cases, max_model_len)
     reference_s = time.perf_counter() - started
 
     result: dict[str, Any] = {}
     failed = 0
-    for options, ways in _engines(args.ways, cases, args.max_model_len, window):
-        llm = start_engine(model, window=window, max_model_len=args.max_model_len, **options)
+    for options, ways in _engines(args.ways, cases, max_model_len, window):
+        llm = start_engine(model, window=window, max_model_len=max_model_len, **options)
         for way in ways:
             if way == "again":
                 engine_answers(llm, cases, "batch")
@@ -305,8 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import vllm
 
         report = {
-            "command": "python -m benchmarks.parity " + " ".join(argv or sys.argv[1:]),
-            "model": args.model,
+            "command": command_line("parity", argv),
+            "model": Path(args.model).name,
             "prompts": len(prompts),
             "settings": len(settings),
             "answers_with_a_tie": close,

@@ -51,6 +51,12 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         if "temperature" not in model_config.get_diff_sampling_param():
             model_config.override_generation_config.setdefault("temperature", 0.0)
         logger.info("D2F settings: %s", settings)
+        if settings.simulate_tokens_per_forward is not None:
+            logger.warning(
+                "SIMULATED ACCEPTANCE: %s tokens per forward whatever the model says. Speeds can be "
+                "read, the text and any score cannot.",
+                settings.simulate_tokens_per_forward,
+            )
 
 
 def register_hook() -> None:

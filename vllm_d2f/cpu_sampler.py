@@ -39,9 +39,7 @@ class CpuSampler(D2FSampler):
         self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         state, slot_np = self.state, slot_D.numpy()
-        count = list_masked(
-            slot_np, self.decided_SW, self.numbers, self.request_N, self.column_N
-        )
+        count = list_masked(slot_np, self.decided_SW, self.numbers, self.request_N, self.column_N)
         request_N, column_N = self.request_N[:count], self.column_N[:count]
         token_N, confidence_N = self._propose(
             hidden_TH,

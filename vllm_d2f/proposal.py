@@ -135,3 +135,21 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def simulated_confidence(request_N: Tensor, forward_N: Tensor, tokens_per_forward: float) -> Tensor:
+    """Confidences that make so many positions of each request pass, left to right.
+
+    For timing without weights: the quota of forward f is floor((f + 1) t) - floor(f t).
+
+    Args:
+        request_N: int64, the row of each position, ascending.
+        forward_N: int64, forwards its request has had.
+    """
+    rank_N = torch.arange(len(request_N), device=request_N.device)
+    rank_N -= torch.searchsorted(request_N, request_N)
+    forward_N = forward_N.double()
+    quota_N = torch.floor((forward_N + 1) * tokens_per_forward)
+    quota_N -= torch.floor(forward_N * tokens_per_forward)
+    # Above every threshold, 1.0 included.
+    return torch.where(rank_N < quota_N, 2.0, 0.0)

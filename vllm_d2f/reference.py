@@ -60,7 +60,9 @@ def hf_forward(model: torch.nn.Module) -> Forward:
     def forward(tokens_T: Tensor, mask_TT: Tensor) -> Tensor:
         # A 4-D mask switches the causal default of transformers off.
         out = model(
-            tokens_T[None].to(device), attention_mask=mask_TT[None, None].to(device), use_cache=False
+            tokens_T[None].to(device),
+            attention_mask=mask_TT[None, None].to(device),
+            use_cache=False,
         )
         return out.logits[0]
 
@@ -142,7 +144,7 @@ def decode(
         if sampling is None or float(sampling.temperature_R) == 0:
             margin = _margin(window, logits_WV, confidence_W)
         pad = params.window - open_
-        active = activated(window)[0, :open_ : params.block_size].tolist()
+        active = activated(window)[0, : open_ : params.block_size].tolist()
         step = advance(
             window,
             torch.nn.functional.pad(token_W, (0, pad))[None],

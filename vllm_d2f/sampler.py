@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_d2f.d2f import Window, advance, grow
-from vllm_d2f.proposal import propose_drawn, propose_greedy
+from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
@@ -35,6 +35,7 @@ class D2FSampler:
         self.penalties_state = base.penalties_state
         self.sampling_states = base.sampling_states
         self.compute_nans = False
+        self.simulate = state.settings.simulate_tokens_per_forward
         self.project = state.model.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
 
@@ -164,6 +165,9 @@ class D2FSampler:
                     state.window.start_R[who] + column_N[chunk][drawn],
                     state.window.forward_R[who],
                 )
+        if self.simulate is not None:
+            forward_N = state.window.forward_R[slot_N]
+            confidence_N = simulated_confidence(request_N, forward_N, self.simulate)
         return token_N, confidence_N
 
     def _publish(self, slot_D: Tensor, window: Window) -> None:

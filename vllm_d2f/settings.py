@@ -41,10 +41,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 HINT = (
     "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it decodes, "
     'for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' or '
-    "--additional-config '{\"d2f\": {\"preset\": \"dream-gsm8k\"}}' "
+    '--additional-config \'{"d2f": {"preset": "dream-gsm8k"}}\' '
     f"(presets: {', '.join(PRESETS)})"
 )
 
+_SIMULATE = "simulate_tokens_per_forward"
 _PARAM_NAMES = tuple(f.name for f in fields(D2FParams))
 
 
@@ -57,11 +58,15 @@ class Settings:
         window: positions of the widest window a request may ask for.
         prompt_attention: "bidirectional" (D2F as published) or "block_causal": the prompt is cut
             into blocks of `params.block_size` from its start, for models trained that way.
+        simulate_tokens_per_forward: for timing a model without its weights (`load_format=dummy`):
+            so many positions are accepted per forward and request, left to right, whatever the
+            model says. The text means nothing. None: off.
     """
 
     params: D2FParams
     window: int
     prompt_attention: str = "bidirectional"
+    simulate_tokens_per_forward: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON form from which `settings_from_dict` makes the same settings."""
@@ -69,6 +74,7 @@ class Settings:
             **asdict(self.params),
             "window": self.window,
             "prompt_attention": self.prompt_attention,
+            "simulate_tokens_per_forward": self.simulate_tokens_per_forward,
         }
 
 
@@ -76,7 +82,7 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
     """Settings from `d2f` sections, weakest first; at least one must be there.
 
     Keys: `block_size`, `max_blocks`, `tau_add`, `tau_act`, `tau_conf`, `window` (default
-    block_size * max_blocks), `prompt_attention`, `preset`.
+    block_size * max_blocks), `prompt_attention`, `preset`, `simulate_tokens_per_forward`.
 
     Raises:
         ValueError: no section at all, an unknown key, a value out of range.
@@ -89,7 +95,7 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
             continue
         if not isinstance(section, Mapping):
             raise ValueError(f"the d2f section must be an object, got {section!r:.80}")
-        known = {*_PARAM_NAMES, "window", "prompt_attention", "preset"}
+        known = {*_PARAM_NAMES, "window", "prompt_attention", "preset", _SIMULATE}
         if unknown := sorted(set(map(str, section)) - known):
             raise ValueError(
                 f"d2f: unknown setting {unknown[0]!r:.80}; known are {', '.join(sorted(known))}"
@@ -105,6 +111,7 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
         merged |= section
     window = merged.pop("window", None)
     prompt_attention = merged.pop("prompt_attention", "bidirectional")
+    simulate = merged.pop(_SIMULATE, None)
     try:
         params = D2FParams(**merged)
     except ValueError as error:
@@ -123,7 +130,13 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
             f"d2f: prompt_attention must be one of {', '.join(PROMPT_ATTENTION)}, "
             f"got {prompt_attention!r:.80}"
         )
-    return Settings(params, window, prompt_attention)
+    if simulate is not None:
+        number = isinstance(simulate, (int, float)) and not isinstance(simulate, bool)
+        if not number or not 1 <= simulate <= window:
+            raise ValueError(
+                f"d2f: {_SIMULATE} must be a number in [1, {window}], got {simulate!r}"
+            )
+    return Settings(params, window, prompt_attention, simulate)
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
@@ -230,6 +243,4 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
     if not params.ignore_eos:
         # Some checkpoints end a turn with a token that generation_config.json does not list.
         stops = list(params.stop_token_ids or ())
-        params.stop_token_ids = list(
-            dict.fromkeys([*stops, *model_config.hf_config.end_token_ids])
-        )
+        params.stop_token_ids = list(dict.fromkeys([*stops, *model_config.hf_config.end_token_ids]))

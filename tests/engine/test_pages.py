@@ -63,7 +63,9 @@ def test_prefix_reuse_changes_nothing(model, cases, expected):
     params = D2FParams(8, 4)
     long = tuple(random_prompts(1, seed=9, longest=2)[0] * 100)[:100]
     related = [Case(p, params, 32) for p in (long, long + (7,), long[:64], long, long[:97])]
-    check(related, reference_answers(model, related, MAX_LEN), engine_answers(llm, related, "batch"))
+    check(
+        related, reference_answers(model, related, MAX_LEN), engine_answers(llm, related, "batch")
+    )
     outputs = llm.generate(
         {"prompt_token_ids": list(long)}, sampling_params(related[0]), use_tqdm=False
     )

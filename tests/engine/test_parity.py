@@ -23,6 +23,7 @@ from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.proposal import Sampling
 from vllm_d2f.reference import generate
 
+
 @pytest.fixture(scope="module", params=["dream", "llada"])
 def model(request):
     return request.getfixturevalue(request.param)
@@ -132,7 +133,9 @@ def test_seeded_draws_equal_the_references_in_any_batch(llm, model):
     for one, all_ in zip(alone, together, strict=False):
         assert one.outputs[0].token_ids == all_.outputs[0].token_ids
     # Another seed, another text; no seed, not the same text twice.
-    other = [SamplingParams(temperature=0.8, max_tokens=32, detokenize=False, seed=s) for s in (1, 2)]
+    other = [
+        SamplingParams(temperature=0.8, max_tokens=32, detokenize=False, seed=s) for s in (1, 2)
+    ]
     texts = {
         tuple(llm.generate([inputs[0]], [s], use_tqdm=False)[0].outputs[0].token_ids)
         for s in other + [SamplingParams(temperature=0.8, max_tokens=32, detokenize=False)] * 2

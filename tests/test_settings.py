@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where settings come from, what wins, and how wrong ones are refused."""
+
+import pytest
+
+from vllm_d2f.d2f import D2FParams
+from vllm_d2f.settings import MAX_WINDOW, PRESETS, Settings, request_params, settings_from_dict
+
+
+def test_weakest_first():
+    settings = settings_from_dict(
+        {"block_size": 8, "tau_conf": 0.5}, None, {"block_size": 16, "max_blocks": 2}
+    )
+    assert settings == Settings(D2FParams(16, 2, tau_conf=0.5), window=32)
+
+
+def test_a_preset_is_weaker_than_what_stands_beside_it():
+    settings = settings_from_dict({"preset": "dream-humaneval", "tau_add": 0.5, "max_blocks": 2})
+    assert settings.params == D2FParams(32, 2, tau_add=0.5, tau_act=0.95, tau_conf=0.95)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name):
+    assert settings_from_dict({"preset": name}).window <= MAX_WINDOW
+
+
+def test_nothing_at_all_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"--additional-config '\{\"d2f\": \{\"block_size\": 32"):
+        settings_from_dict(None, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"blocksize": 3}, "unknown setting 'blocksize'; known are block_size"),
+        ({"preset": "gsm"}, "unknown preset 'gsm'; known are dream-gsm8k"),
+        ({"block_size": "16"}, "block_size must be an integer"),
+        ({"tau_act": 7}, r"tau_act must be a number in \[0, 1\]"),
+        ({"block_size": 32, "max_blocks": 4, "window": 64}, "between block_size"),
+        ({"window": 1e9}, "window must be an integer"),
+        ({"window": 10**9}, "between block_size"),
+        ({"prompt_attention": "causal"}, "one of bidirectional, block_causal"),
+        ([], "must be an object"),
+    ],
+)
+def test_wrong_sections(section, message):
+    with pytest.raises(ValueError, match=message):
+        settings_from_dict(section)
+
+
+SERVED = Settings(D2FParams(16, 4), window=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, D2FParams(16, 4)),
+        ({"unrelated": 1}, D2FParams(16, 4)),
+        ({"d2f_block_size": 8}, D2FParams(8, 4)),
+        ({"d2f_block_size": 32}, D2FParams(32, 2)),
+        ({"d2f_block_size": 64}, D2FParams(64, 1)),
+        ({"d2f_block_size": 4, "d2f_max_blocks": 16}, D2FParams(4, 16)),
+        ({"d2f_tau_conf": "0.5", "d2f_block_size": "8"}, D2FParams(8, 4, tau_conf=0.5)),
+        ({"d2f_tau_add": 0, "d2f_tau_act": 1}, D2FParams(16, 4, tau_add=0, tau_act=1)),
+    ],
+)
+def test_request_options(options, expected):
+    assert request_params(SERVED, options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d2f_tau": 0.5}, "unknown option 'd2f_tau'; D2F options are d2f_block_size"),
+        ({"diffusion_max_steps": 4}, "unknown option 'diffusion_max_steps'"),
+        ({"d2f_block_size": 0}, r"d2f_block_size must be an integer in \[1, 64\], got 0"),
+        ({"d2f_block_size": 65}, r"d2f_block_size must be an integer in \[1, 64\], got 65"),
+        ({"d2f_block_size": 8.0}, r"d2f_block_size must be an integer in \[1, 64\]"),
+        ({"d2f_max_blocks": -1}, r"d2f_max_blocks must be an integer in \[1, 64\]"),
+        ({"d2f_max_blocks": 5}, r"16 \* 5 = 80 must be in \[1, 64\].*at most 4 blocks of 16"),
+        ({"d2f_tau_conf": 1.01}, r"d2f_tau_conf must be a number in \[0, 1\], got 1.01"),
+        ({"d2f_tau_conf": float("nan")}, r"d2f_tau_conf must be a number in \[0, 1\]"),
+        ({"d2f_tau_act": "much"}, "d2f_tau_act must be a number"),
+        ({"d2f_tau_act": True}, "d2f_tau_act must be a number"),
+        ({"d2f_tau_act": [0.5]}, "d2f_tau_act must be a number"),
+        ({"d2f_block_size": "1e400"}, "d2f_block_size must be"),
+    ],
+)
+def test_wrong_request_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        request_params(SERVED, options)
