@@ -70,7 +70,6 @@ def instrument(llm: Any) -> Meter:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter
-
     from vllm_d2f.patches import cpu_kernels, p03_cpu_kernels
 
     core = llm.llm_engine.engine_core.engine_core

@@ -76,7 +76,9 @@ def make_cases(
     return [Case(tuple(p), s, max_tokens) for p in prompts for s in settings]
 
 
-def reference_answers(model: str, cases: Sequence[Case], max_model_len: int) -> list[Expected]:
+def reference_answers(
+    model: str, cases: Sequence[Case], max_model_len: int, prompt_block: int | None = None
+) -> list[Expected]:
     """The reference loop on transformers' model with the same weights."""
     from tqdm import tqdm
 
@@ -92,6 +94,7 @@ def reference_answers(model: str, cases: Sequence[Case], max_model_len: int) -> 
             ends=config.end_token_ids,
             shift=config.logits_shift,
             max_len=max_model_len,
+            prompt_block=prompt_block,
         )
         margin = math.inf
         for frame in frames:
@@ -158,7 +161,7 @@ def _answer(output: Any) -> Answer:
 
 
 def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[Answer]:
-    """Drive the engine by hand: shuffled order, one to four new requests every one to five steps."""
+    """Drive the engine by hand: shuffled, one to four new requests every one to five steps."""
     engine = llm.llm_engine
     order = list(range(len(cases)))
     rng.shuffle(order)
@@ -268,10 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = resolve(args.model)
     config = AutoConfig.from_pretrained(model)
     max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
-    if args.grid:
-        settings = GRID
-    else:
-        settings = [settings_from_dict(config.d2f).params]
+    settings = GRID if args.grid else [settings_from_dict(config.d2f).params]
     prompts = load_prompts(model, args.prompts, args.data, args.seed)
     prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
     cases = make_cases(prompts, settings, args.max_tokens)

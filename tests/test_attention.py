@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual sequences give exactly the dense rule, for any mix of prefill, window and recomputation."""
+"""Virtual sequences give exactly the dense rule for any mix of prompts, windows, recomputation."""
 
 import numpy as np
 import pytest
@@ -50,6 +50,18 @@ def test_equals_dense_rule(seed):
         np.testing.assert_array_equal(
             allowed(start[r], stop[r], sequences, r), dense[start[r] :].numpy()
         )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_block_causal_prompt_equals_dense_rule(seed):
+    rng = np.random.default_rng(seed)
+    prompt, block, inner = (int(rng.integers(1, n)) for n in (50, 12, 20))
+    stop = prompt + block * int(rng.integers(0, 4))
+    start = int(rng.integers(0, stop))
+    sequences = virtual_sequences(*(np.array([x]) for x in (start, stop, prompt, block, inner)))
+    position = torch.arange(stop)
+    dense = may_attend(position[:, None], position[None, :], prompt, block, inner)
+    np.testing.assert_array_equal(allowed(start, stop, sequences, 0), dense[start:].numpy())
 
 
 def test_block_causal_prompt():

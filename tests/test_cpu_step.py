@@ -17,10 +17,16 @@ def start_random(windows, row, generator):
         return values[int(torch.randint(len(values), (), generator=generator))]
 
     params = D2FParams(
-        pick(1, 2, 3, 4, 6, 8), pick(1, 2, 3), pick(0, 0.1, 0.5, 1), pick(0, 0.5, 0.95), pick(0, 0.5, 0.9, 1)
+        pick(1, 2, 3, 4, 6, 8),
+        pick(1, 2, 3),
+        pick(0, 0.1, 0.5, 1),
+        pick(0, 0.5, 0.95),
+        pick(0, 0.5, 0.9, 1),
     )
     arguments = dict(
-        max_tokens=pick(1, 5, 13, 24, 60), limit=pick(3, 17, 80), ends=[[], [5], [5, 6, 1]][pick(0, 1, 2)]
+        max_tokens=pick(1, 5, 13, 24, 60),
+        limit=pick(3, 17, 80),
+        ends=[[], [5], [5, 6, 1]][pick(0, 1, 2)],
     )
     for window in windows:
         window.start(row, params, mask_id=MASK, **arguments)
@@ -40,7 +46,9 @@ def test_equals_d2f(seed):
     draft = torch.full((SLOTS, WIDTH), -7)
     request_N, column_N = (torch.empty(SLOTS * WIDTH, dtype=torch.int64) for _ in range(2))
     for _ in range(40):
-        slot_D = torch.randperm(SLOTS, generator=generator)[: int(torch.randint(1, SLOTS, (), generator=generator))]
+        slot_D = torch.randperm(SLOTS, generator=generator)[
+            : int(torch.randint(1, SLOTS, (), generator=generator))
+        ]
         rows = plain.rows(slot_D)
         masked = (rows.column_W < rows.open_R[:, None]) & ~rows.decided_RW
         proposal = torch.randint(1, VOCAB, (len(slot_D), WIDTH), generator=generator)

@@ -170,7 +170,8 @@ def test_invariants_of_one_request(request_, seed):
     blocks = math.ceil(max_tokens / params.block_size)
     decided: dict[int, int] = {}
     start = 0
-    for forward in range(max_tokens + params.block_size + blocks + 1):
+    bound = max_tokens + params.block_size + blocks + 1
+    for _ in range(bound):
         grow(window)
         assert bool(activated(window)[0, 0])
         open_before = int(window.open_R)
@@ -193,12 +194,10 @@ def test_invariants_of_one_request(request_, seed):
         assert start % params.block_size == 0
         assert int(window.open_R) <= params.window
     else:
-        pytest.fail(f"not done after {forward + 1} forwards")
+        pytest.fail(f"not done after {bound} forwards")
 
 
-@given(
-    st.integers(1, 20), st.integers(1, 9), st.lists(st.integers(0, 60), min_size=2, max_size=12)
-)
+@given(st.integers(1, 20), st.integers(1, 9), st.lists(st.integers(0, 60), min_size=2, max_size=12))
 def test_attention_rule(prompt_len, block_size, positions):
     position = torch.tensor(positions)
     blocks = [0 if p < prompt_len else 1 + (p - prompt_len) // block_size for p in positions]
@@ -206,6 +205,14 @@ def test_attention_rule(prompt_len, block_size, positions):
     expected = [[bk <= bq for bk in blocks] for bq in blocks]
     mask = may_attend(position[:, None], position[None, :], prompt_len, block_size)
     assert mask.tolist() == expected
+
+
+def test_block_causal_prompt_rule():
+    position = torch.arange(14)
+    # A prompt of 10 in blocks of 4, then answer blocks of 3.
+    expected = [-2, -2, -2, -2, -1, -1, -1, -1, 0, 0, 1, 1, 1, 2]
+    assert block_of(position, 10, 3, prompt_block=4).tolist() == expected
+    assert block_of(torch.arange(9), 8, 3, prompt_block=4).tolist() == [-1] * 4 + [0] * 4 + [1]
 
 
 def test_semi_activated_blocks_wait_below_the_threshold():

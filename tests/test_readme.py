@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents promise is there: commands, links, files, ranges. No network."""
+"""What the documents promise is there: commands, links, files, ranges, figures. No network.
+
+`python tests/test_readme.py --write` renews the table of results from benchmarks/results/*.json.
+"""
 
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from vllm_d2f.d2f import D2FParams
 from vllm_d2f.settings import MAX_WINDOW, PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
@@ -97,7 +102,7 @@ def test_the_offline_example_answers(tmp_path):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().splitlines()[-1] == "73+24=97-17=80"
+    assert "73+24=97-17=80" in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -150,9 +155,85 @@ def test_the_picture_is_that_of_the_algorithm():
     assert picture in README
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_no_result_without_a_source(document):
-    """Figures of this project stand between the result marks, with the file they come from."""
-    text = (ROOT / document).read_text()
-    for path in re.findall(r"`(benchmarks/results/[\w./-]+)`", text):
-        assert Path(ROOT / path).exists(), path
+# The table of results
+
+BEGIN, END = "<!-- results: python tests/test_readme.py --write -->\n", "<!-- end of results -->"
+
+
+def results() -> str:
+    """The table of results as Markdown. A figure without a file does not appear."""
+    rows = [*tiny_rows(), *demo_rows(), *parity_rows(), *overhead_rows()]
+    head = ["| what | result | where | command |", "|---|---|---|---|"]
+    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def load(name: str) -> dict | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def tiny_rows() -> Iterator[tuple[str, ...]]:
+    if report := load("tiny_training.json"):
+        figures, where = report["figures"], report["machine"]
+        names = (
+            "ar-tiny, greedy",
+            "dream-tiny, one token per step",
+            "d2f-tiny, reference decoding",
+        )
+        scores = "<br>".join(f"{name} {100 * figures[name]['final']:.1f} %" for name in names)
+        what = f"{figures[names[2]]['problems']} held-out problems solved"
+        yield what, scores, where, f"`{report['command']}`"
+        speed = f"d2f-tiny {figures[names[2]]['tokens_per_forward']:.2f}"
+        yield "tokens per forward, up to the end token", speed, where, f"`{report['command']}`"
+
+
+def demo_rows() -> Iterator[tuple[str, ...]]:
+    if report := load("demo_cpu.json"):
+        speeds = "<br>".join(
+            f"{f['model']} {f['batch_tokens_per_s']:.0f} in one batch, "
+            f"{f['single_tokens_per_s']:.0f} one by one, {f['right']} of {f['problems']} right"
+            for f in report["figures"]
+        )
+        machine = report["machine"]
+        where = f"{machine['system']}, {machine['threads']} thread, float32"
+        command = "`python -m vllm_d2f.demo --json FILE`"
+        yield "tokens per second, 16 problems", speeds, where, command
+
+
+def parity_rows() -> Iterator[tuple[str, ...]]:
+    for path in sorted(RESULTS.glob("parity*.json")):
+        report = json.loads(path.read_text())
+        ways = report["ways"].values()
+        equal = f"{sum(way['equal'] for way in ways)} of {sum(way['of'] for way in ways)} equal"
+        if ties := sum(way["ties"] for way in ways):
+            equal += f", {ties} decided by a tie"
+        what = (
+            f"answers and forwards as the reference: {report['model']}, {report['prompts']} prompts "
+            f"x {report['settings']} settings, {len(ways)} ways"
+        )
+        yield what, equal, report["machine"], f"`{report['command']}`"
+
+
+def overhead_rows() -> Iterator[tuple[str, ...]]:
+    if report := load("overhead.json"):
+        added = "<br>".join(
+            f"{row['requests']} request{'s' * (row['requests'] > 1)}: {row['added_cpu_ms']:.2f} ms"
+            for row in report["rows"]
+        )
+        where = f"CPU, {report['threads']} thread, windows of {report['window']}"
+        yield "what the plugin adds to a step", added, where, f"`{report['command']}`"
+
+
+def rendered(text: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + results() + END + rest.partition(END)[2]
+
+
+def test_the_table_of_results_is_that_of_the_files():
+    assert BEGIN in README and END in README
+    assert rendered(README) == README, "run: python tests/test_readme.py --write"
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--write"], __doc__
+    (ROOT / "README.md").write_text(rendered(README))

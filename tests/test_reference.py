@@ -22,7 +22,11 @@ def forward():
     config = json.loads((GOLDEN / "config.json").read_text())
     keep = Qwen2Config().to_dict().keys() | {"rope_theta"}
     config = Qwen2Config(
-        **{k: v for k, v in config.items() if k in keep and k not in ("model_type", "architectures")}
+        **{
+            k: v
+            for k, v in config.items()
+            if k in keep and k not in ("model_type", "architectures")
+        }
     )
     model = Qwen2ForCausalLM(config).float().eval()
     model.load_state_dict(load_file(GOLDEN / "model.safetensors"))

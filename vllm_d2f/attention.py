@@ -51,8 +51,7 @@ def virtual_sequences(
         prompt_block_R: positions per prompt block for models trained with a block-causal prompt;
             None: the prompt is one block.
     """
-    start_R = start_R.astype(np.int64)
-    stop_R = stop_R.astype(np.int64)
+    start_R, stop_R = start_R.astype(np.int64), stop_R.astype(np.int64)
     prompt_R = prompt_len_R.astype(np.int64)
     block_R = block_size_R.astype(np.int64)
     if prompt_block_R is None:
@@ -64,7 +63,7 @@ def virtual_sequences(
         split_R = -(-prompt_R // prompt_block_R)
 
     # Blocks are numbered through prompt and answer: `split` of them before the answer begins.
-    def block_at(position_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    def block_at(position_R: NDArray[np.integer]) -> NDArray[np.integer]:
         answer_R = split_R + (position_R - prompt_R) // block_R
         if (position_R >= prompt_R).all():
             return answer_R

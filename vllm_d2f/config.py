@@ -53,8 +53,8 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         logger.info("D2F settings: %s", settings)
         if settings.simulate_tokens_per_forward is not None:
             logger.warning(
-                "SIMULATED ACCEPTANCE: %s tokens per forward whatever the model says. Speeds can be "
-                "read, the text and any score cannot.",
+                "SIMULATED ACCEPTANCE: %s tokens per forward whatever the model says. Speeds can "
+                "be read, the text and any score cannot.",
                 settings.simulate_tokens_per_forward,
             )
 

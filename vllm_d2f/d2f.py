@@ -209,7 +209,7 @@ class Step:
     """What one forward decided.
 
     Attributes:
-        tokens_RW: int64, the window before it moved: position 0 is where the forward's window began.
+        tokens_RW: int64, the window before it moved: column 0 is where the forward's began.
         commit_R: int64, leading positions whose keys and values are final now.
         output_R: int64, leading positions of `tokens_RW` that leave as output: the committed ones
             or, when the request is done, everything up to its end.
@@ -224,21 +224,40 @@ class Step:
     accepted_RW: Tensor
 
 
-def block_of(position: Tensor, prompt_len: Tensor | int, block_size: Tensor | int) -> Tensor:
-    """Attention block of a position: 0 for the prompt, 1, 2, ... for the generated blocks."""
+def block_of(
+    position: Tensor,
+    prompt_len: Tensor | int,
+    block_size: Tensor | int,
+    prompt_block: int | None = None,
+) -> Tensor:
+    """Attention block of a position: 0 for the prompt, 1, 2, ... for the generated blocks.
+
+    `prompt_block` is for models trained with a block-causal prompt: the prompt is cut into blocks
+    of that many positions from its start, numbered so that the last, maybe shorter one is 0.
+    """
     generated = 1 + torch.div(position - prompt_len, block_size, rounding_mode="floor")
-    return torch.where(position < prompt_len, torch.zeros_like(generated), generated)
+    if prompt_block is None:
+        prompt = torch.zeros_like(generated)
+    else:
+        prompt = torch.div(position, prompt_block, rounding_mode="floor") - (
+            (prompt_len - 1) // prompt_block
+        )
+    return torch.where(position < prompt_len, prompt, generated)
 
 
 def may_attend(
-    q_position: Tensor, k_position: Tensor, prompt_len: Tensor | int, block_size: Tensor | int
+    q_position: Tensor,
+    k_position: Tensor,
+    prompt_len: Tensor | int,
+    block_size: Tensor | int,
+    prompt_block: int | None = None,
 ) -> Tensor:
     """The attention rule, bool: bidirectional inside a block, causal between blocks.
 
     Arguments broadcast: `may_attend(p[:, None], p[None, :], n, B)` is the dense mask.
     """
-    return block_of(k_position, prompt_len, block_size) <= block_of(
-        q_position, prompt_len, block_size
+    return block_of(k_position, prompt_len, block_size, prompt_block) <= block_of(
+        q_position, prompt_len, block_size, prompt_block
     )
 
 
@@ -290,8 +309,8 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     start_RW = window.layout[:, :width]
     masked_RW = (column_W < open_R1) & ~decided_in_RW
 
-    # Accept. If any proposal of a block passes the threshold its best one does, so a fully activated
-    # block may take its best one without asking. Of equals the first wins.
+    # Accept. If any proposal of a block passes the threshold its best one does, so a fully
+    # activated block may take its best one without asking. Of equals the first wins.
     candidate_RW = torch.where(masked_RW, confidence_RW, -1.0)
     best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce_(1, start_RW, candidate_RW, "amax")
     best_column_RW = torch.where(candidate_RW == best_RW.gather(1, start_RW), column_W, width)

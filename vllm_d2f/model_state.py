@@ -8,7 +8,7 @@ again, so the answer does not depend on preemptions.
 Shape suffixes: S slots or virtual sequences, R requests of the batch, W window positions, H hidden.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
 from vllm_d2f.d2f import Window, grow
+from vllm_d2f.models.base import D2FModel
 from vllm_d2f.patches import p04_forget_finished
 from vllm_d2f.proposal import Sampling
 from vllm_d2f.sampler import D2FSampler
@@ -42,7 +43,7 @@ class D2FModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         p04_forget_finished.install()
-        self.model = model
+        self.project = cast(D2FModel, model).project
         self.settings = served_settings(self.model_config)
         config = self.model_config.hf_config
         self.mask_id: int = config.mask_token_id
@@ -52,10 +53,13 @@ class D2FModelState(ModelState):
         )
         # The output at the last committed position predicts the first one of the window.
         self.last_hidden_SH = torch.zeros(
-            self.max_num_reqs, self.model_config.get_hidden_size(), dtype=self.dtype, device=device
+            self.max_num_reqs,
+            self.model_config.get_hidden_size(),
+            dtype=cast(torch.dtype, self.dtype),
+            device=device,
         )
         self.sampling = Sampling.greedy(self.max_num_reqs, device)
-        # Slots with a temperature: known on the host, so that greedy decoding runs no sampling code.
+        # Slots with a temperature, on the host: greedy decoding runs no sampling code.
         self.drawing: set[int] = set()
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)

@@ -81,6 +81,7 @@ def decode(
     max_len: int | None = None,
     run_on: bool = False,
     sampling: Sampling | None = None,
+    prompt_block: int | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -96,6 +97,7 @@ def decode(
         run_on: decode on behind an end token to the end of the blocks opened so far, as the
             authors' loop does.
         sampling: one entry; None or temperature 0 is greedy.
+        prompt_block: positions per prompt block of a model with a block-causal prompt.
     """
     if not prompt:
         raise ValueError("the prompt is empty; D2F needs at least one prompt token")
@@ -124,7 +126,7 @@ def decode(
         )
         position_T = torch.arange(len(tokens_T))
         mask_TT = may_attend(
-            position_T[:, None], position_T[None, :], len(prompt), params.block_size
+            position_T[:, None], position_T[None, :], len(prompt), params.block_size, prompt_block
         )
         logits_TV = forward(tokens_T, mask_TT)
         forwards += 1

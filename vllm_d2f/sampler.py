@@ -5,6 +5,7 @@ Shape suffixes: T tokens of the forward, H hidden, D requests that denoise in th
 the batch), P that prefill, R = D + P, W window positions, N masked rows, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class D2FSampler:
         self.sampling_states = base.sampling_states
         self.compute_nans = False
         self.simulate = state.settings.simulate_tokens_per_forward
-        self.project = state.model.project
+        self.project: Callable[[Tensor], Tensor] = state.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
@@ -58,7 +59,7 @@ class D2FSampler:
         # Lengths are known on the host; what is in the windows is known on the device only.
         drafts_np = input_batch.num_draft_tokens_per_req
         if drafts_np is None:
-            num_denoising = 0
+            drafts_np, num_denoising = np.zeros(num_reqs, dtype=np.int32), 0
         elif input_batch.has_prefill:
             num_denoising = int((drafts_np > 0).sum())
         else:

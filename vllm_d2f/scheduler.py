@@ -101,10 +101,13 @@ class D2FScheduler(Scheduler):
         """Let only requests with the identical whole prompt and block size share pages.
 
         A bidirectional prompt's keys and values depend on all of it, and a committed block's on how
-        the answer is cut into blocks. With a block-causal prompt they depend on what stands before.
+        the answer is cut into blocks.
         """
         salt = f"{request.cache_salt or ''}|d2f:{self._params(request).block_size}"
-        if self.settings.prompt_attention == "bidirectional":
+        # With a block-causal prompt a page depends on what stands before its end, if it ends with a
+        # block.
+        whole_blocks = self.block_size % self.settings.params.block_size == 0
+        if self.settings.prompt_attention == "bidirectional" or not whole_blocks:
             tokens = ",".join(map(str, request.prompt_token_ids or ()))
             salt += "|" + hashlib.sha256(tokens.encode()).hexdigest()
         request.cache_salt = salt

@@ -16,7 +16,7 @@ def random_prompts(count, seed, vocab=200, longest=60):
 
 
 def check(cases, expected, got, decisive=0.8):
-    """Equal tokens and forwards wherever rounding cannot have decided; that is nearly everywhere."""
+    """Equal tokens and forwards wherever rounding cannot have decided: nearly everywhere."""
     wrong = [item for item in differences(cases, expected, got) if not item["tie"]]
     assert not wrong, f"{len(wrong)} of {len(cases)} differ; the first: {wrong[0]}"
     clear = sum(known.margin >= TIE for known in expected)

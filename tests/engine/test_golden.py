@@ -6,8 +6,8 @@ import json
 import pytest
 from conftest import GOLDEN
 
-from benchmarks.parity import engine_answers, shut_down, start_engine
 from benchmarks.parity import Case as Request
+from benchmarks.parity import engine_answers, shut_down, start_engine
 from vllm_d2f.d2f import D2FParams
 
 RUNS = json.loads((GOLDEN / "runs.json").read_text())

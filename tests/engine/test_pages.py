@@ -5,6 +5,7 @@ Each test starts an engine of its own, and there is one engine at a time in a pr
 """
 
 import pytest
+from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
 
 from benchmarks.parity import (
     Case,
@@ -15,7 +16,6 @@ from benchmarks.parity import (
     shut_down,
     start_engine,
 )
-from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
 from vllm_d2f.d2f import D2FParams
 
 
@@ -70,4 +70,27 @@ def test_prefix_reuse_changes_nothing(model, cases, expected):
         {"prompt_token_ids": list(long)}, sampling_params(related[0]), use_tqdm=False
     )
     assert outputs[0].num_cached_tokens >= 64
+    shut_down(llm)
+
+
+def test_block_causal_prompts_share_pages(model):
+    """Pages of 32 end where prompt blocks of 16 end, so any common beginning can be shared."""
+    section = {"block_size": 16, "max_blocks": 2, "prompt_attention": "block_causal"}
+    llm = start_engine(
+        model,
+        window=32,
+        max_model_len=MAX_LEN,
+        enable_prefix_caching=True,
+        additional_config={"d2f": section},
+    )
+    long = tuple(random_prompts(1, seed=9, longest=2)[0] * 120)[:120]
+    prompts = [long, long + (7,), long[:70], long[:64] + (3, 4), long[:97], (5,) + long]
+    cases = [Case(p, D2FParams(16, 2), 40) for p in prompts]
+    expected = reference_answers(model, cases, MAX_LEN, prompt_block=16)
+    for _ in range(2):
+        check(cases, expected, [engine_answers(llm, [case], "batch")[0] for case in cases])
+    output = llm.generate(
+        {"prompt_token_ids": list(long[:64]) + [9] * 9}, sampling_params(cases[0]), use_tqdm=False
+    )[0]
+    assert output.num_cached_tokens == 64
     shut_down(llm)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
 
 from benchmarks.parity import (
     GRID,
@@ -17,7 +18,6 @@ from benchmarks.parity import (
     shut_down,
     start_engine,
 )
-from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.proposal import Sampling

@@ -5,7 +5,6 @@ import sys
 import types
 
 import pytest
-
 from vllm_d2f.patches import p03_cpu_kernels
 from vllm_d2f.patches.patch import find, function_of
 

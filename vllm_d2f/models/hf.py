@@ -29,7 +29,7 @@ def load_hf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     if not weights:
         raise FileNotFoundError(f"{path}: no .safetensors files")
     if config.model_type == "Dream":
-        model = Qwen2ForCausalLM(config)
+        model: Any = Qwen2ForCausalLM(config)
     else:
         from vllm_d2f.models.llada import OLMO_TO_LLAMA
 

@@ -34,7 +34,7 @@ OLMO_TO_LLAMA = WeightsMapper(
 )
 
 
-class LLaDAForD2F(D2FModel, LlamaForCausalLM):
+class LLaDAForD2F(D2FModel, LlamaForCausalLM):  # type: ignore[misc]
     """Architecture `LLaDAModelLM`. Position i is predicted by the output at i."""
 
     hf_to_vllm_mapper = OLMO_TO_LLAMA | LlamaForCausalLM.hf_to_vllm_mapper

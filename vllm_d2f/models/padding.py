@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of a size the attention backend has no kernel for: padded with zeros to the next that it has.
+"""Heads of a size the attention backend has no kernel for, padded with zeros to one that it has.
 
-Zeros add nothing to q.k and give zeros in the output, and the scale stays that of the real size, so
-the result is exact. Published models have heads of 128 and are never padded; tiny ones are.
+Zeros add nothing to q.k and give zeros in the output, and the scale stays that of the real size,
+so the result is exact. Published models have heads of 128 and are never padded; tiny ones are.
 """
 
 import torch

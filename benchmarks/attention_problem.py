@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of one layer in a D2F step: its tensors, and the float64 result.
+
+Shape suffixes: R requests, T = R * W query tokens, W window positions, L context + window, H query
+heads, K key heads, D head size, S virtual sequences, P pages of B positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_d2f.attention import VirtualSequences, virtual_sequences
+from vllm_d2f.d2f import may_attend
+
+PAGE = 32
+
+
+class Unavailable(Exception):
+    """This machine cannot run the variant, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Heads of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`requests` of the same shape: a prompt of `context` positions, then open blocks."""
+
+    context: int
+    requests: int
+    blocks: int
+    block_size: int
+
+    @property
+    def window(self) -> int:
+        return self.blocks * self.block_size
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its tensors. Pages of the cache lie in random order, as in a server."""
+
+    case: Case
+    layer: Layer
+    query_THD: Tensor
+    key_RLKD: Tensor
+    value_RLKD: Tensor
+    pages_RP: Tensor
+
+    @classmethod
+    def make(
+        cls, case: Case, layer: Layer, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> "Problem":
+        generator = torch.Generator().manual_seed(seed)
+        length = case.context + case.window
+        pages = -(-length // PAGE)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        order = torch.randperm(case.requests * pages, generator=generator)
+        return cls(
+            case,
+            layer,
+            random(case.requests * case.window, layer.heads, layer.head_dim),
+            random(case.requests, length, layer.kv_heads, layer.head_dim),
+            random(case.requests, length, layer.kv_heads, layer.head_dim),
+            order.view(case.requests, pages).to(device, torch.int32),
+        )
+
+    @property
+    def length(self) -> int:
+        return self.case.context + self.case.window
+
+    def mask_WL(self) -> Tensor:
+        """The attention rule for one request's window."""
+        position_L = torch.arange(self.length, device=self.query_THD.device)
+        return may_attend(
+            position_L[self.case.context :, None],
+            position_L[None],
+            self.case.context,
+            self.case.block_size,
+        )
+
+    def sequences(self) -> VirtualSequences:
+        """The window's blocks as virtual sequences."""
+        start_R = np.full(self.case.requests, self.case.context)
+        return virtual_sequences(
+            start_R,
+            start_R + self.case.window,
+            start_R,
+            np.full(self.case.requests, self.case.block_size),
+        )
+
+    # A server's cache is there before the step: made once, not part of a variant's set-up.
+
+    @cached_property
+    def paged(self) -> tuple[Tensor, Tensor]:
+        """Keys and values on their pages: [pages, B, K, D]."""
+        return self._paged(self.key_RLKD), self._paged(self.value_RLKD)
+
+    def _paged(self, source_RLKD: Tensor) -> Tensor:
+        requests, pages = self.pages_RP.shape
+        padded = source_RLKD.new_zeros(requests, pages * PAGE, *source_RLKD.shape[2:])
+        padded[:, : self.length] = source_RLKD
+        out = torch.empty_like(padded).view(requests * pages, PAGE, *source_RLKD.shape[2:])
+        out[self.pages_RP.flatten().long()] = padded.view_as(out)
+        return out
+
+    @cached_property
+    def cpu_paged(self) -> tuple[Tensor, Tensor]:
+        """The same in the layout of vLLM's CPU kernel, written by its own operation."""
+        from vllm import _custom_ops as ops
+
+        layer, dtype = self.layer, self.query_THD.dtype
+        cache = torch.zeros(
+            self.pages_RP.numel(), layer.kv_heads, 2 * PAGE, layer.head_dim, dtype=dtype
+        )
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        position_L = torch.arange(self.length)
+        slot_RL = self.pages_RP[:, position_L // PAGE].long() * PAGE + position_L % PAGE
+        ops.cpu_attn_reshape_and_cache(
+            self.key_RLKD.flatten(0, 1),
+            self.value_RLKD.flatten(0, 1),
+            key_cache,
+            value_cache,
+            slot_RL.flatten(),
+            cpu_isa(layer, dtype),
+        )
+        return key_cache, value_cache
+
+    def error(self, out_THD: Tensor, most: int = 2) -> float:
+        """Largest difference from a dense float64 computation, over the first requests."""
+        group, worst = self.layer.heads // self.layer.kv_heads, 0.0
+        W, mask_WL = self.case.window, self.mask_WL().cpu()
+        for row in range(min(most, self.case.requests)):
+            query = self.query_THD[row * W : (row + 1) * W].cpu().double().transpose(0, 1)
+            key, value = (
+                x[row].cpu().double().transpose(0, 1).repeat_interleave(group, 0)
+                for x in (self.key_RLKD, self.value_RLKD)
+            )
+            scores = query @ key.transpose(1, 2) / self.layer.head_dim**0.5
+            want = scores.masked_fill(~mask_WL, float("-inf")).softmax(-1) @ value
+            got = out_THD[row * W : (row + 1) * W].reshape(W, self.layer.heads, -1)
+            worst = max(worst, float((got.cpu().double().transpose(0, 1) - want).abs().max()))
+        return worst
+
+
+def cpu_isa(layer: Layer, dtype: torch.dtype) -> str:
+    """The instruction set vLLM picks for its CPU kernel."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _get_attn_isa(dtype, PAGE, layer.head_dim)
+
+
+Run = Callable[[], Tensor]
+"""What one layer runs."""

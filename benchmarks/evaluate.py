@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores by lm-eval, with the paper's tasks and settings: a thin driver around `lm_eval`.
+
+    python -m benchmarks.evaluate --task arithmetic                     # d2f-tiny, needs nothing
+    python -m benchmarks.evaluate --task gsm8k --model FOLDER --preset dream-gsm8k --data FOLDER
+    python -m benchmarks.evaluate --task humaneval --model FOLDER --preset dream-humaneval \\
+        --allow-code-execution
+    python -m benchmarks.evaluate --task gsm8k --model NAME --server http://localhost:8000
+
+In this process with vLLM (`lm_eval --model vllm`), or against a running `vllm serve`
+(`local-completions`). The tasks are the YAML files in benchmarks/tasks, which also work with plain
+`lm_eval --include_path benchmarks/tasks`. Questions come from --data or from the Hub.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workload import UsageError, environment, resolve_model, write_result
+from vllm_d2f.settings import PRESETS
+
+TASKS = ("arithmetic", "gsm8k", "math", "humaneval", "mbpp")
+PROGRAMS = ("humaneval", "mbpp")
+FOLDER = Path(__file__).with_name("tasks")
+PROMPT_ROOM = {"arithmetic": 192, "gsm8k": 1800, "math": 2048, "humaneval": 1024, "mbpp": 1800}
+UNITS = {"score": "fraction of problems, by lm-eval's metric of that name", "seconds": "wall time"}
+
+
+def task_name(task: str, preset: str | None) -> str:
+    """The task file for a preset; without one the published Dream form."""
+    if task == "arithmetic":
+        return "d2f_arithmetic"
+    return f"d2f_{task}_{'llada' if preset and preset.startswith('llada') else 'dream'}"
+
+
+def max_tokens(task: str, preset: str | None) -> int:
+    """The published length of an answer (the `max_gen_toks` of the task file)."""
+    if task == "arithmetic":
+        return 64
+    return 512 if preset and preset.startswith("llada") else 256
+
+
+def d2f_section(task: str, preset: str | None) -> dict[str, Any]:
+    """The preset with a window for the whole answer, as the paper decodes; {} without one."""
+    if preset is None:
+        return {}
+    size = PRESETS[preset]["block_size"]
+    return {**PRESETS[preset], "max_blocks": math.ceil(max_tokens(task, preset) / size)}
+
+
+def model_call(args: argparse.Namespace) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` needs to reach the model."""
+    model = resolve_model("--model", args.model)
+    section = d2f_section(args.task, args.preset)
+    room = args.max_model_len or _room(args, model)
+    if args.server:
+        return {
+            "model": "local-completions",
+            "model_args": {
+                "model": args.model,
+                "base_url": args.server.rstrip("/").removesuffix("/v1") + "/v1/completions",
+                "tokenizer": model,
+                "tokenizer_backend": "huggingface",
+                "num_concurrent": args.batch_size,
+                "max_length": room,
+            },
+            "gen_kwargs": _xargs("vllm_xargs", section),
+        }
+    import torch
+
+    options: dict[str, Any] = {"max_num_seqs": args.batch_size, "max_model_len": room}
+    if not torch.cuda.is_available():
+        options |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
+    if section:
+        options["additional_config"] = {"d2f": section}
+    if args.preset and args.preset.startswith("dream") and _has_bos(model):
+        options["add_bos_token"] = True  # as the authors' evaluation does
+    return {
+        "model": "vllm",
+        "model_args": {"pretrained": model, "batch_size": "auto", **options},
+        "gen_kwargs": None,
+    }
+
+
+def _xargs(name: str, section: dict[str, Any]) -> dict[str, Any] | None:
+    """A served model's settings travel with each request."""
+    return {name: {f"d2f_{k}": v for k, v in section.items()}} if section else None
+
+
+def _room(args: argparse.Namespace, model: str) -> int:
+    """Positions for prompt and answer, as far as the model has them."""
+    from transformers import AutoConfig
+
+    wanted = PROMPT_ROOM[args.task] + max_tokens(args.task, args.preset)
+    return min(
+        wanted, getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", wanted)
+    )
+
+
+def _has_bos(model: str) -> bool:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model).bos_token is not None
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be known to fail before a model is loaded.
+
+    Raises:
+        UsageError: with what to pass.
+    """
+    from benchmarks.tasks import data, sandbox
+
+    if args.preset and args.task != "arithmetic" and not args.preset.endswith(f"-{args.task}"):
+        known = ", ".join(name for name in PRESETS if name.endswith(f"-{args.task}"))
+        raise UsageError(f"--preset {args.preset} is not for --task {args.task}; use {known}")
+    try:
+        if args.data and args.task != "arithmetic":
+            data.read(args.task, Path(args.data), "test")
+        if args.task in PROGRAMS:
+            if args.allow_code_execution:
+                os.environ[sandbox.ALLOW] = "1"
+            sandbox.check()
+    except (data.DataMissing, sandbox.SandboxError) as error:
+        raise UsageError(str(error)) from None
+
+
+def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """Run lm-eval and condense its result."""
+    check(args)
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError:
+        raise UsageError("lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'") from None
+    from benchmarks.tasks.data import DataMissing
+    from vllm_d2f import register
+
+    register()
+    call = model_call(args)
+    name = task_name(args.task, args.preset)
+    chat = bool(args.preset and args.preset.startswith("llada") and args.task in ("gsm8k", "mbpp"))
+    started = time.perf_counter()
+    try:
+        found = lm_eval.simple_evaluate(
+            **call,
+            tasks=[name],
+            task_manager=TaskManager(
+                include_path=str(FOLDER), include_defaults=False, metadata={"data": args.data}
+            ),
+            limit=args.limit,
+            apply_chat_template=chat or args.chat,
+            fewshot_as_multiturn=chat or args.chat,
+            confirm_run_unsafe_code=args.allow_code_execution,
+            bootstrap_iters=0,
+        )
+    except Exception as error:
+        # lm-eval loads the task files as modules of its own, so the class is another one there.
+        if type(error).__name__ in (DataMissing.__name__, "SandboxError"):
+            raise UsageError(str(error)) from None
+        raise
+    scores = {
+        key.replace(",none", "").replace(",", ":"): round(value, 4)
+        for key, value in found["results"][name].items()
+        if isinstance(value, float) and not key.split(",")[0].endswith("_stderr")
+    }
+    return {
+        "score": scores,
+        "task": name,
+        "problems": found["n-samples"][name]["effective"],
+        "of": found["n-samples"][name]["original"],
+        "shots": found["n-shot"][name],
+        "model": Path(args.model).name,
+        "through": call["model"],
+        "preset": args.preset,
+        "d2f": d2f_section(args.task, args.preset) or "the model's own settings",
+        "max_tokens": max_tokens(args.task, args.preset),
+        "units": UNITS,
+        "seconds": round(time.perf_counter() - started, 1),
+        "lm_eval": lm_eval.__version__,
+        **environment(None, argv, "benchmarks.evaluate"),
+        "samples": _samples(found["samples"][name][: args.keep]),
+    }
+
+
+def _samples(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few prompts' ends and answers, for a person to look at."""
+    return [
+        {"prompt_end": s["arguments"][0][0][-300:], "answer": s["resps"][0][0], "want": s["target"]}
+        for s in samples
+    ]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a short text."""
+    scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in report["score"].items())
+    shots, seconds = report["shots"], report["seconds"]
+    lines = [
+        f"# {report['model']} on {report['task']}",
+        "",
+        f"`{report['command']}`",
+        "",
+        f"**{scores}** on {report['problems']} of {report['of']} problems, {shots} shots,",
+        f"{report['max_tokens']} tokens, through {report['through']}, {seconds:.0f} s.",
+        f"D2F settings: {report['preset'] or 'its own'}.",
+    ]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--task", choices=TASKS, default="arithmetic")
+    parser.add_argument("--model", default="d2f-tiny", help="embedded name, folder or Hub id")
+    parser.add_argument("--preset", choices=list(PRESETS), help="published D2F settings")
+    parser.add_argument("--data", help="folder with the task's files; else the Hub is asked")
+    parser.add_argument("--limit", type=int, help="only the first N problems")
+    parser.add_argument("--server", help="address of a running vllm serve")
+    parser.add_argument("--allow-code-execution", action="store_true", help="needed for programs")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    parser.add_argument("--batch-size", type=int, default=32, help="requests at once")
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--keep", type=int, default=5, help="answers kept in the result")
+    parser.add_argument("--quick", action="store_true", help="8 problems")
+    parser.add_argument("--json", help="write .json and .md under this name")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.limit = min(args.limit or 8, 8)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        report = evaluate(args, sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_result(report, markdown(report), args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

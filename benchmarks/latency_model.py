@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict tokens per second by batch size from what a step costs, and where D2F and AR cross.
+
+    python -m benchmarks.latency_model                  # measure, fit, predict, check
+    python -m benchmarks.latency_model --quick          # under a minute
+    python -m benchmarks.latency_model --step-ms-json costs.json     # by hand, no engine
+
+A step costs about a + b * tokens + c * (cached tokens its requests attend to) + d * (requests that
+enter with it) milliseconds; a to d are fitted to measured steps. How many forwards a request takes
+and how wide its window is does not depend on the batch: both are measured once, at batch size 1.
+From the two follows the speed at any batch size. The prediction is checked on other problems than
+the fit has seen.
+
+The JSON given by hand has, for "d2f" and "ar" each, either a_ms and b_ms_per_token, or "points":
+[[tokens, ms], ...] with straight lines between them (a GPU's steps cost the same until it runs out
+of arithmetic); c_ms_per_context_token and d_ms_per_request where they are not 0; and
+tokens_per_forward, window_tokens, answer_tokens, prompt_tokens: see benchmarks/README.md.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.costs import Cost, Trace, crossing, fit, predict_batch, predict_steady, traces_of
+from benchmarks.points import answers, rate, spread
+from benchmarks.workers import Worker, WorkerError, close_all, prepare_process
+from benchmarks.workload import UsageError, environment, load_items, resolve_model, write_result
+
+if TYPE_CHECKING:
+    from benchmarks.engine import StepCost
+
+SIZES = tuple(2**i for i in range(11))
+KINDS = ("d2f", "ar")
+UNITS = {
+    "a_ms": "milliseconds of a step without tokens",
+    "b_ms_per_token": "milliseconds per token in the step",
+    "c_ms_per_context_token": "milliseconds per cached token the step's requests attend to",
+    "d_ms_per_request": "milliseconds per request that enters, its prompt's tokens beside them",
+    "steps": "measured: requests, new ones, tokens, context tokens, milliseconds of each step",
+    "predicted": "useful tokens per second of a server that always has batch_size requests",
+    "checks": "useful tokens per second of one LLM.generate call with batch_size prompts",
+    "error": "predicted / measured - 1",
+}
+QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=1, prompts=4)
+
+
+def measure(workers: Mapping[str, Worker], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Step costs and traces on the first half of the problems, speed on the other half.
+
+    The decoders take turns, and the fit and what checks it are measured side by side.
+    """
+    items = load_items(2 * max(*args.batch_sizes, args.prompts), args.data, args.seed)
+    known, fresh = items[: len(items) // 2], items[len(items) // 2 :]
+    steps: dict[str, list[StepCost]] = {kind: [] for kind in workers}
+    speeds = {(kind, size): list[float]() for kind in workers for size in args.batch_sizes}
+    for worker in workers.values():
+        for size in args.batch_sizes:
+            worker.measure(known[: max(size, 2)], size)
+    for _ in range(args.runs):
+        for size in args.batch_sizes:
+            count = max(size, args.prompts // size * size)
+            for kind, worker in workers.items():
+                steps[kind] += worker.steps(known[:count], size)
+                speeds[kind, size].append(rate(worker.measure(fresh[:count], size)))
+    decoders = {}
+    for kind, worker in workers.items():
+        alone = worker.measure(known, 1)
+        cost, traces = fit(steps[kind]), traces_of(alone)
+        checks = []
+        for size in args.batch_sizes:
+            measured = spread(speeds[kind, size])
+            predicted = predict_batch(cost, traces, size, args.token_budget)
+            error = round(predicted / measured["median"] - 1, 4)
+            checks.append(
+                {
+                    "batch_size": size,
+                    "predicted": float(f"{predicted:.5g}"),
+                    "measured": measured["median"],
+                    "measured_range": measured,
+                    "error": error,
+                }
+            )
+        given = answers([alone])
+        decoders[kind] = {
+            "score": round(sum(answer.final for answer in given) / len(given), 4),
+            "cost": cost.as_dict(),
+            "fit_error": cost.relative_error(steps[kind]),
+            "trace": Trace.mean(traces).as_dict(),
+            "checks": checks,
+            "steps": [asdict(step) | {"ms": round(step.ms, 3)} for step in steps[kind]],
+        }
+    return decoders
+
+
+def by_hand(path: str) -> dict[str, dict[str, Any]]:
+    """Costs and traces from a file.
+
+    Raises:
+        UsageError: names what is missing.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {
+            kind: {
+                "cost": Cost.from_dict(given[kind]).as_dict(),
+                "trace": Trace.from_dict(given[kind]).as_dict(),
+            }
+            for kind in KINDS
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--step-ms-json {path}: {error!r}; pass a JSON file as in benchmarks/README.md, with "
+            '"d2f" and "ar"'
+        ) from None
+
+
+def build(decoders: dict[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The report: predictions by batch size and where they cross."""
+    speeds = {}
+    for kind, decoder in decoders.items():
+        cost, trace = Cost.from_dict(decoder["cost"]), Trace.from_dict(decoder["trace"])
+        speeds[kind] = [predict_steady(cost, trace, size) for size in SIZES]
+        decoder["predicted"] = [
+            {"batch_size": size, "tokens_per_s": float(f"{speed:.5g}")}
+            for size, speed in zip(SIZES, speeds[kind], strict=True)
+        ]
+    report: dict[str, Any] = {"benchmark": "latency_model"}
+    if len(speeds) == 2:
+        costs = [Cost.from_dict(decoders[k]["cost"]) for k in KINDS]
+        traces = [Trace.from_dict(decoders[k]["trace"]) for k in KINDS]
+        report["predicted_speedup"] = {
+            str(size): round(d / a, 3)
+            for size, d, a in zip(SIZES, speeds["d2f"], speeds["ar"], strict=True)
+        }
+        report["ar_overtakes_at_batch"] = crossing(costs[0], traces[0], costs[1], traces[1])
+    checks = [check for d in decoders.values() for check in d.get("checks", ())]
+    if checks:
+        errors = [abs(check["error"]) for check in checks]
+        report["prediction_error"] = {
+            "mean": round(sum(errors) / len(errors), 3),
+            "worst": round(max(errors), 3),
+        }
+    return {**report, **about, "units": UNITS, "decoders": decoders}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The tables of `benchmarks/results/latency_model.md`."""
+    lines = ["# Step cost and what follows from it", "", f"`{report['command']}`", ""]
+    for kind, d in report["decoders"].items():
+        t = d["trace"]
+        lines.append(
+            f"- {kind}: step {Cost.from_dict(d['cost'])}; {t['tokens_per_forward']:.2f} tokens per "
+            f"forward, window {t['window_tokens']:.1f}, answer {t['answer_tokens']:.1f}, prompt "
+            f"{t['prompt_tokens']:.1f} tokens"
+        )
+    lines.append("")
+    if "predicted_speedup" in report:
+        at = report["ar_overtakes_at_batch"]
+        where = "nowhere up to 4096" if at is None else f"at {at}"
+        lines += [f"AR overtakes D2F {where} concurrent requests (predicted).", ""]
+        lines += ["| concurrent requests | D2F tok/s | AR tok/s | D2F / AR |", "|---|---|---|---|"]
+        rows = zip(*(report["decoders"][kind]["predicted"] for kind in KINDS), strict=True)
+        for d, a in rows:
+            ratio = report["predicted_speedup"][str(d["batch_size"])]
+            lines.append(
+                f"| {d['batch_size']} | {d['tokens_per_s']:.0f} | {a['tokens_per_s']:.0f} | "
+                f"{ratio:.2f} |"
+            )
+        lines.append("")
+    if "prediction_error" in report:
+        error = report["prediction_error"]
+        lines += [
+            "Checked on other problems than the fit has seen, one batch at a time.",
+            f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst.",
+            "",
+            "| decoder | batch | predicted tok/s | measured tok/s | error |",
+            "|---|---|---|---|---|",
+        ]
+        for kind, d in report["decoders"].items():
+            for c in d["checks"]:
+                lines.append(
+                    f"| {kind} | {c['batch_size']} | {c['predicted']:.0f} | {c['measured']:.0f} | "
+                    f"{c['error']:+.1%} |"
+                )
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--d2f", default="d2f-tiny", help="D2F model: embedded name, folder or Hub id")
+    add("--ar", default="ar-tiny", help="autoregressive model")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    add("--runs", type=int, default=3)
+    add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
+    add("--max-tokens", type=int, default=64)
+    add("--token-budget", type=int, default=8192, help="vLLM's max_num_batched_tokens")
+    add("--mode", choices=("eager", "compiled"), default="eager")
+    add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
+    add("--step-ms-json", metavar="FILE", help="costs and traces by hand; nothing is measured")
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
+    add("--seed", type=int, default=0, help="of the generated problems")
+    add("--quick", action="store_true", help="a small measurement, under a minute")
+    add("--json", help="write the result here, with a .md and two .png beside it")
+    args = parser.parse_args(argv)
+    if args.quick:
+        for name, value in QUICK.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
+    if min([*args.batch_sizes, args.runs, args.prompts, args.max_tokens]) < 1:
+        parser.error("--batch-sizes, --runs, --prompts and --max-tokens must be at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    given = sys.argv[1:] if argv is None else argv
+    about = environment(args.seed, given, "benchmarks.latency_model")
+    try:
+        decoders = by_hand(args.step_ms_json) if args.step_ms_json else _measured(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkerError as error:
+        print(f"error: a decoder failed: {error}", file=sys.stderr)
+        return 1
+    report = build(decoders, about)
+    write_result(report, markdown(report), args.json)
+    if args.json:
+        from benchmarks.plots import forward_cost, prediction
+
+        path = Path(args.json)
+        prediction(report, path.with_suffix(".png"))
+        if not args.step_ms_json:
+            forward_cost(report, path.with_name(path.stem + "_forward_cost.png"))
+    return 0
+
+
+def _measured(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    prepare_process()
+    models = {"d2f": resolve_model("--d2f", args.d2f), "ar": resolve_model("--ar", args.ar)}
+    options = {"max_num_batched_tokens": args.token_budget, **json.loads(args.engine_args)}
+    workers = {
+        kind: Worker(
+            "engine",
+            model=model,
+            mode=args.mode,
+            max_batch=max(args.batch_sizes),
+            max_tokens=args.max_tokens,
+            options=options,
+        )
+        for kind, model in models.items()
+    }
+    try:
+        # Both are loaded before either is measured: loading would take the other's cores.
+        for worker in workers.values():
+            worker.wait()
+        return measure(workers, args)
+    finally:
+        close_all(list(workers.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
