@@ -94,6 +94,8 @@ class Measurement:
         useful: tokens up to the end token, it included, of all answers.
         forwards: forwards the requests took part in, summed.
         seconds: wall time of all batches.
+        cpu_seconds: CPU time of this process, engine included; what the work costs on a machine
+            that others use too.
     """
 
     params: dict[str, Any]
@@ -104,6 +106,7 @@ class Measurement:
     useful: int
     forwards: int
     seconds: float
+    cpu_seconds: float
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -185,6 +188,7 @@ def ask(
         useful=sum(a.useful for a in answers),
         forwards=sum(a.forwards for a in answers),
         seconds=round(sum(one.seconds for one in batches), 4),
+        cpu_seconds=round(sum(one.cpu_s for one in batches), 4),
     )
 
 

@@ -208,8 +208,8 @@ def parity_rows() -> Iterator[tuple[str, ...]]:
         if ties := sum(way["ties"] for way in ways):
             equal += f", {ties} decided by a tie"
         what = (
-            f"answers and forwards as the reference: {report['model']}, {report['prompts']} prompts "
-            f"x {report['settings']} settings, {len(ways)} ways"
+            f"answers and forwards as the reference: {report['model']}, {len(ways)} ways, "
+            f"{report['prompts']} prompts x {report['settings']} settings"
         )
         yield what, equal, report["machine"], f"`{report['command']}`"
 

@@ -29,7 +29,7 @@ ABOUT = {
 
 def measurement(exact, *, tau_conf=0.9, forwards=100, seconds=1.0, repeat=0):
     params = asdict(D2FParams(16, 4, 0.1, 0.95, tau_conf))
-    return asdict(sweep.Measurement(params, repeat, 200, exact, exact, 500, forwards, seconds))
+    return asdict(sweep.Measurement(params, repeat, 200, exact, exact, 500, forwards, seconds, 0.5))
 
 
 def test_grids_cover_the_papers_ranges():
@@ -69,6 +69,7 @@ def test_report_takes_the_median_of_the_runs_and_marks_the_frontier():
     slow, fast = sorted(report["rows"], key=lambda row: row["tokens_per_forward"])
     assert (slow["tokens_per_s"], slow["tokens_per_s_range"], slow["runs"]) == (250, [125, 500], 3)
     assert (slow["tokens_per_forward"], fast["tokens_per_forward"]) == (5.0, 10.0)
+    assert slow["tokens_per_cpu_s"] == 1000
     assert slow["pareto_forward"] and fast["pareto_forward"]
     assert set(NAMES) < set(slow)
     assert "| FS |" in markdown(report)
