@@ -29,7 +29,7 @@ help:
 	@echo 'make test       all tests that need neither a GPU nor minutes each'
 	@echo 'make test-slow  the rest of the tests that need no GPU'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make models     train the embedded models again, hours'
+	@echo 'make models     train the embedded models again, about an hour'
 	@echo 'make setup      only install, EXTRA=cpu or EXTRA=gpu (here: $(EXTRA))'
 	@echo 'make clean      remove the environment and caches'
 

@@ -49,6 +49,7 @@ class StepCost:
         tokens: in the step, prompts included.
         context: cached tokens that the others attend to.
         ms: wall time since the step before, everything that happened between included.
+        cpu_ms: the same, CPU time of this process.
     """
 
     requests: int
@@ -56,6 +57,7 @@ class StepCost:
     tokens: int
     context: int
     ms: float
+    cpu_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Clock:
     steps: list[StepCost] = field(default_factory=list)
     _scheduled: tuple[int, int, int, int] | None = None
     _at: float = 0.0
+    _cpu_at: float = 0.0
 
     def attach(self, llm: Any) -> "Clock":
         """Listen to an engine of this process."""
@@ -98,15 +101,16 @@ class Clock:
 
         def timed_get_output() -> Any:
             outputs = get_output()
-            now = time.perf_counter()
+            now, cpu = time.perf_counter(), time.process_time()
             for output in outputs.outputs:
                 if output.new_token_ids:
                     self.first.setdefault(output.request_id, now)
                     self.last[output.request_id] = now
             if self._scheduled:
-                self.steps.append(StepCost(*self._scheduled, 1e3 * (now - self._at)))
+                spent = (1e3 * (now - self._at), 1e3 * (cpu - self._cpu_at))
+                self.steps.append(StepCost(*self._scheduled, *spent))
                 self._scheduled = None
-            self._at = now
+            self._at, self._cpu_at = now, cpu
             return outputs
 
         scheduler.schedule, client.get_output = timed_schedule, timed_get_output
@@ -117,12 +121,17 @@ class Clock:
         self.last.clear()
         self.steps.clear()
         self.began = self._at = time.perf_counter()
+        self._cpu_at = time.process_time()
 
     def stop(self) -> float:
         """Seconds since `start`. What came after the last step counts as part of it."""
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         last = self.steps[-1]
-        self.steps[-1] = replace(last, ms=last.ms + 1e3 * (now - self._at))
+        self.steps[-1] = replace(
+            last,
+            ms=last.ms + 1e3 * (now - self._at),
+            cpu_ms=last.cpu_ms + 1e3 * (cpu - self._cpu_at),
+        )
         return now - self.began
 
 

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def check(args: argparse.Namespace) -> None:
     """
     from benchmarks.tasks import data, sandbox
 
+    if args.task == "math" and find_spec("math_verify") is None:
+        raise UsageError("--task math is graded with SymPy: pip install 'lm-eval[math]'")
     if args.preset and args.task != "arithmetic" and not args.preset.endswith(f"-{args.task}"):
         known = ", ".join(name for name in PRESETS if name.endswith(f"-{args.task}"))
         raise UsageError(f"--preset {args.preset} is not for --task {args.task}; use {known}")

@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,12 @@ def measure(workers: Mapping[str, Worker], args: argparse.Namespace) -> dict[str
         for size in args.batch_sizes:
             count = max(size, args.prompts // size * size)
             for kind, worker in workers.items():
-                steps[kind] += worker.steps(known[:count], size)
-                speeds[kind, size].append(rate(worker.measure(fresh[:count], size)))
+                took = worker.steps(known[:count], size)
+                if args.clock == "cpu":
+                    took = [replace(step, ms=step.cpu_ms) for step in took]
+                steps[kind] += took
+                per = "cpu_s" if args.clock == "cpu" else "seconds"
+                speeds[kind, size].append(rate(worker.measure(fresh[:count], size), per=per))
     decoders = {}
     for kind, worker in workers.items():
         alone = worker.measure(known, 1)
@@ -91,9 +95,15 @@ def measure(workers: Mapping[str, Worker], args: argparse.Namespace) -> dict[str
             "fit_error": cost.relative_error(steps[kind]),
             "trace": Trace.mean(traces).as_dict(),
             "checks": checks,
-            "steps": [asdict(step) | {"ms": round(step.ms, 3)} for step in steps[kind]],
+            "steps": [_row(step) for step in steps[kind]],
         }
     return decoders
+
+
+def _row(step: "StepCost") -> dict[str, float]:
+    row = asdict(step) | {"ms": round(step.ms, 3)}
+    del row["cpu_ms"]
+    return row
 
 
 def by_hand(path: str) -> dict[str, dict[str, Any]]:
@@ -149,7 +159,13 @@ def build(decoders: dict[str, dict[str, Any]], about: Mapping[str, Any]) -> dict
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The tables of `benchmarks/results/latency_model.md`."""
+    clock = {
+        "wall": "Times are wall time.",
+        "cpu": "Times are CPU time of the decoder's process: other programs were running.",
+        "given": "Step times and tokens per forward were given by hand, nothing was measured.",
+    }
     lines = ["# Step cost and what follows from it", "", f"`{report['command']}`", ""]
+    lines += [clock[report["clock"]], ""]
     for kind, d in report["decoders"].items():
         t = d["trace"]
         lines.append(
@@ -204,6 +220,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=64)
     add("--token-budget", type=int, default=8192, help="vLLM's max_num_batched_tokens")
     add("--mode", choices=("eager", "compiled"), default="eager")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
+    )
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
     add("--step-ms-json", metavar="FILE", help="costs and traces by hand; nothing is measured")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
@@ -232,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkerError as error:
         print(f"error: a decoder failed: {error}", file=sys.stderr)
         return 1
-    report = build(decoders, about)
+    clock = "given" if args.step_ms_json else args.clock
+    report = build(decoders, {"clock": clock, **about})
     write_result(report, markdown(report), args.json)
     if args.json:
         from benchmarks.plots import forward_cost, prediction

@@ -15,6 +15,7 @@ counters. `vllm bench throughput` is run once on the first model, offline.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -216,4 +217,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # `timeout` and job managers end a program so; the server must end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

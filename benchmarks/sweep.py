@@ -91,6 +91,7 @@ class Measurement:
 
     Attributes:
         exact, final: answers that are right to the letter, and in their last number.
+        wrong: the problems that are not exact, to compare points problem by problem.
         useful: tokens up to the end token, it included, of all answers.
         forwards: forwards the requests took part in, summed.
         seconds: wall time of all batches.
@@ -103,6 +104,7 @@ class Measurement:
     problems: int
     exact: int
     final: int
+    wrong: list[int]
     useful: int
     forwards: int
     seconds: float
@@ -185,6 +187,7 @@ def ask(
         problems=len(answers),
         exact=sum(a.exact for a in answers),
         final=sum(a.final for a in answers),
+        wrong=[a.item for a in answers if not a.exact],
         useful=sum(a.useful for a in answers),
         forwards=sum(a.forwards for a in answers),
         seconds=round(sum(one.seconds for one in batches), 4),

@@ -38,6 +38,17 @@ def wilson(right: int, of: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def sign_test(worse: set[int], better: set[int]) -> float:
+    """How likely chance alone makes two points differ so much on the same problems.
+
+    Args:
+        worse, better: the problems each got wrong.
+    """
+    only_worse, only_better = len(worse - better), len(better - worse)
+    total, least = only_worse + only_better, min(only_worse, only_better)
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """For each (speed, score): nothing is at least as good in both and better in one."""
     return [
@@ -60,10 +71,16 @@ def build_report(
         for row, best in zip(rows, pareto([(r[speed], r["exact"]) for r in rows]), strict=True):
             row[mark] = best
     lowest, highest = (f(rows, key=lambda r: r["exact"]) for f in (min, max))
+    wrong = {key: set(runs[0]["wrong"]) for key, runs in groups.items()}
+    chance = sign_test(*(wrong[tuple(row[n] for n in NAMES)] for row in (lowest, highest)))
     return {
-        "score": {"lowest": lowest["exact"], "highest": highest["exact"]},
-        # Only a difference larger than the problems' own chance is a trade of score for speed.
-        "flat": lowest["exact_ci95"][1] >= highest["exact_ci95"][0],
+        "score": {
+            "lowest": lowest["exact"],
+            "highest": highest["exact"],
+            "chance": round(chance, 5),
+        },
+        # Only a difference that chance hardly makes is a trade of score for speed.
+        "flat": chance > 0.05,
         "base": base,
         **about,
         "units": UNITS,
@@ -100,8 +117,8 @@ def verdict(report: dict[str, Any]) -> str:
             "decide speed only."
         )
     return (
-        f"Scores lie between {low:.1f} % and {high:.1f} %: within this grid speed can be bought "
-        "with score."
+        f"Scores lie between {low:.1f} % and {high:.1f} % (same problems, sign test: p = "
+        f"{report['score']['chance']:.2g}): within this grid speed can be bought with score."
     )
 
 

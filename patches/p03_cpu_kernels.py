@@ -37,6 +37,7 @@ METHODS = {
 # kernels of METHODS are listed too: their stand-ins reproduce what the kernels do
 SOURCES = {
     HOOK: "950067cb061535befc918ca5e83f67a1ac11caa04b5bd54a4754f09349eb2be8",
+    SCAN: "68f705141997c1e39cf146242eaa0947ed059462017ac96461944d2329b74f64",
     f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": (
         "96d1b0d0dffd63d4c564addcfecb5ada2d7835edad2256c31258f8db1d3d6509"
     ),

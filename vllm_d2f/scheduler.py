@@ -48,6 +48,16 @@ class D2FScheduler(Scheduler):
             if -1 in token_ids:
                 draft_token_ids.draft_token_ids[i] = token_ids[: token_ids.index(-1)]
         super().update_draft_token_ids(draft_token_ids)
+        for req_id in draft_token_ids.req_ids:
+            request = self.requests.get(req_id)
+            if request is None or request.status != RequestStatus.RUNNING:
+                continue
+            if not request.spec_token_ids and not request.is_prefill_chunk:
+                # It would never be scheduled again and the engine would spin without a word.
+                raise RuntimeError(
+                    f"vllm-d2f: request {req_id} is unfinished and has no open block. This is a "
+                    "bug; please report it with the request's parameters."
+                )
 
     def _hold_back(self) -> list[tuple[Request, list[int]]]:
         """Take the windows of running requests that would not fit this step's token budget.

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sweep
-from benchmarks.sweep_report import NAMES, build_report, markdown, pareto, verdict, wilson
+from benchmarks.sweep_report import (
+    NAMES,
+    build_report,
+    markdown,
+    pareto,
+    sign_test,
+    verdict,
+    wilson,
+)
 from benchmarks.workload import UsageError
 from vllm_d2f.d2f import D2FParams
 
@@ -29,7 +37,10 @@ ABOUT = {
 
 def measurement(exact, *, tau_conf=0.9, forwards=100, seconds=1.0, repeat=0):
     params = asdict(D2FParams(16, 4, 0.1, 0.95, tau_conf))
-    return asdict(sweep.Measurement(params, repeat, 200, exact, exact, 500, forwards, seconds, 0.5))
+    wrong = list(range(200 - exact))
+    return asdict(
+        sweep.Measurement(params, repeat, 200, exact, exact, wrong, 500, forwards, seconds, 0.5)
+    )
 
 
 def test_grids_cover_the_papers_ranges():
@@ -54,6 +65,12 @@ def test_wilson_interval():
     low, high = wilson(95, 100)
     assert (round(low, 3), round(high, 3)) == (0.888, 0.978)
     assert wilson(10, 10)[1] == 1.0 and wilson(0, 10)[0] == 0.0
+
+
+def test_sign_test_compares_problem_by_problem():
+    assert sign_test({1, 2, 3, 4}, set()) == 0.125
+    assert sign_test(set(range(12)), {100}) == pytest.approx(2 * (1 + 13) / 2**13)
+    assert sign_test({1, 2}, {3, 4}) == sign_test(set(), set()) == 1.0
 
 
 def test_report_says_whether_the_frontier_is_flat():
