@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 SIZES = tuple(2**i for i in range(11))
 KINDS = ("d2f", "ar")
+MOST_STEPS = 500
+"""About so many steps of each decoder are kept for the picture; the fit sees all of them."""
 UNITS = {
     "a_ms": "milliseconds of a step without tokens",
     "b_ms_per_token": "milliseconds per token in the step",
@@ -95,7 +97,7 @@ def measure(workers: Mapping[str, Worker], args: argparse.Namespace) -> dict[str
             "fit_error": cost.relative_error(steps[kind]),
             "trace": Trace.mean(traces).as_dict(),
             "checks": checks,
-            "steps": [_row(step) for step in steps[kind]],
+            "steps": [_row(s) for s in steps[kind][:: max(1, len(steps[kind]) // MOST_STEPS)]],
         }
     return decoders
 

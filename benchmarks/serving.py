@@ -90,6 +90,15 @@ def bench_throughput(args: argparse.Namespace, model: str, tokenizer: str) -> di
     }
 
 
+def throughput(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """`bench_throughput`; a failure is a finding too, and must not lose what was measured."""
+    try:
+        return bench_throughput(args, model, resolve_model("--models", model))
+    except subprocess.SubprocessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return {"failed": str(error)[-300:]}
+
+
 def engine_options(args: argparse.Namespace) -> list[str]:
     """For `vllm serve` and `vllm bench throughput` alike; on a CPU float32 without compilation."""
     options = ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
@@ -201,11 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "models": {Path(m).name: measure_model(args, m, items) for m in args.models},
         }
         if not args.no_throughput and not args.base_url:
-            first = args.models[0]
-            folder = resolve_model("--models", first)
-            report["vllm_bench_throughput"] = {
-                Path(first).name: bench_throughput(args, first, folder)
-            }
+            name = Path(args.models[0]).name
+            report["vllm_bench_throughput"] = {name: throughput(args, args.models[0])}
     except (UsageError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

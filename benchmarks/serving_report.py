@@ -67,6 +67,9 @@ def markdown(report: dict[str, Any]) -> str:
             f"final {final:.1f} %"
         )
     for model, found in report.get("vllm_bench_throughput", {}).items():
+        if "failed" in found:
+            lines.append(f"- `vllm bench throughput` on {model} **failed**")
+            continue
         lines.append(
             f"- `vllm bench throughput` on {model}, offline, {found['num_requests']} random "
             f"prompts: {found['requests_per_second']:.2f} requests/s, "

@@ -2,9 +2,11 @@
 """What the parity tests share: requests that cover the settings, and the comparison."""
 
 import random
+from pathlib import Path
 
 from benchmarks.parity import GRID, TIE, Case, differences
 
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 MAX_LEN = 320
 WINDOW = 256
 

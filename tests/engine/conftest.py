@@ -12,8 +12,6 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from checkpoints import write_dream, write_llada  # noqa: E402
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-
 
 @pytest.fixture(scope="session")
 def dream(tmp_path_factory):

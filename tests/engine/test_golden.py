@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from conftest import GOLDEN
+from common import GOLDEN
 
 from benchmarks.parity import Case as Request
 from benchmarks.parity import engine_answers, shut_down, start_engine
