@@ -46,6 +46,22 @@ def llm(model):
     shut_down(llm)
 
 
+def test_vectorised_sampler_of_other_devices(llm, cases, expected):
+    """The CPU runs a compiled step; the sampler that CUDA runs must say the same here."""
+    from vllm_d2f.cpu_sampler import CpuSampler
+    from vllm_d2f.sampler import D2FSampler
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    compiled = runner.sampler
+    assert type(compiled) is CpuSampler
+    runner.sampler = D2FSampler(runner.model_state, compiled)
+    try:
+        check(cases, expected, engine_answers(llm, cases, "arrivals", seed=6))
+    finally:
+        runner.sampler = compiled
+
+
 @pytest.mark.parametrize("way", ["batch", "arrivals"])
 def test_every_setting(llm, cases, expected, way):
     check(cases, expected, engine_answers(llm, cases, way, seed=5))
