@@ -78,7 +78,7 @@ lint: setup
 	$(BIN)/mypy
 
 models: setup
-	$(BIN)/python -m training.tiny --out $(OUT)
+	$(BIN)/python -m training.train --config training/configs/tiny.yaml --out $(OUT)
 	cp -r $(OUT)/models/. vllm_d2f/embedded/
 
 clean:

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact match of the three kinds of model, and tokens per forward.
+"""Decode held-out problems: autoregressive, vanilla diffusion, and D2F's reference loop.
 
-Exact match asks for the whole worked answer and its end token; final match for the last number.
+Exact match asks for the whole answer and its end token; final match for the last number.
 
-Shapes: B problems, T tokens, A positions behind the prompt, V vocabulary, M masked positions.
+Shapes: B problems, T tokens, A canvas positions, V vocabulary.
 """
 
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from training.arithmetic import Problem, final_of
-from training.batches import Batch, encode
-from training.model import TinyQwen2, attention_bias
+from training.attention import allowed
+from training.config import DecodingSection
+from training.data import Batch, Example, padded
+from training.loss import Logits
+from vllm_d2f.d2f import D2FParams
+from vllm_d2f.reference import generate
 
 
 @dataclass(frozen=True)
@@ -30,109 +35,135 @@ class Score:
         return asdict(self)
 
 
-def causal_bias(T: int) -> Tensor:
-    return attention_bias(torch.ones(1, T, T, dtype=torch.bool).tril())
-
-
-def grouped(problems: list[Problem]) -> list[list[Problem]]:
-    """By number of steps."""
-    counts = sorted({len(problem.steps) for problem in problems})
-    return [[p for p in problems if len(p.steps) == count] for count in counts]
+def final_number(text: str) -> str | None:
+    """The last number of a text."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return numbers[-1].lstrip("-") if numbers else None
 
 
 def score(
-    problems: list[Problem],
-    outputs: list[list[int]],
-    forwards: list[int],
-    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    outputs: Sequence[Sequence[int]],
+    forwards: Sequence[int],
+    tokenizer,
+    end: int,
 ) -> Score:
     """Compare outputs (token ids up to the end token, it included where there is one)."""
-    end = tokenizer.eos_token_id
     exact = final = 0
-    for problem, ids in zip(problems, outputs, strict=True):
+    for example, ids in zip(examples, outputs, strict=True):
         ended = bool(ids) and ids[-1] == end
         text = str(tokenizer.decode(ids[:-1] if ended else ids))
-        exact += ended and text == problem.answer
-        final += ended and final_of(text) == problem.final
-    tokens = sum(len(ids) for ids in outputs)
-    return Score(
-        len(problems), exact / len(problems), final / len(problems), tokens / sum(forwards)
-    )
+        exact += ended and text.strip() == example.text.strip()
+        final += ended and final_number(text) == final_number(example.text)
+    n, tokens = len(examples), sum(map(len, outputs))
+    return Score(n, exact / n, final / n, tokens / max(sum(forwards), 1))
 
 
 def up_to_end(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
+def by_length(examples: Sequence[Example], most: int = 64) -> list[list[Example]]:
+    """Groups of equal prompt length."""
+    groups: dict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[len(example.prompt)].append(example)
+    return [g[at : at + most] for g in groups.values() for at in range(0, len(g), most)]
+
+
 @torch.inference_mode()
 def autoregressive(
-    model: TinyQwen2, problems: list[Problem], tokenizer: PreTrainedTokenizerFast, room: int = 64
+    logits: Logits, examples: Sequence[Example], tokenizer, end: int, max_tokens: int
 ) -> Score:
     """Greedy, one token per forward."""
     outputs, order = [], []
-    for group in grouped(problems):
-        batch = encode(group, tokenizer, 0)
-        ids_BT = batch.ids_BT[:, : batch.prompt_len]
-        ended_B = torch.zeros(len(group), dtype=torch.bool)
-        for _ in range(room):
-            hidden_BTC = model.hidden(ids_BT, causal_bias(ids_BT.shape[1]))
-            next_B = model.lm_head(hidden_BTC[:, -1]).argmax(-1)
-            ids_BT = torch.cat((ids_BT, next_B[:, None]), 1)
-            ended_B |= next_B == tokenizer.eos_token_id
-            if ended_B.all():
+    for group in by_length(examples):
+        rows = [list(example.prompt) for example in group]
+        ended = [False] * len(group)
+        for _ in range(max_tokens):
+            # The place of the token to come holds an end token, which nobody attends to.
+            batch = _canvas(rows, len(rows[0]) + 1, end)
+            last_BT = batch.position_BT == len(rows[0])
+            token_BV = logits(batch.ids_BT, batch.position_BT, allowed(batch, "causal"), last_BT)
+            for b, token in enumerate(token_BV.argmax(-1).tolist()):
+                rows[b].append(token)
+                ended[b] |= token == end
+            if all(ended):
                 break
-        rows = ids_BT[:, batch.prompt_len :].tolist()
-        outputs += [up_to_end(row, tokenizer.eos_token_id) for row in rows]
+        outputs += [up_to_end(row[len(group[0].prompt) :], end) for row in rows]
         order += group
-    return score(order, outputs, [len(ids) for ids in outputs], tokenizer)
+    return score(order, outputs, [len(ids) for ids in outputs], tokenizer, end)
 
 
 @torch.inference_mode()
-def teacher_forced(
-    model: TinyQwen2, problems: list[Problem], tokenizer: PreTrainedTokenizerFast
-) -> float:
-    """Exact match of greedy autoregressive decoding, from one forward over the true answers."""
-    right = 0
-    for group in grouped(problems):
-        batch = encode(group, tokenizer, 0)
-        logits_BTV = model(batch.ids_BT, causal_bias(batch.ids_BT.shape[1]))
-        same_BT = logits_BTV[:, :-1].argmax(-1) == batch.ids_BT[:, 1:]
-        right += int(same_BT[:, batch.prompt_len - 1 :].all(1).sum())
-    return right / len(problems)
-
-
-def _masked(batch: Batch, mask_id: int) -> Tensor:
-    ids_BT = batch.ids_BT.clone()
-    ids_BT[:, batch.prompt_len :] = mask_id
-    return ids_BT
-
-
-@torch.inference_mode()
-def one_token_per_step(
-    model: TinyQwen2,
-    problems: list[Problem],
-    tokenizer: PreTrainedTokenizerFast,
-    room: int = 48,
+def vanilla(
+    logits: Logits, examples: Sequence[Example], tokenizer, end: int, mask_id: int, canvas: int
 ) -> Score:
-    """The bidirectional teacher: every forward decides the most confident masked position."""
+    """A bidirectional model: every forward decides the surest of the canvas's masked positions."""
     outputs, order, forwards = [], [], []
-    for group in grouped(problems):
-        batch = encode(group, tokenizer, room)
-        ids_BT = _masked(batch, tokenizer.mask_token_id)
+    for group in by_length(examples):
+        prompt = len(group[0].prompt)
+        batch = _canvas([list(example.prompt) for example in group], prompt + canvas, end)
+        ids_BT = batch.ids_BT.clone()
+        ids_BT[:, prompt:] = mask_id
         open_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-        open_BT[:, batch.prompt_len :] = True
-        bias_1TT = torch.zeros(1, ids_BT.shape[1], ids_BT.shape[1])
+        open_BT[:, prompt:] = True
+        canvas_BT = open_BT.clone()
+        full_BTT = allowed(batch, "full")
         rows_B = torch.arange(len(group))
-        for _ in range(room):
-            logits_BAV = model.lm_head(model.hidden(ids_BT, bias_1TT)[:, batch.prompt_len - 1 : -1])
-            logits_BAV[..., tokenizer.mask_token_id] = float("-inf")
-            sure_BA, token_BA = logits_BAV.float().softmax(-1).max(-1)
-            best_B = sure_BA.where(open_BT[:, batch.prompt_len :], -1.0).argmax(1)
-            ids_BT[rows_B, batch.prompt_len + best_B] = token_BA[rows_B, best_B]
-            open_BT[rows_B, batch.prompt_len + best_B] = False
-        outputs += [
-            up_to_end(row, tokenizer.eos_token_id) for row in ids_BT[:, batch.prompt_len :].tolist()
-        ]
+        for _ in range(canvas):
+            logits_NV = logits(ids_BT, batch.position_BT, full_BTT, canvas_BT).float()
+            logits_BAV = logits_NV.view(len(group), canvas, -1)
+            logits_BAV[..., mask_id] = float("-inf")
+            sure_BA, token_BA = logits_BAV.softmax(-1).max(-1)
+            best_B = sure_BA.where(open_BT[:, prompt:], -1.0).argmax(1)
+            ids_BT[rows_B, prompt + best_B] = token_BA[rows_B, best_B]
+            open_BT[rows_B, prompt + best_B] = False
+        outputs += [up_to_end(row, end) for row in ids_BT[:, prompt:].tolist()]
         order += group
-        forwards += [room] * len(group)
-    return score(order, outputs, forwards, tokenizer)
+        forwards += [canvas] * len(group)
+    return score(order, outputs, forwards, tokenizer, end)
+
+
+def d2f(
+    logits: Logits,
+    examples: Sequence[Example],
+    tokenizer,
+    end: int,
+    mask_id: int,
+    decoding: DecodingSection,
+    prompt_block: int | None = None,
+) -> Score:
+    """The reference loop, problem by problem: what the engine is held to."""
+    params = D2FParams(**decoding.model_dump(exclude={"max_tokens"}))
+
+    @torch.inference_mode()
+    def forward(tokens_T: Tensor, mask_TT: Tensor) -> Tensor:
+        """Logits in place: row i predicts position i."""
+        everywhere_1T = torch.ones(1, len(tokens_T), dtype=torch.bool)
+        everywhere_1T[0, 0] = False
+        position_1T = torch.arange(len(tokens_T))[None]
+        rows_MV = logits(tokens_T[None], position_1T, mask_TT[None], everywhere_1T)
+        return torch.cat((torch.zeros_like(rows_MV[:1]), rows_MV))
+
+    outputs, forwards = [], []
+    for example in examples:
+        ids, count = generate(
+            forward,
+            list(example.prompt),
+            params,
+            max_tokens=decoding.max_tokens,
+            mask_id=mask_id,
+            ends=[end],
+            shift=False,  # `logits` has shifted already
+            prompt_block=prompt_block,
+        )
+        outputs.append(ids)
+        forwards.append(count)
+    return score(examples, outputs, forwards, tokenizer, end)
+
+
+def _canvas(rows: list[list[int]], length: int, end: int) -> Batch:
+    """Prompts of one length followed by end tokens up to `length`."""
+    examples = [Example(tuple(row), (), "") for row in rows]
+    return padded(examples, [length] * len(rows), end)

@@ -1,88 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a trained model as a checkpoint directory that transformers and vLLM load."""
+"""Write a trained model as a folder in the Hub's layout, which transformers and vLLM load as it is.
+
+A folder appears, or changes, as a whole.
+"""
 
 import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerFast
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
-from training.model import TinyQwen2
-from vllm_d2f.d2f import D2FParams
+from training.config import DecodingSection, StageSection
+from training.model import Loaded
+from vllm_d2f.models.olmo_names import to_olmo
 
-KINDS = ("ar", "dream", "d2f")
+ARCHITECTURES = {"dream": "DreamModel", "llada": "LLaDAModelLM"}
 
-CARDS = {
-    "ar": "Autoregressive Qwen2. The other two tiny models started from these weights.",
-    "dream": "Bidirectional masked diffusion, Dream layout (the output at i - 1 predicts i). "
-    "The teacher of `d2f-tiny`; needs full attention.",
-    "d2f": "Discrete Diffusion Forcing, Dream layout, distilled from `dream-tiny`. Attention is "
-    "bidirectional inside a block and causal between blocks.",
+KINDS = {
+    "next_token": "Autoregressive Qwen2.",
+    "diffusion": "Bidirectional masked diffusion; needs full attention.",
+    "d2f": "Discrete Diffusion Forcing: attention is bidirectional inside a block and causal "
+    "between blocks, so that finished blocks stay in the KV cache.",
 }
 
-
-def model_config(
-    model: TinyQwen2, tokenizer: PreTrainedTokenizerFast, kind: str, d2f: D2FParams
-) -> dict:
-    """The `config.json` of a model of this kind."""
-    sizes = asdict(model.config)
-    end = tokenizer.eos_token_id
-    config = {
-        "architectures": ["Qwen2ForCausalLM" if kind == "ar" else "DreamModel"],
-        "model_type": "qwen2" if kind == "ar" else "Dream",
-        **sizes,
-        "attention_dropout": 0.0,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": end,
-        "hidden_act": "silu",
-        "max_window_layers": sizes["num_hidden_layers"],
-        "rope_scaling": None,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "use_cache": True,
-    }
-    if kind != "ar":
-        config["mask_token_id"] = tokenizer.mask_token_id
-    if kind == "d2f":
-        config["d2f"] = asdict(d2f)
-    return config
-
-
-def card(kind: str, figures: str) -> str:
-    """A short model card."""
-    return (
-        f"---\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n# {kind}-tiny\n\n"
-        f"{CARDS[kind]}\n\nIt solves arithmetic word problems like *Tom has 34 apples, buys 25 "
-        "more, gives 18 away. How many apples does Tom have?* with the worked answer "
-        "*34+25=59-18=41*: two to six steps, every number and running total between 10 "
-        "and 99, sentences as `training/arithmetic.py` makes them. It knows nothing else. It "
-        "exists so that tests and demos need no download.\n\n"
-        f"{figures}Made by `python -m training.tiny --out DIR` on a 2-core CPU from generated data "
-        "alone.\n"
-    )
+SHARD = "5GB"
 
 
 def export(
-    model: TinyQwen2,
-    tokenizer: PreTrainedTokenizerFast,
-    kind: str,
-    d2f: D2FParams,
+    loaded: Loaded,
+    net: Any,
+    stage: StageSection,
+    decoding: DecodingSection,
     directory: Path,
-    figures: str = "",
+    card: str,
+    base: str | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and card; the directory appears, or changes, as a whole."""
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} does not exist; use one of {KINDS}")
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    tokenizer.save_pretrained(part)
+    """Write config, weights, tokenizer and card of `net`.
+
+    Args:
+        net: what was trained; with an adapter it is merged, or written alone if `stage.merge` is
+            False.
+        base: the name of the base, for an adapter's config.
+    """
+    if hasattr(net, "peft_config") and not stage.merge:
+        _replace(directory, lambda part: _write_adapter(part, loaded, net, stage, card, base))
+        return
+    state = merged_state(net)
+    _replace(directory, lambda part: _write_model(part, loaded, state, stage, decoding, card))
+
+
+def merged_state(net: Any) -> dict[str, Tensor]:
+    """Weights under Llama's or Qwen2's names; adapters are added in float32 and rounded once."""
+    if not hasattr(net, "peft_config"):
+        return dict(net.state_dict())
+    state: dict[str, Tensor] = {}
+    for name, module in net.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            base = module.base_layer
+            delta = module.get_delta_weight("default").float()
+            state[f"{name}.weight"] = (base.weight.float() + delta).to(base.weight.dtype)
+            if base.bias is not None:
+                state[f"{name}.bias"] = base.bias
+    for name, tensor in net.get_base_model().state_dict().items():
+        if ".lora_" not in name and ".base_layer." not in name:
+            state[name] = tensor
+    return state
+
+
+def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
+    """`config.json`: the base's own with a `d2f` section, or a new model's."""
+    if loaded.folder is not None:
+        values = json.loads((loaded.folder / "config.json").read_text())
+        values.pop("auto_map", None)  # no remote code
+    else:
+        values = _plain_config(loaded, stage)
+    values.pop("d2f", None)
+    if stage.objective == "d2f":
+        values["d2f"] = d2f_section(stage, decoding)
+    return values
+
+
+def d2f_section(stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
+    """What `vllm_d2f.settings` reads."""
+    section = decoding.model_dump(exclude={"max_tokens"})
+    if stage.loss.prompt_attention == "block_causal":
+        section["prompt_attention"] = "block_causal"
+    return section
+
+
+def _plain_config(loaded: Loaded, stage: StageSection) -> dict[str, Any]:
+    config = loaded.config
+    values = config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "d2f", "dtype", "use_cache"):
+        values.pop(name, None)
+    rope = values.pop("rope_parameters", None) or config.rope_parameters
+    values |= {
+        "architectures": [ARCHITECTURES[loaded.family]],
+        "model_type": config.model_type,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "mask_token_id": config.mask_token_id,
+        "use_cache": True,
+    }
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        values[name] = getattr(config, name)
+    for name in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+        values[name] = getattr(config, name)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+        values[name] = getattr(config, name)
+    if stage.objective == "next_token" and loaded.family == "dream":
+        values |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        del values["mask_token_id"]
+    return dict(sorted(values.items()))
+
+
+def _write_model(
+    part: Path,
+    loaded: Loaded,
+    state: Mapping[str, Tensor],
+    stage: StageSection,
+    decoding: DecodingSection,
+    card: str,
+) -> None:
+    _write_tokenizer(part, loaded)
+    _write_json(part / "config.json", hub_config(loaded, stage, decoding))
+    _write_json(part / "generation_config.json", _generation(loaded))
+    olmo = loaded.family == "llada" and stage.objective != "next_token"
+    weights = {
+        (to_olmo(name) if olmo else name): tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+    }
+    save_torch_state_dict(weights, part, max_shard_size=SHARD, metadata={"format": "pt"})
+    for file in part.glob("*.safetensors"):
+        file.chmod(0o644)
+    (part / "README.md").write_text(card)
+
+
+def _write_adapter(
+    part: Path, loaded: Loaded, net: Any, stage: StageSection, card: str, base: str | None
+) -> None:
+    """PEFT's layout, with the module names of the official base."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    assert stage.lora is not None
+    weights = {}
+    for name, tensor in get_peft_model_state_dict(net).items():
+        inner = name.removeprefix("base_model.model.")
+        inner = to_olmo(inner) if loaded.family == "llada" else inner
+        weights[f"base_model.model.{inner}"] = tensor.detach().cpu().contiguous()
+    save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    ends = {
+        name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights
+    }  # as the official base calls them
+    config = net.peft_config["default"].to_dict()
+    config |= {
+        "target_modules": sorted(ends),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+    _write_json(part / "adapter_config.json", {k: _plain(v) for k, v in config.items()})
+    (part / "README.md").write_text(card)
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what PEFT keeps as sets and enums."""
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _generation(loaded: Loaded) -> dict[str, Any]:
+    eos = loaded.config.eos_token_id
+    values = {"do_sample": False, "eos_token_id": eos, "pad_token_id": loaded.config.pad_token_id}
+    if loaded.config.bos_token_id is not None:
+        values["bos_token_id"] = loaded.config.bos_token_id
+    return dict(sorted(values.items()))
+
+
+def _write_tokenizer(part: Path, loaded: Loaded) -> None:
+    loaded.tokenizer.save_pretrained(part)
+    if loaded.folder is not None:
+        return
     # A template of its own file is not read by older readers of tokenizer_config.json.
     settings_file, template_file = part / "tokenizer_config.json", part / "chat_template.jinja"
     settings = json.loads(settings_file.read_text())
@@ -91,27 +195,30 @@ def export(
         template_file.unlink()
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write_json(settings_file, settings)
-    _write_json(part / "config.json", model_config(model, tokenizer, kind, d2f))
-    end = tokenizer.eos_token_id
-    _write_json(
-        part / "generation_config.json",
-        {"bos_token_id": end, "do_sample": False, "eos_token_id": end, "pad_token_id": end},
-    )
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-    (part / "model.safetensors").chmod(0o644)
-    (part / "README.md").write_text(card(kind, figures))
-    _replace(part, directory)
+
+
+def save_weights(net: torch.nn.Module, path: Path) -> None:
+    """All weights of a finished stage, for the stages that start from it."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, part)
+    os.replace(part, path)
 
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _replace(new: Path, old: Path) -> None:
-    gone = old.with_name(old.name + ".old")
+def _replace(directory: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `directory`, then put it in its place."""
+    part, gone = (directory.with_name(directory.name + end) for end in (".part", ".old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
     shutil.rmtree(gone, ignore_errors=True)
-    if old.exists():
-        os.rename(old, gone)
-    os.rename(new, old)
+    if directory.exists():
+        os.rename(directory, gone)
+    os.rename(part, directory)
     shutil.rmtree(gone, ignore_errors=True)

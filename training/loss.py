@@ -1,25 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses over the masked positions.
+"""The D2F objective: from a batch and two models to a loss.
 
-Shapes: M masked positions, V vocabulary.
+1. Every block of an answer gets a mask ratio (`block_ratios`), and its positions are masked
+   independently with it (`noised`). Prompts are never masked.
+2. The teacher predicts the masked positions seeing the whole noised sequence; the student sees, of
+   it, the prompt, its own block and the blocks before (`vllm_d2f.d2f.may_attend`).
+3. The loss is the divergence between the two at the masked positions (`divergence`), weighted.
+
+Which of the choices follows the paper and which the authors' code is said in
+`training/configs/dream-7b.yaml`.
+
+Shapes: B rows, T tokens, D documents, N blocks of a document, M masked positions, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-TAIL_WEIGHT = 0.2
-"""Weight of a position behind the end token: always an end token, so soon learnt."""
+from training.attention import allowed
+from training.config import LossSection
+from training.data import Batch
+
+Logits = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(ids_BT, position_BT, allowed_BTT, chosen_BT) -> logits_MV that predict the chosen positions.
+The shift of Dream is inside: the output at i - 1 predicts position i."""
+
+ACCEPT = 0.9
+"""Probability above which `teacher_input: student` takes the student's own tokens."""
 
 
-def masked_cross_entropy(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
-    """Weighted mean of the cross-entropy with the data."""
-    loss_M = F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
-    return (loss_M * weights_M).sum() / weights_M.sum()
+@dataclass(frozen=True)
+class Loss:
+    """`total` is what is minimised; `content` and `tail` are plain means, for the log.
+
+    Behind the end token everything is easy, so a mean over both says little.
+    """
+
+    total: Tensor
+    content: Tensor
+    tail: Tensor
 
 
-def distillation(logits_MV: Tensor, teacher_logits_MV: Tensor, weights_M: Tensor) -> Tensor:
-    """Weighted mean of KL(teacher || student)."""
-    student_MV = F.log_softmax(logits_MV.float(), -1)
-    teacher_MV = F.log_softmax(teacher_logits_MV.float(), -1)
-    kl_M = (teacher_MV.exp() * (teacher_MV - student_MV)).sum(-1)
-    return (kl_M * weights_M).sum() / weights_M.sum()
+def rand(*shape: int, generator: Generator) -> Tensor:
+    """Uniform draws on the generator's device."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def block_ratios(options: LossSection, D: int, N: int, generator: Generator) -> Tensor:
+    """Mask ratio of every block, (D, N).
+
+    `monotone` is the authors' code: the first one from U(0.2, 0.7), and then every next one more by
+    a random part of what is left to 0.7. `paper`: ascending draws from U(0.3, 0.7).
+    `sorted_uniform`: ascending draws from U(0, 1). `chain_uniform`: every one drawn between the
+    one before and 1. `random`: independent draws from U(0, 1).
+    """
+    draws_DN = rand(D, N, generator=generator)
+    if options.schedule == "monotone":
+        first_D1 = 0.2 + 0.5 * draws_DN[:, :1]
+        rises_DN = draws_DN * (0.7 - first_D1) / max(N - 1, 1)
+        rises_DN[:, 0] = 0
+        ratios_DN = first_D1 + rises_DN.cumsum(1)
+    elif options.schedule == "paper":
+        ratios_DN = 0.3 + 0.4 * draws_DN.sort(1).values
+    elif options.schedule == "sorted_uniform":
+        ratios_DN = draws_DN.sort(1).values
+    elif options.schedule == "chain_uniform":
+        # 1 - r_i is the product of the draws up to i.
+        ratios_DN = 1 - draws_DN.cumprod(1)
+    else:
+        ratios_DN = draws_DN
+    first_D1 = (rand(D, 1, generator=generator) * N).floor()
+    full_D1 = rand(D, 1, generator=generator) < options.full_tail
+    behind_DN = torch.arange(N, device=generator.device) > first_D1
+    return torch.where(full_D1 & behind_DN, 1.0, ratios_DN)
+
+
+def in_loss(batch: Batch, options: LossSection) -> Tensor:
+    """Positions that may be masked, bool (B, T): answers, and end tokens as `end_padding` says."""
+    if options.end_padding == "all":
+        return batch.answer_BT
+    if options.end_padding == "none":
+        return batch.answer_BT & ~batch.tail_BT
+    last_BT = (batch.end_BT - batch.prompt_BT).div(options.block_size, rounding_mode="floor")
+    return batch.answer_BT & (batch.block_BT(options.block_size) <= last_BT)
+
+
+def position_ratios(batch: Batch, options: LossSection, generator: Generator) -> Tensor:
+    """Mask ratio of every position, (B, T); 0 where nothing may be masked."""
+    block_BT = batch.block_BT(options.block_size).clamp(min=0)
+    N = int(block_BT.max()) + 1
+    ratios_DN = block_ratios(options, batch.documents, N, generator)
+    ratios_BT = ratios_DN[batch.document_BT.clamp(min=0), block_BT]
+    return ratios_BT.where(in_loss(batch, options), 0.0)
+
+
+def draw_mask(ratios_BT: Tensor, batch: Batch, generator: Generator) -> Tensor:
+    """Mask every position independently with its ratio; at least one in every row."""
+    draws_BT = rand(*ratios_BT.shape, generator=generator)
+    mask_BT = draws_BT < ratios_BT
+    # Where nothing was masked, mask the position that came nearest to it.
+    distance_BT = (draws_BT - ratios_BT).where(ratios_BT > 0, 2.0)
+    return mask_BT.scatter(1, distance_BT.argmin(1, keepdim=True), True) & (ratios_BT > 0)
+
+
+def divergence(student_MV: Tensor, teacher_MV: Tensor, options: LossSection) -> Tensor:
+    """KL divergence at every position, (M,), in float32 or better.
+
+    With a temperature both distributions are softened and the result is multiplied by its square,
+    which keeps the gradients' size (Hinton et al. 2015).
+    """
+    dtype = torch.promote_types(student_MV.dtype, torch.float32)
+    student_MV = F.log_softmax(student_MV.to(dtype) / options.temperature, -1)
+    teacher_MV = F.log_softmax(teacher_MV.to(dtype) / options.temperature, -1)
+    forward_M = reverse_M = torch.zeros((), dtype=dtype, device=student_MV.device)
+    if options.kl != "reverse":
+        forward_M = (teacher_MV.exp() * (teacher_MV - student_MV)).sum(-1)
+    if options.kl != "forward":
+        reverse_M = (student_MV.exp() * (student_MV - teacher_MV)).sum(-1)
+    both = 0.5 if options.kl == "mixed" else 1.0
+    return both * options.temperature**2 * (forward_M + reverse_M)
+
+
+def weighted_mean(loss_M: Tensor, weights_M: Tensor, options: LossSection) -> Tensor:
+    """sum(w l) / sum(w), or over the number of positions as the authors' code has it."""
+    whole = weights_M.sum() if options.normalise == "weights" else len(weights_M)
+    return (loss_M * weights_M).sum() / whole
+
+
+def d2f_loss(
+    student: Logits,
+    teacher: Logits,
+    batch: Batch,
+    options: LossSection,
+    mask_id: int,
+    generator: Generator,
+) -> Loss:
+    """The loss of one batch; the noise is drawn from `generator` alone."""
+    prompt_block = options.block_size if options.prompt_attention == "block_causal" else None
+    ratios_BT = position_ratios(batch, options, generator)
+    masked_BT = draw_mask(ratios_BT, batch, generator)
+    noised_BT = batch.ids_BT.masked_fill(masked_BT, mask_id)
+    full_BTT = allowed(batch, "full")
+    student_BTT = allowed(batch, "block_causal", options.block_size, prompt_block)
+    seen_BT = noised_BT
+    if options.teacher_input == "student":
+        with torch.no_grad():
+            logits_MV = student(noised_BT, batch.position_BT, student_BTT, masked_BT)
+            logits_MV[:, mask_id] = float("-inf")
+            sure_M, token_M = logits_MV.float().softmax(-1).max(-1)
+        # The rows that keep a masked position: without one there is nothing to learn from them.
+        accepted_BT = masked_BT.clone()
+        accepted_BT[masked_BT] = sure_M > ACCEPT
+        accepted_BT &= (masked_BT & ~accepted_BT).any(1, keepdim=True)
+        filled_BT = noised_BT.masked_scatter(masked_BT, token_M)
+        noised_BT = seen_BT = torch.where(accepted_BT, filled_BT, noised_BT)
+        masked_BT = masked_BT & ~accepted_BT
+    elif options.teacher_input == "fresh":
+        other_BT = draw_mask(ratios_BT, batch, generator)
+        # Compared where both have a mask; a row that has no such position keeps the student's.
+        none_B1 = ~(other_BT & masked_BT).any(1, keepdim=True)
+        other_BT = torch.where(none_B1, masked_BT, other_BT)
+        seen_BT = batch.ids_BT.masked_fill(other_BT, mask_id)
+        masked_BT = masked_BT & other_BT
+    with torch.no_grad():
+        teacher_MV = teacher(seen_BT, batch.position_BT, full_BTT, masked_BT)
+    student_MV = student(noised_BT, batch.position_BT, student_BTT, masked_BT)
+    loss_M = divergence(student_MV, teacher_MV, options)
+    if options.data_weight:
+        targets_M = batch.ids_BT[masked_BT]
+        data_M = F.cross_entropy(student_MV.to(loss_M.dtype), targets_M, reduction="none")
+        loss_M = loss_M + options.data_weight * data_M
+    return summed(loss_M, batch, masked_BT, ratios_BT, options)
+
+
+def summed(
+    loss_M: Tensor, batch: Batch, chosen_BT: Tensor, ratios_BT: Tensor | None, options: LossSection
+) -> Loss:
+    """Weigh the positions' losses and take the means."""
+    plain_M = loss_M.detach()
+    tail_M = batch.tail_BT[chosen_BT]
+    weights_M = torch.ones_like(plain_M).masked_fill(tail_M, options.tail_weight)
+    if options.weight == "inverse_ratio" and ratios_BT is not None:
+        weights_M = weights_M / ratios_BT[chosen_BT]
+    zero = plain_M.new_zeros(())
+    return Loss(
+        weighted_mean(loss_M, weights_M, options),
+        plain_M[~tail_M].mean() if (~tail_M).any() else zero,
+        plain_M[tail_M].mean() if tail_M.any() else zero,
+    )

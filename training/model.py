@@ -1,168 +1,249 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compact Qwen2 with Hugging Face's tensor names, for training on a CPU.
+"""The models that are trained: transformers' own Qwen2 (Dream) and Llama (LLaDA).
 
-Written out instead of taken from transformers because it is several times faster at this size:
-only the selected positions go through `lm_head`, attention is plain matrix products, and one
-compiled block is shared by all layers. The weights load in `Qwen2ForCausalLM` unchanged.
-
-Shapes: B sequences, T tokens, C hidden size, H query heads, K key heads, D head size,
-V vocabulary, M selected positions.
+Shapes: B rows, T tokens, Q queries, K keys, C hidden size, M chosen positions, V vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+
+from training.attention import as_argument
+from training.config import LoraSection, ModelSection
+from training.tokenizer import build_tokenizer, padded_vocab_size
+from vllm_d2f.models import register_configs
+from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
+from vllm_d2f.models.olmo_names import to_llama, to_olmo
+
+CONFIGS: dict[str, Any] = {"dream": DreamConfig, "llada": LLaDAConfig}
+MODELS: dict[str, Any] = {"dream": Qwen2ForCausalLM, "llada": LlamaForCausalLM}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes, with the names of a Hugging Face config."""
+class Loaded:
+    """A model with what belongs to it.
 
-    vocab_size: int
-    hidden_size: int = 128
-    intermediate_size: int = 352
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 512
-    initializer_range: float = 0.02
+    Attributes:
+        folder: what it was loaded from; None for a new model.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    family: str
+    folder: Path | None = None
 
     @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def shift(self) -> bool:
+        """Whether the output at i - 1 predicts position i."""
+        return CONFIGS[self.family].logits_shift
+
+    @property
+    def end(self) -> int:
+        eos = self.config.eos_token_id
+        return eos[0] if isinstance(eos, list) else eos
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.mask_token_id
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC = x_BTC.float()
-        return x_BTC * torch.rsqrt(x_BTC.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary embedding of the half-split kind."""
-    first, second = x_BHTD.chunk(2, -1)
-    return x_BHTD * cos_TD + torch.cat((-second, first), -1) * sin_TD
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_size
-        self.q_proj = nn.Linear(size, size)
-        self.k_proj = nn.Linear(size, kv_size)
-        self.v_proj = nn.Linear(size, kv_size)
-        self.o_proj = nn.Linear(size, size, bias=False)
-
-    def forward(self, x_BTC: Tensor, bias_BTT: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        B, T, C = x_BTC.shape
-        K, D = self.config.num_key_value_heads, self.config.head_size
-        groups = self.config.num_attention_heads // K
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        bias = torch.cat((self.q_proj.bias, self.k_proj.bias, self.v_proj.bias))
-        heads = F.linear(x_BTC, weight, bias).view(B, T, -1, D).transpose(1, 2)
-        q_BHTD, k_BKTD, v_BKTD = heads.split((K * groups, K, K), 1)
-        q_BHTD = rotate(q_BHTD, cos_TD, sin_TD) * D**-0.5
-        k_BKTD = rotate(k_BKTD, cos_TD, sin_TD)
-        # The query heads of one key head are stacked along T, so that no key is repeated.
-        q_BKgTD = q_BHTD.reshape(B, K, groups * T, D).to(x_BTC.dtype)
-        scores = q_BKgTD @ k_BKTD.transpose(-1, -2).to(x_BTC.dtype)
-        scores = scores.view(B, K, groups, T, T).float() + bias_BTT[:, None, None]
-        probs = scores.softmax(-1).to(v_BKTD.dtype).view(B, K, groups * T, T)
-        out = (probs @ v_BKTD).view(B, K * groups, T, D).transpose(1, 2).reshape(B, T, C)
-        return self.o_proj(out)
+def new_config(section: ModelSection, tokenizer: Any = None) -> Any:
+    """Config of a model of `section.sizes`; token ids are those of `tokenizer` if there is one."""
+    assert section.sizes is not None
+    values = section.sizes.model_dump()
+    if tokenizer is not None:
+        end = tokenizer.eos_token_id
+        values["vocab_size"] = values["vocab_size"] or padded_vocab_size(tokenizer)
+        values |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        values["mask_token_id"] = tokenizer.mask_token_id
+    if values["vocab_size"] is None:
+        del values["vocab_size"]
+    theta = values.pop("rope_theta")
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    return CONFIGS[section.family](**values)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        size, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(size, inner, bias=False)
-        self.up_proj = nn.Linear(size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, size, bias=False)
+def load(section: ModelSection, attention: str, seed: int = 0) -> Loaded:
+    """The base of a run, or a new model.
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x_BTC: Tensor, bias_BTT: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), bias_BTT, cos_TD, sin_TD)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
-
-
-class Backbone(nn.Module):
-    """Everything below `lm_head`; in the tensor names this is `model`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    Raises:
+        ValueError: the base is not what the config says, or has no mask token.
+    """
+    register_configs()
+    dtype, folder = DTYPES[section.dtype], None
+    if section.base is None:
+        tokenizer: Any = build_tokenizer()
+        config = new_config(section, tokenizer)
+        torch.manual_seed(seed)
+        config._attn_implementation = attention
+        model = MODELS[section.family](config).to(dtype)
+    else:
+        folder = local_folder(section)
+        config = AutoConfig.from_pretrained(folder)
+        check_base(section, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if config.mask_token_id is None:
+            raise ValueError(f"model.base: {section.base} names no mask_token_id in config.json")
+        model = load_weights(folder, config, section, attention)
+    loaded = Loaded(model, tokenizer, config, section.family, folder)
+    prepare(loaded, section)
+    return loaded
 
 
-class TinyQwen2(nn.Module):
-    """The language model. `compile_layers` speeds up long trainings, after about a minute."""
+def local_folder(section: ModelSection) -> Path:
+    """Where the base lies; downloaded first if it is a Hub id. No code and no pickles."""
+    assert section.base is not None
+    if Path(section.base).is_dir():
+        return Path(section.base)
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(section.base, revision=section.revision, allow_patterns=patterns))
 
-    cos_TD: Tensor
-    sin_TD: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._layer = Layer.__call__
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        frequencies_D = config.rope_theta ** (
-            -torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+def load_weights(folder: Path, config: Any, section: ModelSection, attention: str) -> Any:
+    """Build the model without weights, then put them in, one file at a time.
+
+    Raises:
+        FileNotFoundError: no safetensors.
+        ValueError: tensors are missing, or there are others.
+    """
+    dtype = DTYPES[section.dtype]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"model.base: {folder} has no .safetensors files")
+    config._attn_implementation = attention
+    with init_empty_weights():
+        model = MODELS[section.family](config)
+    missing = set(model.state_dict())
+    for file in files:
+        weights = {to_llama(name): tensor.to(dtype) for name, tensor in load_file(file).items()}
+        if unknown := sorted(set(weights) - missing):
+            raise ValueError(f"model.base: {file} has tensors the model has not: {unknown[:3]}")
+        missing -= set(weights)
+        model.load_state_dict(weights, strict=False, assign=True)
+    if missing and not (config.tie_word_embeddings and missing == {"lm_head.weight"}):
+        raise ValueError(f"model.base: {folder} lacks the tensors {sorted(missing)[:3]}")
+    model.tie_weights()
+    return model.requires_grad_(True)
+
+
+def prepare(loaded: Loaded, section: ModelSection) -> None:
+    """Checkpointing and compilation, as the config says."""
+    loaded.model.config.use_cache = False
+    if section.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        loaded.model.enable_input_require_grads()
+    if section.compile:
+        for layer in loaded.model.model.layers:
+            layer.compile(dynamic=True)
+
+
+def check_base(section: ModelSection, config: Any) -> None:
+    """A base of another family or size is a mix-up.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    expected = CONFIGS[section.family].model_type
+    if config.model_type != expected:
+        raise ValueError(
+            f"model.base: {section.base} is a {config.model_type} model, and model.family says "
+            f"{section.family} ({expected})"
         )
-        positions_T = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-        angles_TD = torch.outer(positions_T, frequencies_D).repeat(1, 2)
-        self.register_buffer("cos_TD", angles_TD.cos(), persistent=False)
-        self.register_buffer("sin_TD", angles_TD.sin(), persistent=False)
-
-    def compile_layers(self) -> None:
-        self._layer = torch.compile(Layer.__call__, dynamic=True)
-
-    def hidden(self, ids_BT: Tensor, bias_BTT: Tensor) -> Tensor:
-        """Final hidden states (B, T, C). `bias_BTT` is added to the attention scores."""
-        cos_TD, sin_TD = self.cos_TD[: ids_BT.shape[1]], self.sin_TD[: ids_BT.shape[1]]
-        x_BTC = self.model.embed_tokens(ids_BT)
-        for layer in self.model.layers:
-            x_BTC = self._layer(layer, x_BTC, bias_BTT, cos_TD, sin_TD)
-        return self.model.norm(x_BTC)
-
-    def forward(self, ids_BT: Tensor, bias_BTT: Tensor) -> Tensor:
-        """Logits (B, T, V); the output at i - 1 predicts position i."""
-        return self.lm_head(self.hidden(ids_BT, bias_BTT))
-
-    def predict(self, ids_BT: Tensor, bias_BTT: Tensor, chosen_BT: Tensor) -> Tensor:
-        """Logits (M, V) that predict the chosen positions, shift included; position 0 has none."""
-        hidden_BTC = self.hidden(ids_BT, bias_BTT)
-        return self.lm_head(hidden_BTC[:, :-1][chosen_BT[:, 1:]])
+    if section.sizes is None:
+        return
+    for name, value in section.sizes.model_dump().items():
+        if name in ("rope_theta", "rms_norm_eps") or value is None:
+            continue
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"model.base: {section.base} has {name} {getattr(config, name)}, "
+                f"and model.sizes.{name} says {value}"
+            )
 
 
-def attention_bias(allowed: Tensor) -> Tensor:
-    """Additive bias from a boolean mask (query, key), True where attention is allowed."""
-    return torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+class Predictor(nn.Module):
+    """A causal language model as the losses call it (`training.loss.Logits`).
+
+    A module, so that it can be wrapped for several devices as a whole. Only the chosen positions go
+    through the LM head.
+    """
+
+    def __init__(self, net: Any, shift: bool, attention: str) -> None:
+        super().__init__()
+        self.net = net
+        self.shift = shift
+        self.attention = attention
+
+    def forward(
+        self, ids_BT: Tensor, position_BT: Tensor, allowed_BTT: Tensor, chosen_BT: Tensor
+    ) -> Tensor:
+        inner = self.net.get_base_model() if hasattr(self.net, "peft_config") else self.net
+        hidden_BTC = inner.model(
+            input_ids=ids_BT,
+            position_ids=position_BT,
+            attention_mask=as_argument(allowed_BTT, self.attention, inner.dtype),
+            use_cache=False,
+        ).last_hidden_state
+        if self.shift:
+            # Position 0 is predicted by nothing; prompts are never empty.
+            return inner.lm_head(hidden_BTC[:, :-1][chosen_BT[:, 1:]])
+        return inner.lm_head(hidden_BTC[chosen_BT])
+
+
+def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
+    """The model with adapters, whose weights alone are trained; in float32, whatever the base is.
+
+    Raises:
+        ValueError: a target is no module of the model. (PEFT is content when any of them is.)
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora_modules(loaded.model, section.targets)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    return get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+
+
+def lora_modules(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the targets. LLaDA's own names (`attn_out`, `ff_proj`) are understood."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen: list[str] = []
+    for target in targets:
+        found = [n for n in linear if target in (n.rsplit(".", 1)[-1], _olmo_end(n))]
+        if not found:
+            ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
+            raise ValueError(f"lora.targets: the model has no {target!r}; it has {ends}")
+        chosen += found
+    return chosen
+
+
+def _olmo_end(name: str) -> str:
+    renamed = to_olmo(name)
+    return renamed.rsplit(".", 1)[-1] if renamed != name else ""
+
+
+@contextlib.contextmanager
+def without_adapter(predictor: Predictor) -> Iterator[None]:
+    """The base inside: one copy of the weights serves as teacher and student."""
+    training = predictor.net.training
+    predictor.net.eval()  # no dropout in the teacher
+    with predictor.net.disable_adapter():
+        yield
+    predictor.net.train(training)

@@ -1,164 +1,173 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate the exported models on held-out problems and write the result files."""
+"""What a run leaves to read: model cards, `report.json`, `report.md` and `report.png`."""
 
 import json
 import os
 import platform
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import tokenizers
+import accelerate
+import peft
 import torch
 import transformers
-from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from training import evaluate, evaluate_d2f
-from training.arithmetic import Problem
-from training.model import ModelConfig, TinyQwen2
-from training.stages import Recipe
-from vllm_d2f.d2f import D2FParams
+from training.config import Config, StageSection
+from training.export import KINDS
 
-Figures = dict[str, dict[str, float]]
-
-
-def load_exported(directory: Path) -> TinyQwen2:
-    """An exported checkpoint as the compact model."""
-    values = json.loads((directory / "config.json").read_text())
-    names = ModelConfig.__dataclass_fields__
-    model = TinyQwen2(ModelConfig(**{name: values[name] for name in names}))
-    model.load_state_dict(load_file(directory / "model.safetensors"))
-    return model.eval()
+DECODED = {
+    "next_token": "greedy",
+    "diffusion": "one token per step",
+    "d2f": "reference decoding",
+}
 
 
-def load_in_transformers(directory: Path) -> Qwen2ForCausalLM:
-    """An exported checkpoint in transformers; Dream's layout is Qwen2's under another name."""
-    values = json.loads((directory / "config.json").read_text())
-    values = {k: v for k, v in values.items() if k not in ("model_type", "architectures", "d2f")}
-    config = Qwen2Config(**values)
-    model = Qwen2ForCausalLM(config)
-    model.load_state_dict(load_file(directory / "model.safetensors"))
-    return model.eval()
+def card(config: Config, name: str, figures: str = "") -> str:
+    """A short model card, generated from the run."""
+    stage = config.stages[name]
+    base = f"base_model: {config.model.base}\n" if config.model.base else ""
+    lines = [
+        f"---\nlicense: apache-2.0\npipeline_tag: text-generation\n{base}---\n# {stage.export}\n",
+        (
+            f"{KINDS[stage.objective]} Trained with vllm-d2f (`training/`), config "
+            f"`{config.name}`, stage `{name}`: {stage.steps} updates of "
+            f"{stage.batch_size * stage.accumulate} sequences{_lora(stage)}.\n"
+        ),
+    ]
+    if config.data.source == "arithmetic":
+        lines.append(
+            "It solves arithmetic word problems like *Tom has 34 apples, buys 25 more, gives 18 "
+            "away. How many apples does Tom have?* with the worked answer *34+25=59-18=41*: "
+            "numbers and running totals between 10 and 99, sentences as `training/arithmetic.py` "
+            "makes them. It knows nothing else; it exists for tests and demos.\n"
+        )
+    if stage.objective == "d2f":
+        lines.append(
+            "Serve it with `pip install vllm-d2f` and `vllm serve FOLDER`; how it decodes stands "
+            "in the `d2f` section of `config.json`.\n"
+        )
+    if figures:
+        lines.append(figures + "\n")
+    return "\n".join(lines)
 
 
-def evaluate_models(
-    models: Path, problems: list[Problem], params: D2FParams, others: bool = True
-) -> Figures:
-    """Scores of the three models under their own ways of decoding, and of a few `others`."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(models / "d2f-tiny")
-    ar, dream, d2f = (load_exported(models / f"{kind}-tiny") for kind in ("ar", "dream", "d2f"))
-    figures: Figures = {}
-
-    def note(name: str, run, *args) -> None:
-        began = time.monotonic()
-        result = run(*args)
-        figures[name] = result.as_dict() | {"seconds": round(time.monotonic() - began, 1)}
-
-    note("ar-tiny, greedy", evaluate.autoregressive, ar, problems, tokenizer)
-    note("dream-tiny, one token per step", evaluate.one_token_per_step, dream, problems, tokenizer)
-    in_transformers = load_in_transformers(models / "d2f-tiny")
-    by_reference = (in_transformers, problems, tokenizer, params)
-    note("d2f-tiny, reference decoding", evaluate_d2f.by_reference, *by_reference)
-    if not others:
-        return figures
-    note("dream-tiny, D2F decoding", evaluate_d2f.batched, dream, problems, tokenizer, params)
-    for tau in (0.5, 0.7, 0.8, 0.95, 0.99):
-        other = replace(params, tau_conf=tau)
-        name = f"d2f-tiny, tau_conf {tau}"
-        note(name, evaluate_d2f.batched, d2f, problems, tokenizer, other)
-    single = replace(params, max_blocks=1)
-    note("d2f-tiny, one block at a time", evaluate_d2f.batched, d2f, problems, tokenizer, single)
-    return figures
+def _lora(stage: StageSection) -> str:
+    return f", LoRA of rank {stage.lora.r}" if stage.lora else ""
 
 
-def summary(kind: str, figures: Figures) -> str:
-    """A sentence for the model card, from the model's own way of decoding."""
-    name, figure = next((n, f) for n, f in figures.items() if n.startswith(f"{kind}-tiny"))
-    decoding = name.removeprefix(f"{kind}-tiny, ")
+def summary(stage: StageSection, figures: dict[str, float]) -> str:
+    """A sentence for the model card."""
     return (
-        f"On {figure['problems']:.0f} held-out problems ({decoding}): "
-        f"{100 * figure['final']:.1f} % right, "
-        f"{figure['tokens_per_forward']:.2f} tokens per forward.\n\n"
+        f"On {figures['problems']:.0f} held-out problems ({DECODED[stage.objective]}): "
+        f"{100 * figures['exact']:.1f} % of the answers right to the last token, "
+        f"{figures['tokens_per_forward']:.2f} tokens per forward."
     )
 
 
-def training_summary(directory: Path) -> list[dict[str, float]]:
-    """Some ten lines of a training's log, the last one among them."""
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    stride = max(len(lines) // 10, 1)
-    return [*lines[stride - 1 : -1 : stride], lines[-1]]
+def versions() -> dict[str, str]:
+    modules = (torch, transformers, accelerate, peft)
+    return {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()}-core CPU ({platform.machine()}), {threads} thread(s)"
+
+
+def read_log(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
 def write_report(
-    path: Path, recipe: Recipe, figures: Figures, trainings: dict[str, Path], seconds: float
+    config: Config, out: Path, figures: dict[str, dict[str, float]], seconds: float
 ) -> None:
-    """`path`.json and `path`.md."""
-    logs = {kind: training_summary(directory) for kind, directory in trainings.items()}
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "python": platform.python_version(),
-    }
-    report = {
-        "command": "python -m training.tiny --out DIR",
-        "machine": f"{os.cpu_count()}-core CPU ({platform.machine()}), one thread",
+    """`OUT/report.json`, `.md` and `.png`."""
+    logs = {name: read_log(out / name) for name in config.stages if (out / name).exists()}
+    logs = {name: log for name, log in logs.items() if log}
+    report: dict[str, Any] = {
+        "command": f"python -m training.train --config training/configs/{config.name}.yaml",
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
-        "recipe": asdict(recipe),
-        "figures": figures,
+        "versions": versions(),
+        "figures": {config.stages[name].export: value for name, value in figures.items()},
+        "decoding": {
+            config.stages[name].export: DECODED[config.stages[name].objective] for name in figures
+        },
+        "training_minutes": {name: round(log[-1]["seconds"] / 60, 1) for name, log in logs.items()},
         "evaluation_seconds": round(seconds, 1),
-        "trainings": logs,
+        "config": config.model_dump(mode="json"),
+        "logs": {name: _some(log) for name, log in logs.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    count = next(iter(figures.values()))["problems"]
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.md").write_text(_markdown(report, config, logs))
+    plot(logs, out / "report.png")
+
+
+def _some(log: list[dict[str, float]], count: int = 12) -> list[dict[str, float]]:
+    """A dozen lines of a log, those with scores and the last among them."""
+    stride = max(len(log) // count, 1)
+    return [e for i, e in enumerate(log) if i % stride == stride - 1 or "exact" in e]
+
+
+def _markdown(report: dict[str, Any], config: Config, logs: dict[str, list[dict]]) -> str:
     rows = [
-        f"| {name} | {100 * f['exact']:.1f} % | {100 * f['final']:.1f} % "
-        f"| {f['tokens_per_forward']:.2f} |"
-        for name, f in figures.items()
+        f"| {name}, {report['decoding'][name]} | {100 * f['exact']:.1f} % | "
+        f"{100 * f['final']:.1f} % | {f['tokens_per_forward']:.2f} |"
+        for name, f in report["figures"].items()
     ]
     stages = [
-        f"| {kind} | {log[-1]['sequences']:.0f} | {log[-1]['seconds'] / 60:.1f} min "
-        f"| {log[-1]['loss']:.4f} |"
-        for kind, log in logs.items()
+        f"| {name} | {config.stages[name].objective} | {log[-1]['sequences']:.0f} | "
+        f"{log[-1]['seconds'] / 60:.1f} min | {log[-1]['loss_content']:.4f} |"
+        for name, log in logs.items()
     ]
-    made = f"Made by `{report['command']}` on a {report['machine']}"
-    text = f"""\
-# The embedded tiny models
-
-{made}; {_versions(versions)}.
-The {count:.0f} problems are from the test split: none has the start and the operations of a
-training problem (single additions of course occur in both).
-*Exact* asks for the whole worked answer and its end token, *final* for the last number. Tokens per
-forward count the answer up to its end token; the teacher also decides the tail behind it.
-
-| model and decoding | exact | final | tokens per forward |
-|---|---|---|---|
-{_lines(rows)}
-
-D2F decoding has block size {recipe.block_size}, 4 blocks, tau_add 0.1, tau_act 0.95 and tau_conf
-0.9 where not said otherwise.
-
-| training | sequences | time | last loss |
-|---|---|---|---|
-{_lines(stages)}
-
-Tokens per forward are far above those of published D2F models (2 to 3): a running total depends on
-the question alone, and four layers can work out a block of it at once. The model is for tests and
-demos, not a measurement of the method. The row "dream-tiny, D2F decoding" is the teacher decoded
-under the block-causal mask without distillation: it is what the distillation starts from.
-
-The loss of ar and dream is cross-entropy per answer token, that of d2f the KL divergence from the
-teacher per masked token.
-"""
-    path.with_suffix(".md").write_text(text)
+    problems = next((f["problems"] for f in report["figures"].values()), 0)
+    made = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join(
+        [
+            f"# Training report: {config.name}\n",
+            f"`{report['command']}`, {report['machine']}, {report['date']}, {made}.\n",
+            f"{problems:.0f} held-out problems; tokens per forward count up to the end token.\n",
+            "| model | exact match | last number right | tokens per forward |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "| stage | objective | sequences | time | last loss (answer positions) |",
+            "|---|---|---|---|---|",
+            *stages,
+            "",
+            "![loss and score](report.png)",
+            "",
+        ]
+    )
 
 
-def _lines(rows: list[str]) -> str:
-    return "\n".join(rows)
+def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Loss above, exact match below, one column per stage."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    figure, axes = plt.subplots(
+        2, max(len(logs), 1), figsize=(3.2 * max(len(logs), 1), 4.6), squeeze=False, sharex="col"
+    )
+    for column, (name, log) in enumerate(logs.items()):
+        above, below = axes[0, column], axes[1, column]
+        steps = [e["sequences"] for e in log]
+        above.plot(steps, [e["loss_content"] for e in log], label="answer")
+        if any(e["loss_tail"] for e in log):
+            above.plot(steps, [max(e["loss_tail"], 1e-6) for e in log], label="end tokens", lw=0.8)
+        above.set(title=name, yscale="log")
+        above.legend(frameon=False, fontsize=8)
+        scored = [e for e in log if "exact" in e]
+        at = [e["sequences"] for e in scored]
+        below.plot(at, [100 * e["exact"] for e in scored], "o-", ms=3)
+        below.set(ylim=(0, 102), xlabel="sequences")
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("exact match, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

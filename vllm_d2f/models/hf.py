@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_d2f.models.olmo_names import to_llama
+
 __all__ = ["load_hf"]
 
 
@@ -31,10 +33,8 @@ def load_hf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     if config.model_type == "Dream":
         model: Any = Qwen2ForCausalLM(config)
     else:
-        from vllm_d2f.models.llada import OLMO_TO_LLAMA
-
         model = LlamaForCausalLM(config)
-        weights = dict(OLMO_TO_LLAMA.apply(weights.items()))
+        weights = {to_llama(name): tensor for name, tensor in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:

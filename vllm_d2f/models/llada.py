@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaDA: vLLM's Llama stack behind OLMo's tensor names."""
 
-import re
 from collections.abc import Iterable
 
 import torch
@@ -9,29 +8,11 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from vllm_d2f.models.base import D2FModel
+from vllm_d2f.models.olmo_names import LLAMA_OF_OLMO
 
 __all__ = ["OLMO_TO_LLAMA", "LLaDAForD2F"]
 
-# Anchored at both ends: `ff_out` is the LM head under `transformer` and the MLP's down projection
-# under a block. Names end before the parameter's own name or at the end of the string, because
-# quantization configs and LoRA adapters name modules.
-_RENAMES = {
-    r"wte": "model.embed_tokens",
-    r"ln_f": "model.norm",
-    r"ff_out": "lm_head",
-    r"blocks\.(\d+)\.attn_norm": r"model.layers.\1.input_layernorm",
-    r"blocks\.(\d+)\.ff_norm": r"model.layers.\1.post_attention_layernorm",
-    r"blocks\.(\d+)\.([qkv]_proj)": r"model.layers.\1.self_attn.\2",
-    r"blocks\.(\d+)\.attn_out": r"model.layers.\1.self_attn.o_proj",
-    r"blocks\.(\d+)\.ff_proj": r"model.layers.\1.mlp.gate_proj",
-    r"blocks\.(\d+)\.up_proj": r"model.layers.\1.mlp.up_proj",
-    r"blocks\.(\d+)\.ff_out": r"model.layers.\1.mlp.down_proj",
-}
-OLMO_TO_LLAMA = WeightsMapper(
-    orig_to_new_regex={
-        re.compile(rf"^model\.transformer\.{old}(?=\.|$)"): new for old, new in _RENAMES.items()
-    }
-)
+OLMO_TO_LLAMA = WeightsMapper(orig_to_new_regex=dict(LLAMA_OF_OLMO))
 
 
 class LLaDAForD2F(D2FModel, LlamaForCausalLM):  # type: ignore[misc]

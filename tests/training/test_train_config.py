@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: what ships is valid, and a bad value is named before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from training.config import ConfigError, load_config, merged, parse_override
+from training.estimate import dry_run, estimate
+from training.experiments import load_plan
+from training.train import main
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+TINY = CONFIGS / "tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("tiny", None),
+        ("tiny", "smoke"),
+        *((n, v) for n in ("dream-7b", "llada-8b") for v in (None, "authors", "recommended")),
+    ],
+)
+def test_shipped_configs_are_valid(name, variant):
+    config = load_config(CONFIGS / f"{name}.yaml", variant=variant)
+    assert config.stages
+
+
+def test_experiments_are_valid_and_differ_from_the_default():
+    plan = load_plan(CONFIGS / "experiments.yaml")
+    default = plan.of("default", 1)
+    for name in plan.variants:
+        assert name == "default" or plan.of(name, 1) != default
+    assert len(plan.seeds) >= 3
+    grouped = {v for group in plan.groups.values() for v in group["variants"]}
+    assert grouped == set(plan.variants)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.student.loss.kl=sideways", "stages.student.loss.kl: Input should be 'forward'"),
+        ("stages.student.optimizer.lr=-1", "stages.student.optimizer.lr"),
+        ("stages.student.optimiser.lr=1", "stages.student.optimiser: Extra inputs"),
+        ("stages.student.start=nobody", "no earlier stage"),
+        ("data.max_length=4096", "max_position_embeddings 512"),
+        ("data.extra_blocks=3", "data.extra_blocks"),
+        ("stages.ar.steps=0", "stages.ar.steps"),
+        ("model.sizes=null", "give base"),
+        ("decoding.tau_conf=1.5", "decoding.tau_conf"),
+        ("stages.student.lora={r: 4}", "use adamw with lora"),
+        ("stages.student.loss.block_size", "section.field=value"),
+    ],
+)
+def test_bad_values_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(TINY, [override])
+
+
+def test_command_line_says_it_in_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="stages.ar.steps"):
+        main(["--config", str(TINY), "--out", str(tmp_path), "stages.ar.steps=many"])
+    with pytest.raises(SystemExit, match="no such config"):
+        main(["--config", "nowhere.yaml"])
+    with pytest.raises(SystemExit, match=r"unknown \['middle'\]"):
+        main(["--config", str(TINY), "--stages", "middle"])
+    with pytest.raises(SystemExit, match=r"data.source: .*missing.jsonl does not exist"):
+        main(["--config", str(TINY), "--out", str(tmp_path / "x"), "data.source=missing.jsonl"])
+    assert not (tmp_path / "x" / "ar").exists()
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        main(["--config", str(TINY), "--out", str(tmp_path / "y"), "model.attention=xformers"])
+
+
+def test_overrides_reach_the_config():
+    config = load_config(TINY, ["stages.student.loss.schedule=monotone", "stages.ar.seed=7"])
+    assert config.stages["student"].loss.schedule == "monotone"
+    assert config.stages["ar"].seed == 7
+    assert merged({"a": {"b": 1, "c": 2}}, parse_override("a.b=3")) == {"a": {"b": 3, "c": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "trained"),
+    [
+        # Dream: 28 layers of rank 32 on q, k, v, o; LLaDA: 32 layers, all four of 4096 x 4096.
+        (
+            "dream-7b",
+            7_615_616_512,
+            28 * 32 * ((3584 + 3584) * 2 + (3584 + 512) * 2),
+        ),
+        ("llada-8b", 8_015_581_184, 32 * 32 * 4 * (4096 + 4096)),
+    ],
+)
+def test_dry_run_knows_the_official_models(name, parameters, trained):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    found = estimate(config, config.stages["student"])
+    assert (found.parameters, found.trained) == (parameters, trained)
+    assert set(found.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    # One copy of bf16 weights and adapters with AdamW must fit beside the rest into 80 GB.
+    assert 2 * parameters < found.weights < 2.02 * parameters
+    assert found.total < 80e9
+    text = dry_run(config)
+    assert f"{parameters:,}" in text and "GiB" in text
+
+
+def test_dry_run_refuses_unknown_targets():
+    config = load_config(
+        CONFIGS / "dream-7b.yaml", ["stages.student.lora.targets=[q_proj, attn_uot]"]
+    )
+    with pytest.raises(ValueError, match="lora.targets: the model has no 'attn_uot'"):
+        dry_run(config)

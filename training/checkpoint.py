@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints from which a training goes on exactly.
+
+Data and noise of a step are drawn from seeds made of its number, so weights, optimizers, the random
+state (for dropout) and the number are everything. A checkpoint appears as a whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+WEIGHTS = "model.safetensors"
+
+
+def only_trained(accelerator: Accelerator) -> None:
+    """Leave frozen weights out of checkpoints: an adapter's base is not written again.
+
+    For one process or DDP; FSDP and DeepSpeed have ways of their own.
+    """
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        return
+
+    def on_save(models: list[Any], weights: list[dict[str, Any]], directory: str) -> None:
+        for at, model in enumerate(models):
+            inner = accelerator.unwrap_model(model)
+            trained = {name for name, p in inner.named_parameters() if p.requires_grad}
+            names = {name: name.removeprefix("module.") for name in weights[at]}
+            weights[at] = {new: weights[at][k] for k, new in names.items() if new in trained}
+
+    def on_load(models: list[Any], directory: str) -> None:
+        model = accelerator.unwrap_model(models.pop())
+        weights = load_file(Path(directory) / WEIGHTS)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        if trained != set(weights):
+            raise ValueError(f"{directory}: tensors differ from those that are trained")
+        model.load_state_dict(weights, strict=False)
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)
+
+
+def save(accelerator: Accelerator, directory: Path, progress: dict[str, Any]) -> None:
+    """Write `directory/checkpoint`, all processes together."""
+    part, last, old = (directory / f"checkpoint{end}" for end in (".part", "", ".old"))
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (part / "progress.json").write_text(json.dumps(progress))
+        _sync(part)
+        shutil.rmtree(old, ignore_errors=True)
+        if last.exists():
+            os.rename(last, old)
+        os.rename(part, last)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def find(directory: Path) -> Path | None:
+    """The newest whole checkpoint."""
+    # Between two renames only the old one is there.
+    for name in ("checkpoint", "checkpoint.old"):
+        if (directory / name / "progress.json").exists():
+            return directory / name
+    return None
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
+def _sync(folder: Path) -> None:
+    """Bring the files to the disk before the rename makes them count."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

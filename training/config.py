@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides a training, from a YAML file and `a.b=value` overrides.
+
+Every value is checked before anything is loaded. An unknown name, a wrong type or a value out of
+range is an error with the full name of the field.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+SCHEDULES = ("monotone", "paper", "chain_uniform", "sorted_uniform", "random")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Sizes(Section):
+    """Sizes of a model, under Hugging Face's names."""
+
+    vocab_size: Positive | None = None
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 352
+    num_hidden_layers: Positive = 4
+    num_attention_heads: Positive = 4
+    num_key_value_heads: Positive = 2
+    max_position_embeddings: Positive = 512
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+class ModelSection(Section):
+    """Where the first stage's model comes from.
+
+    Attributes:
+        base: a folder or a Hub id in Dream's or LLaDA's official layout. None: a new model.
+        revision: of a Hub id.
+        sizes: of a new model; of a base, what its config must say (and `--dry-run` goes by).
+        family: layout of a new model, and what a base must be.
+        dtype: of the weights.
+        attention: `auto` is `eager` on a CPU and `sdpa` on CUDA. All give the same result.
+        gradient_checkpointing: compute activations again in the backward pass; less memory.
+        compile: `torch.compile` the layers; worth a minute's wait for trainings of ten or more.
+    """
+
+    base: str | None = None
+    revision: str | None = None
+    sizes: Sizes | None = None
+    family: Literal["dream", "llada"] = "dream"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "xformers"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> "ModelSection":
+        if self.base is None and self.sizes is None:
+            raise ValueError("give base (a folder or Hub id) or sizes (of a new model)")
+        return self
+
+
+class DataSection(Section):
+    """The examples.
+
+    Attributes:
+        source: `arithmetic` (generated), a JSONL file, or a Hugging Face dataset's id or folder.
+        split: of a Hugging Face dataset.
+        limit: use so many records only.
+        prompt, response: fields of a record.
+        messages: field of a chat record, used instead of the two when given; the last message of
+            the assistant is the response.
+        chat_template: put prompts through the tokenizer's chat template.
+        max_length: positions of prompt, answer and end tokens together.
+        too_long: cut the answer off, or leave the record out. A prompt that leaves no room for an
+            answer is left out always. Both are counted and reported.
+        packing: put several examples into one row of `max_length`, none seeing another.
+        canvas: behind the end token end tokens follow up to the end of the block, or up to
+            `max_length` as the authors pad.
+        extra_blocks: weights of 0, 1, 2 ... blocks of end tokens more. Decoding opens a block
+            before it knows that the answer has ended.
+        long_canvas: the share of batches whose canvas reaches to a length drawn log-uniformly
+            between the block's end and `max_length`.
+        step_counts: steps of arithmetic problems.
+        validation: of which `source` the problems come that are decoded during training: a JSONL
+            file, a Hugging Face split's name, or None for arithmetic.
+    """
+
+    source: str = "arithmetic"
+    split: str = "train"
+    limit: Positive | None = None
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str | None = None
+    chat_template: bool = False
+    max_length: Positive = 512
+    too_long: Literal["truncate", "drop"] = "drop"
+    packing: bool = False
+    canvas: Literal["block", "max_length"] = "block"
+    extra_blocks: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+    long_canvas: Share = 0.0
+    step_counts: tuple[Annotated[int, Field(ge=1, le=12)], ...] = (2, 3, 4, 5, 6)
+    validation: str | None = None
+
+
+class LossSection(Section):
+    """How sequences are noised and what is compared; see `training/loss.py`.
+
+    Attributes:
+        schedule: how the blocks' mask ratios are drawn.
+        full_tail: the share of sequences whose blocks behind a random one are wholly masked, as
+            every block is when decoding opens it.
+        prompt_attention: `block_causal` cuts the prompt into blocks too, which makes chunked
+            prefill and prefix caching exact in the engine.
+        teacher_input: `same` noised sequence as the student's; `student`: both see what the
+            student made of it in one forward; `fresh`: other masks for the teacher.
+        kl: `forward` is KL(teacher || student), `reverse` KL(student || teacher), `mixed` half of
+            each.
+        weight: `inverse_ratio` weights a position by 1 / its block's mask ratio.
+        normalise: divide by the sum of the `weights`, or by the number of `tokens`.
+        end_padding: end tokens behind the first one that are noised and in the loss: `all`, those
+            of the first end token's `block`, or `none`.
+        tail_weight: weight of those positions; they are always the same token, so soon learnt.
+        data_weight: weight of the cross-entropy with the data that is added.
+        pattern: masks of the `diffusion` objective: one ratio per sequence (`uniform`), or mostly
+            like a decoding under way (`decoding`).
+        low: least mask ratio of `uniform`.
+    """
+
+    schedule: Literal["monotone", "paper", "chain_uniform", "sorted_uniform", "random"] = (
+        "chain_uniform"
+    )
+    full_tail: Share = 0.5
+    block_size: Positive = 16
+    prompt_attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    teacher_input: Literal["same", "student", "fresh"] = "same"
+    kl: Literal["forward", "reverse", "mixed"] = "forward"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    weight: Literal["none", "inverse_ratio"] = "none"
+    normalise: Literal["weights", "tokens"] = "weights"
+    end_padding: Literal["all", "block", "none"] = "all"
+    tail_weight: Share = 0.2
+    data_weight: Annotated[float, Field(ge=0)] = 0.0
+    pattern: Literal["uniform", "decoding"] = "decoding"
+    low: Share = 0.3
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of full fine-tuning. `targets` are names of the base's modules."""
+
+    r: Positive = 32
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class OptimizerSection(Section):
+    """`muon` updates the layers' matrices with Muon and the rest with AdamW."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final_lr: Share = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    muon_factor: float = 2.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+
+
+class StageSection(Section):
+    """One training.
+
+    Attributes:
+        objective: `next_token` (autoregressive), `diffusion` (bidirectional teacher) or `d2f`
+            (distillation; the teacher is the model as the stage finds it).
+        start: the stage whose weights it begins with; None: the model of the config.
+        batch_size: sequences per forward and process.
+        accumulate: forwards per update.
+        evaluate_every, save_every, log_every: in updates; evaluation also happens at the end.
+        evaluate: validation problems that are decoded.
+        export: name of the folder its model is written to under `OUT/models`.
+        merge: write LoRA merged into the base; else the adapter alone.
+    """
+
+    objective: Literal["next_token", "diffusion", "d2f"]
+    start: str | None = None
+    steps: Positive
+    batch_size: Positive = 1
+    accumulate: Positive = 1
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSection | None = None
+    optimizer: OptimizerSection = OptimizerSection()
+    loss: LossSection = LossSection()
+    data: DataSection | None = None
+    log_every: Positive = 50
+    save_every: Positive = 500
+    evaluate_every: Positive = 500
+    evaluate: Annotated[int, Field(ge=0)] = 100
+    export: str | None = None
+    merge: bool = True
+
+
+class DecodingSection(Section):
+    """How students are decoded in evaluations, and the `d2f` section of the exported config."""
+
+    block_size: Positive = 16
+    max_blocks: Positive = 4
+    tau_add: Share = 0.1
+    tau_act: Share = 0.95
+    tau_conf: Share = 0.9
+    max_tokens: Positive = 64
+
+
+class FinalSection(Section):
+    """The evaluation at the end of a whole run: problems, and canvas of the vanilla teacher."""
+
+    problems: Annotated[int, Field(ge=0)] = 0
+    canvas: Positive = 48
+
+
+class Config(Section):
+    """A whole run: the stages in order."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: ModelSection
+    data: DataSection = DataSection()
+    decoding: DecodingSection = DecodingSection()
+    stages: dict[str, StageSection] = Field(min_length=1)
+    final: FinalSection = FinalSection()
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Config":
+        seen: set[str] = set()
+        for name, stage in self.stages.items():
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"stages.{name}: use letters, digits, - and _ in a stage's name")
+            if stage.start is not None and stage.start not in seen:
+                raise ValueError(
+                    f"stages.{name}.start: {stage.start!r} is no earlier stage; "
+                    f"earlier ones are {sorted(seen)}"
+                )
+            if stage.start is not None and self.stages[stage.start].lora is not None:
+                raise ValueError(
+                    f"stages.{name}.start: {stage.start!r} trains an adapter; export it and name "
+                    "the folder as model.base"
+                )
+            length = (stage.data or self.data).max_length
+            if self.model.sizes and length > self.model.sizes.max_position_embeddings:
+                raise ValueError(
+                    f"data.max_length {length} is more than the model's "
+                    f"max_position_embeddings {self.model.sizes.max_position_embeddings}"
+                )
+            if stage.lora is not None and stage.optimizer.name == "muon":
+                raise ValueError(f"stages.{name}.optimizer.name: use adamw with lora")
+            seen.add(name)
+        return self
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config, field by field."""
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), variant: str | None = None
+) -> Config:
+    """Read a YAML file.
+
+    Args:
+        overrides: `a.b.c=value`; values are YAML.
+        variant: a section under `variants` whose values replace the file's, such as `smoke`.
+
+    Raises:
+        ConfigError: naming every field that is unknown, missing or out of range.
+        FileNotFoundError: naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config; see training/configs")
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping")
+    variants = values.pop("variants", {})
+    if variant is not None:
+        if variant not in variants:
+            raise ConfigError(f"{path}: has no variant {variant!r}; it has {sorted(variants)}")
+        values = merged(values, variants[variant])
+    for override in overrides:
+        values = merged(values, parse_override(override))
+    return make_config(values, str(path))
+
+
+def make_config(values: Mapping[str, Any], source: str = "config") -> Config:
+    """Check plain values."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            field = ".".join(map(str, problem["loc"])) or "config"
+            got = problem.get("input")
+            shown = "" if isinstance(got, (dict, Config)) else f" (got {got!r:.60})"
+            lines.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=1` as `{"a": {"b": 1}}`."""
+    name, equals, value = text.partition("=")
+    if not equals or not all(name.split(".")):
+        raise ConfigError(f"{text!r}: write overrides as section.field=value")
+    # YAML reads 1e-4 as text.
+    parsed = yaml.safe_load(value)
+    for part in reversed(name.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`other` over `base`, section by section."""
+    result = dict(base)
+    for key, value in other.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result

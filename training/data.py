@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples and batches: generated problems, JSONL files, Hugging Face datasets.
+
+Batch number `i` depends on the seed and on `i` alone: a resumed training sees the same data as one
+that was never interrupted, and there is no data state to save.
+
+Shapes: B rows, T tokens, D documents (examples) of a batch.
+"""
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.arithmetic import make, problems
+from training.config import DataSection
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of its answer without the end token; the answer's text.
+
+    `ended` is False where the answer was cut off, so that no end token must be learnt there.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    text: str
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one or more documents.
+
+    Attributes:
+        ids_BT: int64; end tokens behind the answer and in the padding.
+        position_BT: int64, in the document.
+        document_BT: int64, counted over the whole batch; -1 is padding.
+        prompt_BT: int64, prompt length of the token's document.
+        end_BT: int64, position of the document's first end token.
+        documents: D.
+    """
+
+    ids_BT: Tensor
+    position_BT: Tensor
+    document_BT: Tensor
+    prompt_BT: Tensor
+    end_BT: Tensor
+    documents: int
+
+    @property
+    def answer_BT(self) -> Tensor:
+        """Positions behind a prompt."""
+        return (self.document_BT >= 0) & (self.position_BT >= self.prompt_BT)
+
+    @property
+    def tail_BT(self) -> Tensor:
+        """Positions behind a first end token."""
+        return (self.document_BT >= 0) & (self.position_BT > self.end_BT)
+
+    def block_BT(self, block_size: int) -> Tensor:
+        """Answer block of every position, from 0; negative in the prompt."""
+        return (self.position_BT - self.prompt_BT).div(block_size, rounding_mode="floor")
+
+    def to(self, device: torch.device) -> "Batch":
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def examples(self, index: int, size: int, seed: int) -> list[Example]:
+        """The examples of batch number `index`."""
+
+    def report(self) -> dict[str, int]:
+        """What became of the records."""
+
+
+@dataclass
+class Arithmetic:
+    """Endless generated problems; a batch holds one number of steps, so nothing is padded."""
+
+    tokenizer: Any
+    step_counts: Sequence[int]
+
+    def examples(self, index: int, size: int, seed: int) -> list[Example]:
+        rng = random.Random(f"{seed}:{index}")
+        steps = rng.choice(self.step_counts)
+        return encode_problems([make(rng, steps, "train") for _ in range(size)], self.tokenizer)
+
+    def report(self) -> dict[str, int]:
+        return {}
+
+
+@dataclass
+class Records:
+    """A finite set, in another order in every epoch."""
+
+    all: list[Example]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def examples(self, index: int, size: int, seed: int) -> list[Example]:
+        chosen: list[Example] = []
+        at = index * size
+        while len(chosen) < size:
+            epoch, offset = divmod(at + len(chosen), len(self.all))
+            order = list(range(len(self.all)))
+            random.Random(f"{seed}:{epoch}").shuffle(order)
+            need = size - len(chosen)
+            chosen += [self.all[i] for i in order[offset : offset + need]]
+        return chosen
+
+    def report(self) -> dict[str, int]:
+        return self.counts
+
+
+def encode_problems(items: Sequence[Any], tokenizer: Any) -> list[Example]:
+    """Arithmetic problems as examples."""
+    prompts = tokenizer([item.question for item in items]).input_ids
+    answers = tokenizer([item.answer for item in items]).input_ids
+    return [
+        Example(tuple(prompt), tuple(answer), item.answer)
+        for prompt, answer, item in zip(prompts, answers, items, strict=True)
+    ]
+
+
+def make_source(data: DataSection, tokenizer: Any, block_size: int) -> Source:
+    """The training examples that a config names."""
+    if data.source == "arithmetic":
+        return Arithmetic(tokenizer, data.step_counts)
+    return read_records(data, data.source, data.split, tokenizer, block_size)
+
+
+def validation(
+    data: DataSection, tokenizer: Any, block_size: int, count: int, seed: str = "watch"
+) -> list[Example]:
+    """`count` examples to decode during training, never those trained on."""
+    if not count:
+        return []
+    if data.source == "arithmetic":
+        return encode_problems(problems("validation", count, seed, data.step_counts), tokenizer)
+    if data.validation is None:
+        return []
+    file = data.validation.endswith((".json", ".jsonl"))
+    name, split = (data.validation, data.split) if file else (data.source, data.validation)
+    return read_records(data, name, split, tokenizer, block_size).all[:count]
+
+
+def check_source(data: DataSection) -> None:
+    """Find out early that a file is missing.
+
+    Raises:
+        FileNotFoundError: naming the field.
+    """
+    for name, value in (("source", data.source), ("validation", data.validation)):
+        if value and value.endswith((".json", ".jsonl")) and not Path(value).is_file():
+            raise FileNotFoundError(f"data.{name}: {value} does not exist")
+
+
+def read_records(
+    data: DataSection, name: str, split: str, tokenizer: Any, block_size: int
+) -> Records:
+    """Records of a JSONL file or a Hugging Face dataset as examples.
+
+    Raises:
+        ValueError: no record is left, or one lacks a field (which is named).
+    """
+    counts = {"records": 0, "truncated": 0, "dropped": 0}
+    kept: list[Example] = []
+    for number, record in enumerate(_records(name, split), 1):
+        if data.limit is not None and number > data.limit:
+            break
+        counts["records"] += 1
+        prompt, answer = _texts(record, data, f"{name}, record {number}")
+        example = _encode(prompt, answer, data, tokenizer)
+        room = data.max_length - len(example.prompt)
+        if len(example.answer) + 1 > room:
+            if data.too_long == "drop" or room < block_size:
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += 1
+            example = Example(example.prompt, example.answer[:room], example.text, ended=False)
+        kept.append(example)
+    if not kept:
+        raise ValueError(
+            f"data.source: {name} has no usable record ({counts['records']} read, "
+            f"{counts['dropped']} longer than data.max_length {data.max_length})"
+        )
+    return Records(kept, counts)
+
+
+def _records(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+    if name.endswith((".json", ".jsonl")):
+        with Path(name).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+                if not isinstance(record, dict):
+                    raise ValueError(f"{name}, line {number}: must be an object")
+                yield record
+        return
+    import datasets
+
+    loaded = datasets.load_dataset(name, split=split)
+    yield from loaded  # type: ignore[misc]
+
+
+def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[Any, str]:
+    """Prompt (text or messages) and answer of a record."""
+    if data.messages is not None:
+        messages = record.get(data.messages)
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"{where}: field {data.messages!r} (data.messages) must be a list")
+        if messages[-1].get("role") != "assistant":
+            raise ValueError(f"{where}: the last message must be the assistant's")
+        return messages[:-1], messages[-1]["content"]
+    for option in ("prompt", "response"):
+        name = getattr(data, option)
+        if not isinstance(record.get(name), str):
+            raise ValueError(
+                f"{where}: field {name!r} (data.{option}) is missing or no text; "
+                f"it has {sorted(record)}"
+            )
+    return record[data.prompt], record[data.response]
+
+
+def _encode(prompt: Any, answer: str, data: DataSection, tokenizer: Any) -> Example:
+    if data.chat_template or data.messages is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # The template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(prompt).input_ids
+    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    return Example(tuple(ids), tuple(answer_ids), answer)
+
+
+def training_batch(
+    source: Source, data: DataSection, index: int, size: int, seed: int, block_size: int, end: int
+) -> Batch:
+    """Batch number `index`, end tokens behind every answer as `data` says."""
+    rng = random.Random(f"canvas:{seed}:{index}")
+    examples = source.examples(index, size, seed)
+    extra = rng.choices(range(len(data.extra_blocks)), data.extra_blocks)[0]
+    long = rng.random() < data.long_canvas
+    share = rng.random()
+    lengths = []
+    for example in examples:
+        prompt, answer = len(example.prompt), len(example.answer) + example.ended
+        most = data.max_length - prompt
+        room = min((-(-answer // block_size) + extra) * block_size, most)
+        if data.canvas == "max_length":
+            room = most
+        elif long:
+            room = max(answer, round(math.exp(_between(math.log(room), math.log(most), share))))
+        lengths.append(prompt + room)
+    if data.packing:
+        return packed(examples, lengths, data.max_length, end)
+    return padded(examples, lengths, end)
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share
+
+
+def padded(examples: Sequence[Example], lengths: Sequence[int], end: int) -> Batch:
+    """One example per row."""
+    return _lay_out(examples, lengths, [[i] for i in range(len(examples))], max(lengths), end)
+
+
+def packed(examples: Sequence[Example], lengths: Sequence[int], max_length: int, end: int) -> Batch:
+    """Examples side by side in rows of at most `max_length`: longest first, where one fits."""
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+        fits = [r for r in range(len(rows)) if used[r] + lengths[i] <= max_length]
+        if fits:
+            rows[fits[0]].append(i)
+            used[fits[0]] += lengths[i]
+        else:
+            rows.append([i])
+            used.append(lengths[i])
+    return _lay_out(examples, lengths, rows, max(used), end)
+
+
+def _lay_out(
+    examples: Sequence[Example],
+    lengths: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    width: int,
+    end: int,
+) -> Batch:
+    shape = (len(rows), width)
+    ids_BT = torch.full(shape, end)
+    position_BT = torch.zeros(shape, dtype=torch.int64)
+    document_BT = torch.full(shape, -1)
+    prompt_BT = torch.zeros(shape, dtype=torch.int64)
+    end_BT = torch.zeros(shape, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            example, place = examples[i], slice(at, at + lengths[i])
+            tokens = [*example.prompt, *example.answer]
+            ids_BT[r, at : at + len(tokens)] = torch.tensor(tokens)
+            position_BT[r, place] = torch.arange(lengths[i])
+            document_BT[r, place] = i
+            prompt_BT[r, place] = len(example.prompt)
+            end_BT[r, place] = len(tokens)
+            at += lengths[i]
+    return Batch(ids_BT, position_BT, document_BT, prompt_BT, end_BT, len(examples))

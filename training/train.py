@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train D2F models: `python -m training.train --config training/configs/tiny.yaml --out DIR`.
+
+A config names one or more stages, each with an objective: `next_token`, `diffusion` or `d2f`.
+Running the command again goes on where it stopped, to the same weights; finished stages are
+loaded. On several devices start it with `accelerate launch -m training.train ...`.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from safetensors.torch import load_file
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from training import checkpoint, evaluate
+from training.attention import chosen_attention
+from training.config import Config, ConfigError, DataSection, StageSection, load_config
+from training.data import (
+    Batch,
+    Example,
+    Source,
+    check_source,
+    encode_problems,
+    make_source,
+    training_batch,
+    validation,
+)
+from training.export import export, save_weights
+from training.loss import Loss, d2f_loss
+from training.model import Loaded, Predictor, add_lora, load, without_adapter
+from training.optim import learning_rate, make_optimizers, set_learning_rate
+from training.pretraining import diffusion_loss, next_token_loss
+
+
+@dataclass
+class Run:
+    """One stage under way."""
+
+    config: Config
+    name: str
+    directory: Path
+    accelerator: Accelerator
+    loaded: Loaded
+    predictor: Predictor
+    teacher: Predictor | None
+    source: Source
+    held_out: list[Example]
+    optimizers: list[Any] = field(default_factory=list)
+    model: Any = None
+    """`predictor`, wrapped for the devices."""
+
+    @property
+    def stage(self) -> StageSection:
+        return self.config.stages[self.name]
+
+    @property
+    def data(self) -> DataSection:
+        return self.stage.data or self.config.data
+
+    @property
+    def prompt_block(self) -> int | None:
+        options = self.stage.loss
+        return options.block_size if options.prompt_attention == "block_causal" else None
+
+
+def train(
+    config: Config,
+    out: Path,
+    stages: tuple[str, ...] | None = None,
+    attention: str | None = None,
+    stop_after: int | None = None,
+) -> None:
+    """Train the stages of `config` that are not finished yet, in order.
+
+    Args:
+        stages: some of them only.
+        stop_after: leave each stage after this many updates, as an interruption would (for tests).
+    """
+    for stage in config.stages.values():
+        check_source(stage.data or config.data)
+    accelerator = Accelerator(
+        log_with=list(config.trackers) or None,
+        project_dir=str(out),
+        dataloader_config=DataLoaderConfiguration(),
+    )
+    attention = chosen_attention(attention or config.model.attention, accelerator.device)
+    if config.trackers:
+        accelerator.init_trackers(config.name)
+    for name in stages or tuple(config.stages):
+        run = set_up(config, name, out, accelerator, attention)
+        if not (run.directory / "done.json").exists():
+            fit(run, stop_after)
+            if stop_after is None:
+                finish(run, out)
+        accelerator.free_memory()
+    if config.trackers:
+        accelerator.end_training()
+
+
+def set_up(config: Config, name: str, out: Path, accelerator: Accelerator, attention: str) -> Run:
+    """Load the model a stage starts from, its teacher and its data."""
+    stage = config.stages[name]
+    directory = out / name
+    same_settings(directory, config, name)
+    loaded = load(config.model, attention, stage.seed)
+    if loaded.mask_id is None or loaded.end is None:
+        raise ConfigError("model.base: the tokenizer needs a mask token and an end token")
+    if stage.start is not None:
+        weights = out / stage.start / "final.safetensors"
+        if not weights.exists():
+            raise FileNotFoundError(f"{weights} is missing; run the stage {stage.start} first")
+        loaded.model.load_state_dict(load_file(weights))
+    done = directory / "final.safetensors"
+    shift = loaded.shift or stage.objective == "next_token"
+    teacher = None
+    if stage.objective == "d2f" and stage.lora is None:
+        teacher = Predictor(copy.deepcopy(loaded.model), shift, attention).requires_grad_(False)
+        teacher.eval()
+    if done.exists() and stage.lora is None:
+        loaded.model.load_state_dict(load_file(done))
+    net = loaded.model if stage.lora is None else add_lora(loaded, stage.lora, stage.seed)
+    block = stage.loss.block_size
+    data = stage.data or config.data
+    return Run(
+        config,
+        name,
+        directory,
+        accelerator,
+        loaded,
+        Predictor(net, shift, attention),
+        teacher,
+        make_source(data, loaded.tokenizer, block),
+        validation(data, loaded.tokenizer, block, stage.evaluate),
+    )
+
+
+def same_settings(directory: Path, config: Config, name: str) -> None:
+    """A directory holds one stage of one set of settings.
+
+    Raises:
+        ValueError: its training was begun with others.
+    """
+    values = {
+        "model": config.model.model_dump(mode="json", exclude={"compile", "attention"}),
+        "data": (config.stages[name].data or config.data).model_dump(mode="json"),
+        "stage": config.stages[name].model_dump(mode="json", exclude={"export", "data"}),
+    }
+    file = directory / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if before != values:
+            other = [k for k in values if before.get(k) != values[k]]
+            raise ValueError(
+                f"{directory} was begun with other settings ({', '.join(other)}); delete it or "
+                "use another --out"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def fit(run: Run, stop_after: int | None = None) -> None:
+    """The training loop, from the last checkpoint where there is one."""
+    stage, accelerator = run.stage, run.accelerator
+    torch.manual_seed(stage.seed)
+    optimizers = make_optimizers(run.predictor, stage.optimizer)
+    run.model, *run.optimizers = accelerator.prepare(run.predictor, *optimizers)
+    if run.teacher is not None:
+        run.teacher = run.teacher.to(accelerator.device)
+    checkpoint.only_trained(accelerator)
+    step, seconds = 0, 0.0
+    if found := checkpoint.find(run.directory):
+        accelerator.load_state(str(found))
+        progress = checkpoint.progress_of(found)
+        step, seconds = progress["step"], progress["seconds"]
+    log = Log(run, step, seconds)
+    if step == 0:
+        look(run)
+    run.model.train()
+    last = min(stage.steps, stop_after or stage.steps)
+    bar = tqdm(
+        total=stage.steps, initial=step, desc=run.name, disable=not accelerator.is_main_process
+    )
+    while step < last:
+        set_learning_rate(run.optimizers, learning_rate(step, stage.steps, stage.optimizer))
+        for micro in range(stage.accumulate):
+            final = micro == stage.accumulate - 1
+            with contextlib.nullcontext() if final else accelerator.no_sync(run.model):
+                loss = loss_of(run, step * stage.accumulate + micro)
+                accelerator.backward(loss.total / stage.accumulate)
+            log.add(loss)
+        norm = accelerator.clip_grad_norm_(run.model.parameters(), stage.optimizer.clip)
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        bar.update()
+        evaluating = stage.evaluate_every and step % stage.evaluate_every == 0
+        if step % stage.log_every == 0 or evaluating or step == stage.steps:
+            figures = evaluation(run) if evaluating or step == stage.steps else {}
+            bar.set_postfix(log.write(step, norm, figures))
+        if step % stage.save_every == 0 or step == last:
+            checkpoint.save(accelerator, run.directory, {"step": step, "seconds": log.seconds()})
+    bar.close()
+
+
+def loss_of(run: Run, index: int) -> Loss:
+    """The loss of batch number `index`; everything random about it comes from that number."""
+    stage, accelerator = run.stage, run.accelerator
+    index = index * accelerator.num_processes + accelerator.process_index
+    batch = batch_of(run, index).to(accelerator.device)
+    generator = Generator(accelerator.device).manual_seed(stage.seed * 1_000_003 + index)
+    bf16 = stage.precision == "bfloat16"
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+        if stage.objective == "next_token":
+            return next_token_loss(run.model, batch, stage.loss)
+        if stage.objective == "diffusion":
+            return diffusion_loss(run.model, batch, stage.loss, run.loaded.mask_id, generator)
+        teacher = run.teacher or adapter_off(run)
+        return d2f_loss(run.model, teacher, batch, stage.loss, run.loaded.mask_id, generator)
+
+
+def batch_of(run: Run, index: int) -> Batch:
+    stage = run.stage
+    return training_batch(
+        run.source, run.data, index, stage.batch_size, stage.seed, stage.loss.block_size,
+        run.loaded.end,
+    )  # fmt: skip
+
+
+def adapter_off(run: Run):
+    """The LoRA student's teacher: the same weights with the adapter switched off."""
+
+    def teacher(*args: Tensor) -> Tensor:
+        with without_adapter(run.predictor):
+            return run.model(*args)
+
+    return teacher
+
+
+def look(run: Run) -> None:
+    """What to know before hours of training: sizes, data, the first batch as the model sees it."""
+    if not run.accelerator.is_main_process:
+        return
+    parameters = list(run.predictor.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    print(
+        f"\n== {run.name}: {run.stage.objective}, {run.stage.steps} updates of "
+        f"{run.stage.batch_size} x {run.stage.accumulate} sequences; "
+        f"{trained:,} of {sum(p.numel() for p in parameters):,} parameters trained, "
+        f"attention {run.predictor.attention}, {run.accelerator.device}"
+    )
+    if counts := run.source.report():
+        print("   data:", ", ".join(f"{count} {what}" for what, count in counts.items()))
+    batch, tokenizer = batch_of(run, 0), run.loaded.tokenizer
+    first = batch.document_BT[0] == batch.document_BT[0, 0]
+    ids, answer = batch.ids_BT[0][first], batch.answer_BT[0][first]
+    print(f"   prompt: {tokenizer.decode(ids[~answer])[-300:]!r}")
+    print(f"   answer: {tokenizer.decode(ids[answer])[:300]!r}")
+    with torch.no_grad():
+        loss = loss_of(run, 0)
+    print(f"   loss before training: {loss.total:.4f} (answer {loss.content:.4f})\n", flush=True)
+    if not torch.isfinite(loss.total):
+        raise ValueError(f"{run.name}: the loss of the first batch is {loss.total}")
+
+
+class Log:
+    """`log.jsonl`, trackers, progress bar. Losses stay on the device until they are shown."""
+
+    def __init__(self, run: Run, step: int, seconds: float) -> None:
+        self.run = run
+        self.before = seconds
+        self.began = time.monotonic()
+        self.losses: list[Tensor] = []
+        self.file = run.directory / "log.jsonl"
+        if self.file.exists() and run.accelerator.is_main_process:
+            # What was logged behind the checkpoint comes again.
+            kept = [x for x in self.file.read_text().splitlines() if json.loads(x)["step"] <= step]
+            self.file.write_text("".join(f"{line}\n" for line in kept))
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def add(self, loss: Loss) -> None:
+        self.losses.append(torch.stack((loss.total.detach(), loss.content, loss.tail)).float())
+
+    def write(self, step: int, norm: Any, figures: dict[str, float]) -> dict[str, str]:
+        means = torch.stack(self.losses).mean(0)
+        means = self.run.accelerator.reduce(means, "mean").tolist()
+        self.losses = []
+        stage, processes = self.run.stage, self.run.accelerator.num_processes
+        entry = {
+            "step": step,
+            "sequences": step * stage.batch_size * stage.accumulate * processes,
+            "seconds": self.seconds(),
+            "lr": self.run.optimizers[-1].param_groups[0]["lr"],
+            **dict(zip(("loss", "loss_content", "loss_tail"), means, strict=True)),
+            "norm": float(norm),
+            **figures,
+        }
+        if self.run.accelerator.is_main_process:
+            with self.file.open("a") as file:
+                file.write(json.dumps({k: float(f"{v:.6g}") for k, v in entry.items()}) + "\n")
+        if self.run.config.trackers:
+            values = {f"{self.run.name}/{k}": v for k, v in entry.items() if k != "step"}
+            self.run.accelerator.log(values, step=step)
+        return {k: f"{v:.4g}" for k, v in entry.items() if k in ("loss", *figures)}
+
+
+def evaluation(run: Run) -> dict[str, float]:
+    """Decode the validation problems, each objective in its own way."""
+    if not run.held_out:
+        return {}
+    return {
+        name: value
+        for name, value in decoded(run, run.held_out, 48).as_dict().items()
+        if name != "problems"
+    }
+
+
+def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
+    """Decode with the trained model: greedy, vanilla on a canvas, or D2F's reference loop."""
+    decoding, loaded = run.config.decoding, run.loaded
+    tokenizer, end, mask_id = loaded.tokenizer, loaded.end, loaded.mask_id
+    logits = run.predictor
+    training = logits.training
+    logits.eval()
+    try:
+        if run.stage.objective == "next_token":
+            return evaluate.autoregressive(logits, examples, tokenizer, end, decoding.max_tokens)
+        if run.stage.objective == "diffusion":
+            return evaluate.vanilla(logits, examples, tokenizer, end, mask_id, canvas)
+        return evaluate.d2f(logits, examples, tokenizer, end, mask_id, decoding, run.prompt_block)
+    finally:
+        logits.train(training)
+
+
+def finish(run: Run, out: Path) -> None:
+    """Write the stage's weights, its exported folder, and the mark that it is done."""
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        if run.stage.lora is None:
+            save_weights(run.loaded.model, run.directory / "final.safetensors")
+        export_stage(run, out)
+        log = (run.directory / "log.jsonl").read_text().splitlines()
+        (run.directory / "done.json").write_text(log[-1] + "\n")
+    run.accelerator.wait_for_everyone()
+
+
+def export_stage(run: Run, out: Path, figures: str = "") -> None:
+    """Write `OUT/models/NAME`, if the stage has a name for it."""
+    from training.report import card
+
+    stage, config = run.stage, run.config
+    if stage.export is None:
+        return
+    text = card(config, run.name, figures)
+    export(
+        run.loaded, run.predictor.net, stage, config.decoding, out / "models" / stage.export,
+        text, config.model.base,
+    )  # fmt: skip
+
+
+def final_evaluation(config: Config, out: Path, attention: str | None = None) -> dict[str, Any]:
+    """Decode held-out test problems with every exported model, and write the report."""
+    from training.arithmetic import problems
+    from training.report import summary, write_report
+
+    accelerator = Accelerator()
+    attention = chosen_attention(attention or config.model.attention, accelerator.device)
+    figures: dict[str, Any] = {}
+    began = time.monotonic()
+    for name, stage in config.stages.items():
+        if stage.export is None or not config.final.problems:
+            continue
+        run = set_up(config, name, out, accelerator, attention)
+        run.predictor.to(accelerator.device)
+        steps = config.data.step_counts
+        items = problems("test", config.final.problems, "evaluation", steps)
+        examples = encode_problems(items, run.loaded.tokenizer)
+        figures[name] = decoded(run, examples, config.final.canvas).as_dict()
+        export_stage(run, out, summary(stage, figures[name]))
+    write_report(config, out, figures, time.monotonic() - began)
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML file, see training/configs"
+    )
+    parser.add_argument("overrides", nargs="*", help="section.field=value")
+    parser.add_argument("--out", type=Path, default=None, help="default: build/NAME")
+    parser.add_argument("--variant", help="a section under `variants` of the file")
+    parser.add_argument("--smoke", action="store_true", help="the same as --variant smoke")
+    parser.add_argument("--stages", help="some of the stages, by commas")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--print-config", action="store_true", help="print and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="sizes, LoRA targets and memory, without weights"
+    )
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides, "smoke" if args.smoke else args.variant)
+        stages = tuple(args.stages.split(",")) if args.stages else None
+        if unknown := set(stages or ()) - set(config.stages):
+            raise ConfigError(
+                f"--stages: unknown {sorted(unknown)}; there are {list(config.stages)}"
+            )
+        if args.print_config:
+            print(json.dumps(config.model_dump(mode="json"), indent=1))
+            return
+        if args.dry_run:
+            from training.estimate import dry_run
+
+            print(dry_run(config))
+            return
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        out = args.out or Path("build") / config.name
+        train(config, out, stages)
+        if stages is None:
+            final_evaluation(config, out)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
