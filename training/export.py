@@ -198,12 +198,15 @@ def _write_tokenizer(part: Path, loaded: Loaded) -> None:
 
 
 def save_weights(net: torch.nn.Module, path: Path) -> None:
-    """All weights of a finished stage, for the stages that start from it."""
+    """The trained weights of a finished stage: all of them, or an adapter's."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, part)
+    state = net.state_dict()
+    if hasattr(net, "peft_config"):
+        state = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part)
     os.replace(part, path)
 
 

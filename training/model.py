@@ -184,6 +184,8 @@ class Predictor(nn.Module):
         self.net = net
         self.shift = shift
         self.attention = attention
+        # FSDP wraps the layers of these classes.
+        self._no_split_modules = getattr(net, "_no_split_modules", None)
 
     def forward(
         self, ids_BT: Tensor, position_BT: Tensor, allowed_BTT: Tensor, chosen_BT: Tensor

@@ -127,9 +127,9 @@ def set_up(config: Config, name: str, out: Path, accelerator: Accelerator, atten
     if stage.objective == "d2f" and stage.lora is None:
         teacher = Predictor(copy.deepcopy(loaded.model), shift, attention).requires_grad_(False)
         teacher.eval()
-    if done.exists() and stage.lora is None:
-        loaded.model.load_state_dict(load_file(done))
     net = loaded.model if stage.lora is None else add_lora(loaded, stage.lora, stage.seed)
+    if done.exists():
+        net.load_state_dict(load_file(done), strict=stage.lora is None)
     block = stage.loss.block_size
     data = stage.data or config.data
     return Run(
@@ -348,13 +348,25 @@ def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
 def finish(run: Run, out: Path) -> None:
     """Write the stage's weights, its exported folder, and the mark that it is done."""
     run.accelerator.wait_for_everyone()
+    if run.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        state = run.accelerator.get_state_dict(run.model)  # all processes take part
+        if run.accelerator.is_main_process:
+            take_whole(run, state)
     if run.accelerator.is_main_process:
-        if run.stage.lora is None:
-            save_weights(run.loaded.model, run.directory / "final.safetensors")
+        save_weights(run.predictor.net, run.directory / "final.safetensors")
         export_stage(run, out)
         log = (run.directory / "log.jsonl").read_text().splitlines()
         (run.directory / "done.json").write_text(log[-1] + "\n")
     run.accelerator.wait_for_everyone()
+
+
+def take_whole(run: Run, state: dict[str, Tensor]) -> None:
+    """Put weights that were spread over devices into a model of one piece, on the CPU."""
+    run.loaded = load(run.config.model, run.predictor.attention, run.stage.seed)
+    lora = run.stage.lora
+    net = run.loaded.model if lora is None else add_lora(run.loaded, lora, run.stage.seed)
+    run.predictor = Predictor(net, run.predictor.shift, run.predictor.attention)
+    run.predictor.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
 
 
 def export_stage(run: Run, out: Path, figures: str = "") -> None:

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from checkpoints import write_dream
 from safetensors.torch import load_file
 
 from training import checkpoint
 from training.config import make_config, merged
 from training.experiments import main as experiments
+from training.export import merged_state
 from training.report import read_log
-from training.train import train
+from training.train import set_up, take_whole, train
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
@@ -167,9 +169,29 @@ def test_lora_training_resumes_exactly_and_keeps_the_base(tmp_path):
         for name in ("whole", "parts")
     )
     assert_equal(ours, theirs)  # dropout's random state is part of the checkpoint
+    again = set_up(config, "student", tmp_path / "whole", Accelerator(), "eager")
+    assert_equal(
+        {n: t for n, t in merged_state(again.predictor.net).items() if n in ours},
+        {n: t for n, t in ours.items() if n in merged_state(again.predictor.net)},
+    )
     base = load_file(tmp_path / "base" / "model.safetensors")
     changed = {name for name, tensor in ours.items() if not torch.equal(tensor, base[name])}
     assert changed and all(name.split(".")[-2] in "q_proj k_proj v_proj o_proj" for name in changed)
+
+
+def test_gathered_weights_make_a_model_of_one_piece(tmp_path):
+    """What sharded training does at its end, from weights that one process gathered."""
+    config = lora_config(tmp_path)
+    run = set_up(config, "student", tmp_path / "out", Accelerator(), "eager")
+    assert run.predictor._no_split_modules
+    with torch.no_grad():
+        for parameter in run.predictor.parameters():
+            parameter.add_(0.25)
+    state = {f"module.{k}": v.clone() for k, v in run.predictor.state_dict().items()}
+    before = run.predictor
+    take_whole(run, state)
+    assert run.predictor is not before
+    assert_equal(run.predictor.state_dict(), before.state_dict())
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
