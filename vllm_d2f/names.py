@@ -1,33 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models by a short name: `vllm serve d2f-tiny` runs a model that ships with this package."""
+"""Models by a short name: `vllm serve d2f-tiny` runs a model that ships with this package.
+
+`vllm serve d2f-dream-7b` runs a published one, which `vllm_d2f.hub` downloads and merges when the
+name is first used.
+"""
 
 import difflib
 import os
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["EMBEDDED", "PLANNED", "UnknownModelError", "resolve"]
+from vllm_d2f.hub.cache import is_part
+from vllm_d2f.hub.registry import MODELS
+
+__all__ = ["EMBEDDED", "UnknownModelError", "is_name", "known_names", "refuse_unservable"]
+__all__ += ["resolve"]
 
 # name -> what it is. The folders are vllm_d2f/embedded/<name>.
 EMBEDDED: dict[str, str] = {
     "d2f-tiny": "the embedded demo model, distilled with D2F",
     "ar-tiny": "its autoregressive sibling, for comparison",
     "dream-tiny": "its diffusion teacher, before distillation",
-}
-
-
-class _Source(NamedTuple):
-    base: str
-    adapter: str
-
-
-# Names without weights of their own yet: they stand for a base and an adapter on the Hub.
-PLANNED: dict[str, _Source] = {
-    "d2f-dream-7b": _Source("Dream-org/Dream-v0-Base-7B", "SJTU-Deng-Lab/D2F_Dream_Base_7B_Lora"),
-    "d2f-llada-8b": _Source(
-        "GSAI-ML/LLaDA-8B-Instruct", "SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora"
-    ),
 }
 
 _PREFIXES = ("d2f-", "ar-", "dream-")
@@ -37,30 +30,27 @@ class UnknownModelError(ValueError):
     """A name of this package's kind that stands for nothing servable."""
 
 
-def resolve(name: str) -> str:
-    """Return the folder that `name` stands for, or `name` unchanged if it is not one of ours.
+def known_names() -> list[str]:
+    """Every name that `resolve` turns into a folder."""
+    return [*EMBEDDED, *MODELS]
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` is one of ours: True without preparing the model, False for all others.
 
     Anything that exists as a path wins over a name, and so does anything with a slash: those are
     folders and Hub ids, which are vLLM's business.
 
     Raises:
-        UnknownModelError: the name looks like one of ours but is none, or has no weights here.
+        UnknownModelError: the name looks like one of ours but is none.
     """
     if not isinstance(name, str) or not name.startswith(_PREFIXES) or "/" in name:
-        return name
+        return False
     if os.sep in name or os.path.exists(name):
-        return name
-    if name in EMBEDDED:
-        folder = Path(str(resources.files("vllm_d2f").joinpath("embedded", name)))
-        if not (folder / "config.json").is_file():
-            raise UnknownModelError(
-                f"the embedded model {name!r} is missing from this installation of vllm-d2f "
-                f"(no config.json in {folder}); reinstall the package"
-            )
-        return str(folder)
-    if name in PLANNED:
-        raise UnknownModelError(_how_to_build(name))
-    known = [*EMBEDDED, *PLANNED]
+        return False
+    if name in EMBEDDED or name in MODELS:
+        return True
+    known = known_names()
     close = difflib.get_close_matches(name, known, n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise UnknownModelError(
@@ -69,11 +59,53 @@ def resolve(name: str) -> str:
     )
 
 
-def _how_to_build(name: str) -> str:
-    base, adapter = PLANNED[name]
-    return (
-        f"{name!r} has no merged weights to download yet. Build them once: download the base "
-        f"{base} and the adapter {adapter}, merge with peft (PeftModel.from_pretrained, then "
-        "merge_and_unload and save_pretrained), and serve the merged folder: vllm serve FOLDER "
-        """--additional-config '{"d2f": {...}}'"""
-    )
+def resolve(name: str) -> str:
+    """Return the folder that `name` stands for, or `name` unchanged if it is not one of ours.
+
+    The first use of a published model downloads and merges it, which takes a while.
+
+    Raises:
+        UnknownModelError: as `is_name`; the embedded model is missing.
+        vllm_d2f.hub.HubError: the model cannot be prepared; the message says what to do.
+    """
+    if not is_name(name):
+        return name
+    if name in EMBEDDED:
+        return str(resolve_embedded(name))
+    from vllm_d2f.hub.prepare import ensure
+
+    return str(ensure(name))
+
+
+def resolve_embedded(name: str) -> Path:
+    """The folder of an embedded model."""
+    folder = Path(str(resources.files("vllm_d2f").joinpath("embedded", name)))
+    if not (folder / "config.json").is_file():
+        raise UnknownModelError(
+            f"the embedded model {name!r} is missing from this installation of vllm-d2f "
+            f"(no config.json in {folder}); reinstall the package"
+        )
+    return folder
+
+
+def refuse_unservable(name: str) -> None:
+    """Refuse to serve an adapter alone or an unfinished merge, which could only fail to load.
+
+    Raises:
+        UnknownModelError: with what to do.
+    """
+    for ours, entry in MODELS.items():
+        if name.lower() == entry.adapter.lower() and not os.path.exists(name):
+            raise UnknownModelError(
+                f"{name} is an adapter. Serve it merged into its base: vllm serve {ours}"
+            )
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    if is_part(folder):
+        raise UnknownModelError(f"{name} is an unfinished merge; delete it and merge again")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise UnknownModelError(
+            f"{name} is an adapter. A D2F adapter is merged first: python -m vllm_d2f merge "
+            f"--base BASE --adapter {name} --out FOLDER, then vllm serve FOLDER"
+        )

@@ -102,8 +102,9 @@ def test_an_unknown_name_lists_the_known_ones():
     assert "ar-tiny" in str(refusal.value)
 
 
-def test_a_planned_name_says_how_to_build_it():
-    with pytest.raises(ValueError, match="merge_and_unload"):
+def test_a_published_name_offline_says_how_to_prepare_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2F_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="python -m vllm_d2f prepare d2f-dream-7b --base DIR"):
         config("d2f-dream-7b")
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from vllm_d2f import names
-from vllm_d2f.names import EMBEDDED, PLANNED, UnknownModelError, resolve
+from vllm_d2f.hub.registry import MODELS
+from vllm_d2f.names import EMBEDDED, UnknownModelError, is_name, known_names, resolve
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_an_existing_path_wins(embedded):
 def test_misspelt(embedded, name, close):
     with pytest.raises(UnknownModelError, match=f"Did you mean {close}") as error:
         resolve(name)
-    assert all(known in str(error.value) for known in [*EMBEDDED, *PLANNED])
+    assert all(known in str(error.value) for known in known_names())
 
 
 def test_unknown(embedded):
@@ -63,12 +64,11 @@ def test_unknown(embedded):
         resolve("d2f-zzzzzzzzzzzz")
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_planned(embedded, name):
-    with pytest.raises(UnknownModelError) as error:
-        resolve(name)
-    for part in (PLANNED[name].base, PLANNED[name].adapter, "peft", "--additional-config"):
-        assert part in str(error.value)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_name_is_ours_without_a_download(embedded, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("D2F_CACHE", str(tmp_path / "cache"))
+    assert is_name(name) and not is_name(MODELS[name].base)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_missing_folder(embedded):

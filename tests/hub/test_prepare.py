@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name's folder is there whole or not at all, whatever happens while it is written."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_dream
+from lora import make
+from safetensors.torch import load_file, save_file
+
+from vllm_d2f import names
+from vllm_d2f.__main__ import main, show
+from vllm_d2f.hub import HubError, cache, download
+from vllm_d2f.hub.prepare import Plan, ensure, merge, plan_of, prepare
+from vllm_d2f.hub.registry import MODELS
+from vllm_d2f.settings import PRESETS, settings_from_dict
+
+NAME = "d2f-dream-7b"
+KILLS = 20
+
+
+def plan(made, **options) -> Plan:
+    return plan_of(MODELS[NAME], str(made.base), str(made.adapter), **options)
+
+
+def leftovers(folder: Path) -> list[str]:
+    if not folder.exists():
+        return []
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_registry_is_consistent(name):
+    entry = MODELS[name]
+    assert settings_from_dict(entry.d2f).params.block_size >= 1
+    assert set(entry.presets) <= set(PRESETS) and entry.d2f["preset"] in entry.presets
+    assert entry.variant.lower() in entry.base.lower()
+    assert entry.variant.lower() in entry.adapter.lower()
+
+
+def test_the_folder_and_its_record(dream, cache_folder):
+    folder = prepare(NAME, plan(dream))
+    assert folder == cache_folder / NAME and leftovers(cache_folder) == [NAME]
+    state = cache.inspect(folder)
+    assert state.kind == "ready" and not cache.damaged_files(folder, state)
+    assert state.record["base"]["source"] == str(dream.base)
+    assert state.record["adapter"]["source"] == str(dream.adapter)
+    assert set(state.record["versions"]) == {"vllm-d2f", "torch", "safetensors"}
+    assert {*state.record["files"], cache.RECORD} == {path.name for path in folder.iterdir()}
+    assert state.size == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_the_config_carries_the_published_settings(dream):
+    config = json.loads((prepare(NAME, plan(dream)) / "config.json").read_text())
+    own = json.loads((dream.base / "config.json").read_text())
+    changed = {key for key in config | own if config.get(key) != own.get(key)}
+    assert changed == {"auto_map", "d2f", "max_seq_len"}
+    assert config["d2f"] == {"preset": "dream-gsm8k"} and "auto_map" not in config
+
+
+def test_the_length_that_dream_was_adapted_at_is_the_limit(tmp_path, monkeypatch):
+    made = make(
+        write_dream(tmp_path / "Dream-v0-Base-7B", max_positions=8192), tmp_path / "l", olmo=False
+    )
+    prepare(NAME, plan(made))
+    assert engine_config(NAME).model_config.max_model_len == 2048
+    assert engine_config(NAME, max_model_len=512).model_config.max_model_len == 512
+    with pytest.raises(ValueError, match="VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        engine_config(NAME, max_model_len=4096)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    config = engine_config(NAME, max_model_len=4096).model_config
+    assert config.max_model_len == 4096
+    assert config.hf_config.max_position_embeddings == 8192  # the size of the rotary table
+
+
+def test_a_second_use_writes_nothing(dream):
+    folder = prepare(NAME, plan(dream))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    started = time.perf_counter()
+    assert ensure(NAME) == folder and names.resolve(NAME) == str(folder)
+    assert time.perf_counter() - started < 0.2
+    prepare(NAME, plan(dream))
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_other_sources_are_not_answered_by_the_old_ones(dream, llada):
+    folder = prepare(NAME, plan(dream))
+    with pytest.raises(HubError, match="already prepared.*--force"):
+        prepare(NAME, plan_of(MODELS[NAME]))
+    with pytest.raises(HubError, match="already prepared, with the base"):
+        prepare(NAME, plan_of(MODELS[NAME], str(llada.base), str(dream.adapter)))
+    path = dream.adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(HubError, match="already prepared, with the adapter"):
+        prepare(NAME, plan(dream))
+    old = load_file(sorted(folder.glob("*.safetensors"))[1])
+    prepare(NAME, plan(dream), force=True)
+    new = load_file(sorted(folder.glob("*.safetensors"))[1])
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_failed_replacement_keeps_what_was_there(dream):
+    folder = prepare(NAME, plan(dream))
+    (dream.adapter / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(HubError, match="damaged"):
+        prepare(NAME, plan(dream), force=True)
+    state = cache.inspect(folder)
+    assert state.kind == "ready" and not cache.damaged_files(folder, state)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def remove(name):
+    return lambda folder: next(folder.glob(name)).unlink()
+
+
+def shorten(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def rewrite(change):
+    def damage(folder):
+        path = folder / cache.RECORD
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (remove("*00002*.safetensors"), "is missing"),
+        (remove("config.json"), "config.json is missing"),
+        (remove(cache.RECORD), "d2f_merge.json is missing"),
+        (shorten, "bytes of"),
+        (lambda folder: (folder / cache.RECORD).write_text("{"), "not readable"),
+        (rewrite(lambda record: []), "not readable"),
+        (rewrite(lambda record: record | {"format": 99}), "another version"),
+        (rewrite(lambda record: record | {"files": {}}), "no config.json"),
+        (
+            rewrite(lambda r: r | {"files": r["files"] | {"../x": {"size": 1, "sha256": ""}}}),
+            "is missing",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_never_served(dream, damage, reason):
+    folder = prepare(NAME, plan(dream))
+    damage(folder)
+    for attempt in (lambda: names.resolve(NAME), lambda: prepare(NAME, plan(dream))):
+        with pytest.raises(HubError, match=reason) as error:
+            attempt()
+        assert f"python -m vllm_d2f rm {NAME}" in str(error.value)
+
+
+def test_a_folder_of_someone_else_is_not_touched(dream, cache_folder):
+    (cache_folder / NAME).mkdir(parents=True)
+    (cache_folder / NAME / "mine.txt").write_text("mine")
+    with pytest.raises(HubError, match="not written by vllm-d2f"):
+        names.resolve(NAME)
+    assert (cache_folder / NAME / "mine.txt").read_text() == "mine"
+
+
+def test_a_changed_byte_is_found_by_the_checksum(dream):
+    folder = prepare(NAME, plan(dream))
+    path = sorted(folder.glob("*.safetensors"))[2]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert cache.damaged_files(folder, cache.inspect(folder)) == [path.name]
+
+
+def test_merge_to_a_folder_of_ones_own(dream, tmp_path):
+    out = tmp_path / "own" / "model"
+    own = Plan(str(dream.base), str(dream.adapter), d2f={"block_size": 8, "max_blocks": 2})
+    assert merge(out, own) == out
+    assert json.loads((out / "config.json").read_text())["d2f"] == own.d2f
+    assert names.resolve(str(out)) == str(out)
+    with pytest.raises(HubError, match="exists.*--force"):
+        merge(out, own)
+    merge(out, own, force=True)
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(HubError, match="was not written by a merge"):
+        merge(tmp_path / "precious", own, force=True)
+    with pytest.raises(HubError, match="unknown setting 'blocks'"):
+        merge(tmp_path / "x", Plan(own.base, own.adapter, d2f={"blocks": 1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(base="/no/such"), "no such folder, and not a Hub id"),
+        (dict(base="no-such"), "no such folder, and not a Hub id"),
+        (dict(adapter="../x/y"), "no such folder, and not a Hub id"),
+        (dict(base_revision="main"), "--base-revision is for a Hub id"),
+    ],
+)
+def test_wrong_sources(dream, tmp_path, change, message):
+    sources = dict(base=str(dream.base), adapter=str(dream.adapter)) | change
+    with pytest.raises(HubError, match=message):
+        merge(tmp_path / "out", Plan(**sources))
+
+
+# ---- full disks ----------------------------------------------------------------------------------
+
+
+def test_too_little_space_is_seen_before_anything_is_written(dream, cache_folder, monkeypatch):
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(HubError, match="not enough disk space.*D2F_CACHE"):
+        prepare(NAME, plan(dream))
+    assert leftovers(cache_folder) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(dream, cache_folder):
+    """The kernel refuses to let a file grow, as a full disk or a quota would."""
+    largest = max(file.stat().st_size for file in dream.base.glob("*.safetensors"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 4096, hard))
+    try:
+        with pytest.raises(HubError, match="the disk filled up"):
+            prepare(NAME, plan(dream))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert leftovers(cache_folder) == []
+    assert cache.inspect(prepare(NAME, plan(dream))).kind == "ready"
+
+
+def test_a_cache_that_cannot_be_written(dream, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("D2F_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(HubError, match="cannot be written.*D2F_CACHE"):
+        prepare(NAME, plan(dream))
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A base whose merge takes long enough to be hit anywhere: some 40 MB in three files."""
+    folder = tmp_path_factory.mktemp("large")
+    base = write_dream(
+        folder / "Dream-v0-Base-7B", hidden=256, layers=8, intermediate=1024, heads=8, shards=3
+    )
+    return make(base, folder / "lora", olmo=False)
+
+
+def fork_prepare(made) -> int:
+    """Prepare in a child, which has everything imported already, and return its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            prepare(NAME, plan(made), force=True)
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_killed_at_any_moment(large, cache_folder):
+    started = time.perf_counter()
+    os.waitpid(fork_prepare(large), 0)
+    duration = time.perf_counter() - started
+    folder = cache_folder / NAME
+    assert cache.inspect(folder).kind == "ready"
+    rng = random.Random(1)
+    interrupted = kept = 0
+    for attempt in range(KILLS):
+        if attempt % 2:  # every other time there is nothing yet, so that a half would show
+            cache.remove_folder(folder) if folder.exists() else None
+        child = fork_prepare(large)
+        time.sleep(rng.random() * duration * 1.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        interrupted += bool(cache.parts_of(folder))
+        state = cache.inspect(folder)
+        if state.kind == "ready":
+            kept += 1
+            assert not cache.damaged_files(folder, state)
+            assert names.resolve(NAME) == str(folder)
+        else:
+            assert state.kind == "absent", state.reason
+        for part in cache.parts_of(folder):
+            assert cache.inspect(part).kind == "damaged" or (part / cache.RECORD).exists()
+            with pytest.raises(names.UnknownModelError, match="unfinished"):
+                names.refuse_unservable(str(part))
+    assert interrupted >= KILLS // 4 and kept, "the kills missed the merge"
+    prepare(NAME, plan(large), force=True)
+    assert leftovers(cache_folder) == [NAME]
+    merged = {}
+    for file in folder.glob("*.safetensors"):
+        merged |= load_file(file)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in large.merged.items())
+
+
+def test_two_at_once(large, cache_folder):
+    children = [fork_prepare(large) for _ in range(3)]
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    folder = cache_folder / NAME
+    state = cache.inspect(folder)
+    assert state.kind == "ready" and not cache.damaged_files(folder, state)
+    assert leftovers(cache_folder) == [NAME]
+
+
+# ---- names and options ---------------------------------------------------------------------------
+
+
+def test_offline_and_not_prepared_names_both_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in MODELS:
+        with pytest.raises(HubError, match="HF_HUB_OFFLINE is set") as error:
+            names.resolve(name)
+        text = str(error.value)
+        assert f"python -m vllm_d2f prepare {name}\n" in text
+        assert f"python -m vllm_d2f prepare {name} --base DIR --adapter DIR" in text
+        assert MODELS[name].base in text and MODELS[name].adapter in text
+
+
+def engine_config(model, **options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(model), dtype="float32", **options).create_engine_config()
+
+
+def test_an_adapter_alone_is_refused_with_the_command(dream):
+    with pytest.raises(ValueError, match="python -m vllm_d2f merge --base") as error:
+        engine_config(dream.adapter)
+    assert str(dream.adapter) in str(error.value)
+    with pytest.raises(names.UnknownModelError, match="vllm serve d2f-dream-7b"):
+        names.refuse_unservable(MODELS[NAME].adapter)
+    # As the tokenizer's folder of some other model it is none of our business.
+    assert names.resolve(str(dream.adapter)) == str(dream.adapter)
+
+
+def test_a_revision_does_not_vanish(dream):
+    prepare(NAME, plan(dream))
+    with pytest.raises(ValueError, match="--base-revision"):
+        engine_config(NAME, revision="abc")
+
+
+def test_an_unmerged_adapter_is_refused_with_the_command(dream):
+    folder = prepare(NAME, plan(dream))
+    with pytest.raises(ValueError, match="python -m vllm_d2f merge --base") as error:
+        engine_config(folder, enable_lora=True)
+    assert str(folder) in str(error.value)
+
+
+def test_the_engine_serves_the_name(dream):
+    folder = prepare(NAME, plan(dream))
+    config = engine_config(NAME)
+    assert config.model_config.model == str(folder)
+    assert config.model_config.served_model_name == NAME
+    assert not config.model_config.trust_remote_code
+    assert config.model_config.hf_config.d2f["tau_add"] == 0.1
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """`python -m vllm_d2f ARGUMENTS` in this process, with an empty Hub cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def run(*arguments: str, status: int = 0) -> str:
+        capsys.readouterr()
+        assert main(arguments) == status
+        shown = capsys.readouterr()
+        return shown.err if status else shown.out
+
+    return run
+
+
+def test_the_command_from_first_to_last(dream, llada, tmp_path, command):
+    listed = {row["name"]: row for row in json.loads(command("models", "--json"))}
+    assert set(listed) == set(names.known_names())
+    assert listed["d2f-tiny"]["state"] == "embedded" and listed["d2f-tiny"]["size"] > 3e6
+    assert listed[NAME]["state"] == "absent" and listed[NAME]["size"] == 0
+
+    sources = ("--base", str(dream.base), "--adapter", str(dream.adapter))
+    assert f"vllm serve {NAME}" in command("prepare", NAME, *sources)
+    shown = command("models", "--check")
+    (line,) = [line for line in shown.splitlines() if line.startswith(NAME)]
+    assert "ready" in line and "kB" in line
+    assert str(dream.base) in shown and "31 GB" not in shown and "32 GB" in shown
+
+    other = ("--base", str(dream.base), "--adapter", str(llada.adapter))
+    assert "expected LLaDAModelLM" in command("prepare", "d2f-llada-8b", *other, status=1)
+    assert "ships with the package" in command("rm", "d2f-tiny", status=1)
+    assert "unknown model name" in command("rm", "d2f-x", status=1)
+    assert "freed" in command("rm", NAME)
+    assert not cache.folder_of(NAME).exists()
+
+    out = tmp_path / "out"
+    section = '{"preset": "dream-math"}'
+    assert f"vllm serve {out}" in command("merge", *sources, "--out", str(out), "--d2f", section)
+    assert json.loads((out / "config.json").read_text())["d2f"] == json.loads(section)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "d2f-x"], "d2f-llada-8b"),
+        (["merge", "--out", "x"], "--base"),
+        (["merge", "--base", "x", "--adapter", "y", "--out", "z", "--d2f", "[]"], "JSON object"),
+        (["fly"], "prepare"),
+        (["models", "--x"], "--x"),
+    ],
+)
+def test_wrong_arguments_say_what_is_right(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_report(capsys):
+    secrets = {"HF_TOKEN": "hf_secret", "VLLM_API_KEY": "sk-secret", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_d2f", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | secrets,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout
+    found = json.loads(done.stdout)
+    assert found["models"]["d2f-llada-8b"] == "absent"
+    assert found["patches"]["p05_model_names"] == "applied"
+    assert found["settings"]["defaults"]["block_size"] == 32
+    assert found["environment"]["OMP_NUM_THREADS"] == "1"
+    show(found)
+    shown = capsys.readouterr().out
+    assert shown.startswith("vllm-d2f ") and "patch p05_model_names: applied" in shown
+    assert "d2f-tiny (embedded)" in shown and f"{NAME} (absent)" in shown
+    assert f"torch: {found['versions']['torch']}" in shown and found["platform"] in shown

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a checkpoint folder that may come from a stranger.
+
+Only JSON and safetensors are read, never pickle. Names found in an index are taken as names of
+files directly in the folder, and sizes are those of the files, not those that a file claims.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_d2f.hub.errors import HubError
+
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "index_of", "open_checkpoint", "plain_file"]
+__all__ += ["read_header", "read_json"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+MAX_JSON = 32 << 20
+MAX_HEADER = 100 << 20  # safetensors' own limit
+MAX_SHARDS = 1000
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a safetensors file. `begin` and `end` are bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A safetensors file: its size in bytes, where its data starts, tensors in the data's order."""
+
+    path: Path
+    size: int
+    data_start: int
+    tensors: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose config, index and shard headers were read and agree."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of every shard."""
+        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """The file `name` directly in `folder`.
+
+    Links may lead to other files of the folder and, as in the Hub's cache, to `../../blobs`.
+
+    Raises:
+        HubError: it is missing, no regular file, or a link that leads elsewhere.
+    """
+    path = folder / name
+    real = Path(os.path.realpath(path))
+    allowed = (folder.resolve(), (folder.resolve() / ".." / ".." / "blobs").resolve())
+    if name != os.path.basename(name) or name in ("", ".", "..") or real.parent not in allowed:
+        raise HubError(f"{path}: leads out of its folder; put the file itself there")
+    if not real.is_file():
+        raise HubError(f"{path}: no such file; the folder is incomplete, download it again")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of reasonable size.
+
+    Raises:
+        HubError: too large, not JSON, not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise HubError(f"{path}: larger than {MAX_JSON >> 20} MiB, refused")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise HubError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise HubError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def index_of(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index says; None without an index.
+
+    Raises:
+        HubError: a malformed index, or a file name that is more than a name.
+    """
+    if not (folder / INDEX).exists():
+        return None
+    path = plain_file(folder, INDEX)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HubError(f"{path}: has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise HubError(f"{path}: names the file {file!r:.100}; only *.safetensors beside it")
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise HubError(f"{path}: names more than {MAX_SHARDS} files")
+    return weight_map
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The weight files of a folder, without looking for them.
+
+    Raises:
+        HubError: no safetensors weights.
+    """
+    index = index_of(folder)
+    if index is not None:
+        return sorted(set(index.values()))
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    refuse_pickle(folder, "model")
+    raise HubError(f"{folder}: neither {SINGLE} nor {INDEX}; is it a checkpoint's folder?")
+
+
+def refuse_pickle(folder: Path, what: str, names: Iterable[str] | None = None) -> None:
+    """Say why weights in pickle form are not read, if there are any."""
+    if names is None:
+        names = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+    pickled = sorted(
+        name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickled:
+        raise HubError(
+            f"{folder}: its {what} weights are pickle ({pickled[0]}), which can run any code when "
+            "it is loaded, so only safetensors are read. Convert it where you trust it: load it "
+            "and call save_pretrained(FOLDER, safe_serialization=True)"
+        )
+
+
+def read_header(path: Path) -> Shard:
+    """The header of a safetensors file, checked by the safetensors library first.
+
+    Raises:
+        HubError: damaged, truncated, or too large a header.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # offsets without holes or overlaps, shapes that fit, a file of exactly that size
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(MAX_HEADER, size - 8):
+                raise HubError(f"{path}: not a safetensors file (header of {length} bytes)")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, HubError):
+            raise
+        raise HubError(f"{path}: damaged or incomplete ({error}); download it again") from None
+    start = 8 + length
+    header.pop("__metadata__", None)
+    tensors = {
+        name: TensorInfo(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            start + entry["data_offsets"][1],
+        )
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
+    return Shard(path, size, start, tensors)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the config and every header of a folder; no weights are read.
+
+    Raises:
+        HubError: something is missing, damaged, contradictory, or not safetensors.
+    """
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such folder")
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise HubError(f"{folder}: this is an adapter, not a base")
+    config = read_json(plain_file(folder, "config.json"))
+    index = index_of(folder)
+    shards = tuple(read_header(plain_file(folder, name)) for name in shard_names(folder))
+    held: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in held:
+                raise HubError(f"{shard.path}: {name} is also in {held[name]}")
+            held[name] = shard.path.name
+    for name, file in (index or {}).items():
+        if held.get(name) != file:
+            raise HubError(
+                f"{folder / INDEX}: says {name!r:.100} is in {file}, it is in {held.get(name)}; "
+                "the folder mixes two downloads, download it again"
+            )
+    return Checkpoint(folder, config, shards)
