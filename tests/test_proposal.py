@@ -115,3 +115,16 @@ def test_nan_logits_give_confidence_zero():
     assert propose_greedy(logits.clone(), MASK)[1].tolist() == [0, 0]
     zero = torch.zeros(2, dtype=torch.int64)
     assert propose_drawn(logits, MASK, sampling(2), zero, zero)[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_float32_confidences(dtype):
+    """The probability of the logits as they are, not of a sum rounded to their precision."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(64, 500, generator=generator) * 4 + 15).to(dtype)
+    expected = logits.double()
+    expected[:, 3] = -torch.inf
+    _, confidence = propose_greedy(logits, 3)
+    torch.testing.assert_close(
+        confidence.double(), expected.softmax(-1).max(-1).values, rtol=1e-5, atol=1e-7
+    )

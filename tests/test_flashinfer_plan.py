@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA backend asks of FlashInfer is exactly block-causal attention.
+
+FlashInfer itself needs a GPU. `Emulated` takes its place: it takes the same calls, checks them as
+FlashInfer documents them, and computes paged attention in float64.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.config import CUDAGraphMode  # noqa: E402
+from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.kv_cache_interface import KVCacheLayout  # noqa: E402
+
+from vllm_d2f.attention import flashinfer, select, virtual_sequences  # noqa: E402
+from vllm_d2f.attention.pages import PageLists  # noqa: E402
+from vllm_d2f.d2f import may_attend  # noqa: E402
+
+HEAD = 128
+
+
+class Emulated:
+    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper` in float64."""
+
+    made = 0
+
+    def __init__(self, workspace, kv_layout="NHD", backend="auto"):
+        assert workspace.dtype == torch.uint8 and workspace.data_ptr() % 16 == 0
+        assert kv_layout in ("NHD", "HND")
+        type(self).made += 1
+        self.kv_layout, self.plans = kv_layout, 0
+
+    def plan(
+        self,
+        qo_indptr,
+        paged_kv_indptr,
+        paged_kv_indices,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        page_size,
+        causal=False,
+        sm_scale=None,
+        q_data_type="float16",
+        kv_data_type=None,
+        seq_lens=None,
+    ):
+        for x in (
+            qo_indptr,
+            paged_kv_indptr,
+            paged_kv_indices,
+            paged_kv_last_page_len,
+            seq_lens,
+        ):
+            assert x.dtype == torch.int32 and x.is_contiguous() and x.dim() == 1
+        size = len(qo_indptr) - 1
+        assert len(paged_kv_indptr) == size + 1 and len(paged_kv_last_page_len) == size
+        assert qo_indptr[0] == 0 and paged_kv_indptr[0] == 0
+        assert (qo_indptr.diff() > 0).all() and (paged_kv_indptr.diff() > 0).all()
+        assert paged_kv_indptr[-1] == len(paged_kv_indices)
+        assert ((paged_kv_last_page_len >= 1) & (paged_kv_last_page_len <= page_size)).all()
+        # flashinfer.get_seq_lens
+        length = (paged_kv_indptr.diff() - 1) * page_size + paged_kv_last_page_len
+        assert torch.equal(length, seq_lens)
+        assert not causal and num_qo_heads % num_kv_heads == 0
+        self.group = num_qo_heads // num_kv_heads
+        self.heads = (num_qo_heads, num_kv_heads, head_dim_qk)
+        self.call = (qo_indptr, paged_kv_indptr, paged_kv_indices, length)
+        self.scale, self.page_size, self.types = sm_scale, page_size, (q_data_type, kv_data_type)
+        self.plans += 1
+
+    def run(self, q, paged_kv_cache, k_scale=1.0, v_scale=1.0, out=None):
+        start, page_start, pages, length = self.call
+        assert q.shape == out.shape == (start[-1], self.heads[0], self.heads[2])
+        for s in range(len(length)):
+            listed = pages[page_start[s] : page_start[s + 1]].long()
+            key, value = (self.read(cache[listed])[: length[s]] for cache in paged_kv_cache)
+            rows = slice(start[s], start[s + 1])
+            scores = torch.einsum("qhd,khd->hqk", q[rows], key) * self.scale * k_scale
+            out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value) * v_scale
+        return out
+
+    def read(self, pages):
+        if self.kv_layout == "HND":
+            pages = pages.transpose(1, 2)
+        assert pages.shape[1:] == (self.page_size, self.heads[1], self.heads[2])
+        return pages.flatten(0, 1).double().repeat_interleave(self.group, 1)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    module = ModuleType("flashinfer")
+    module.BatchPrefillWithPagedKVCacheWrapper = Emulated
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setenv("VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE", "1024")
+    monkeypatch.setattr(Emulated, "made", 0)
+
+
+def make_builder(
+    monkeypatch, heads, page_size, layout, *, cache_dtype="auto", seqs=8, length=256, blocks=4
+):
+    layer = SimpleNamespace(num_heads=heads[0], impl=SimpleNamespace(scale=HEAD**-0.5))
+    monkeypatch.setattr(
+        flashinfer, "get_layers_from_vllm_config", lambda *_: {"a": layer, "b": layer}
+    )
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(
+            cache_dtype=cache_dtype, get_resolved_kv_cache_layout=lambda: layout
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.bfloat16,
+            max_model_len=length,
+            hf_config=SimpleNamespace(d2f={"max_blocks": blocks}),
+        ),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=seqs),
+    )
+    spec = SimpleNamespace(num_kv_heads=heads[1], head_size=HEAD, block_size=page_size)
+    return flashinfer.BlockCausalBuilder(spec, ["a", "b"], config, torch.device("cpu"))
+
+
+def common_metadata(sequences, table_RP, page_size, padded=0):
+    """As `D2FModelState.prepare_attn` hands it over."""
+    query_start = torch.from_numpy(sequences.query_start_S1)
+    kv_len = torch.from_numpy(sequences.kv_len_S)
+    pages = -(-int(kv_len.max()) // page_size)
+    return CommonAttentionMetadata(
+        query_start_loc=query_start,
+        query_start_loc_cpu=query_start,
+        seq_lens=kv_len,
+        seq_lens_cpu_upper_bound=kv_len,
+        num_reqs=len(kv_len),
+        num_actual_tokens=int(query_start[-1]) + padded,
+        max_query_len=int(query_start.diff().max()),
+        max_seq_len=int(kv_len.max()),
+        block_table_tensor=table_RP[:, :pages][torch.from_numpy(sequences.request_S)],
+        slot_mapping=torch.zeros(0),
+        causal=False,
+    )
+
+
+def random_batch(rng, num_reqs):
+    """Requests in every phase: prompt, window, recomputed, tail behind cached pages."""
+    prompt, block = rng.integers(1, 50, num_reqs), rng.integers(1, 20, num_reqs)
+    start, stop = np.zeros((2, num_reqs), dtype=np.int64)
+    for r in range(num_reqs):
+        committed = prompt[r] + block[r] * rng.integers(0, 4)
+        phase = rng.integers(4)
+        if phase == 0:
+            stop[r] = prompt[r]
+        elif phase == 1:
+            start[r], stop[r] = committed, committed + rng.integers(1, 60)
+        else:
+            stop[r] = committed
+            start[r] = rng.integers(0, committed) if phase == 3 else 0
+    return start, stop, prompt, block
+
+
+def dense(query, key, value, start, stop, prompt, block):
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / HEAD**0.5
+    position = torch.arange(stop)
+    mask = may_attend(position[start:, None], position[None], int(prompt), int(block))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("layout", [KVCacheLayout.LBNHC, KVCacheLayout.LBHNC])
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [((28, 4), 16), ((28, 4), 1), ((32, 32), 16), ((4, 1), 48), ((4, 1), 256)],
+)
+def test_planned_calls_are_block_causal_attention(monkeypatch, emulated, heads, page_size, layout):
+    rng = np.random.default_rng(page_size + heads[1])
+    builder = make_builder(monkeypatch, heads, page_size, layout)
+    impl = flashinfer.BlockCausalImpl(heads[0], HEAD, HEAD**-0.5, heads[1])
+    scales = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+    for _ in range(2):
+        num_reqs = int(rng.integers(1, 5))
+        batch = start, stop, prompt, block = random_batch(rng, num_reqs)
+        per_request = -(-int(stop.max()) // page_size)
+        table = torch.from_numpy(rng.permutation(num_reqs * per_request).astype(np.int32))
+        table = table.view(num_reqs, per_request)
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
+
+        def random(*shape, generator=generator):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        # vLLM's logical shape; what no sequence may read is NaN.
+        cache = torch.full(
+            (table.numel(), heads[1], page_size, 2 * HEAD), torch.nan, dtype=torch.float64
+        )
+        contents = []
+        for r in range(num_reqs):
+            key, value = random(int(stop[r]), heads[1], HEAD), random(int(stop[r]), heads[1], HEAD)
+            position = torch.arange(int(stop[r]))
+            page = table[r].long()[position // page_size]
+            cache[page, :, position % page_size] = torch.cat((key, value), -1)
+            contents.append((key, value))
+        # In memory as the layout wants it, seen in the logical order.
+        order = list(layout.layer_view_order)
+        inverse = [order.index(axis) for axis in range(4)]
+        cache = cache.permute(*order).contiguous().permute(*inverse)
+
+        sequences = virtual_sequences(*batch)
+        tokens = int((stop - start).sum())
+        query = random(tokens + 3, heads[0], HEAD)  # three rows of padding
+        metadata = builder.build(0, common_metadata(sequences, table, page_size, 3))
+        output = torch.full_like(query, 7.0)
+        impl.forward(scales, query, None, None, cache, metadata, output)
+        at = 0
+        for r, (key, value) in enumerate(contents):
+            rows = slice(at, at := at + int(stop[r] - start[r]))
+            want = dense(query[rows], key, value, *(int(x[r]) for x in batch))
+            torch.testing.assert_close(output[rows], want, rtol=0, atol=1e-12)
+        assert (output[tokens:] == 7).all()
+    assert Emulated.made == 1 and metadata.wrapper.plans == 2  # once a step, for all layers
+    assert metadata.wrapper.types == (torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2), ("auto", torch.bfloat16)],
+)
+def test_fp8_cache(monkeypatch, emulated, name, kind):
+    """An fp8 cache arrives as bytes, is read in its type and scaled back."""
+    builder = make_builder(monkeypatch, (4, 2), 16, KVCacheLayout.LBNHC, cache_dtype=name)
+    impl = flashinfer.BlockCausalImpl(4, HEAD, HEAD**-0.5, 2, kv_cache_dtype=name)
+    content = torch.randn(2, 2, 16, 2 * HEAD).to(kind)
+    stored = content.view(torch.uint8) if name != "auto" else content
+    sequences = virtual_sequences(*(np.array([x]) for x in (12, 28, 12, 8)))
+    metadata = builder.build(0, common_metadata(sequences, torch.tensor([[1, 0]]).int(), 16))
+    query, output = torch.randn(2, 16, 4, HEAD, dtype=torch.float64)
+    scales = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
+    impl.forward(scales, query, None, None, stored, metadata, output)
+    assert metadata.wrapper.types == (torch.bfloat16, kind)
+    side = content.double()[[1, 0]].transpose(1, 2).flatten(0, 1)[:28]
+    want = dense(query, side[..., :HEAD] * 0.5, side[..., HEAD:] * 2, 12, 28, 12, 8)
+    torch.testing.assert_close(output, want, rtol=0, atol=1e-12)
+
+
+def test_more_sequences_than_max_num_seqs(monkeypatch, emulated):
+    """Where vLLM's FlashInfer builder writes beyond its buffers: one request, many blocks."""
+    builder = make_builder(monkeypatch, (4, 2), 16, KVCacheLayout.LBNHC, seqs=1, blocks=2)
+    sequences = virtual_sequences(*(np.array([x]) for x in (0, 202, 10, 4)))
+    assert len(sequences.kv_len_S) == 49
+    table = torch.arange(16, dtype=torch.int32)[None]
+    held = builder.pages.buffer_N.data_ptr()
+    metadata = builder.build(0, common_metadata(sequences, table, 16))
+    pages = metadata.wrapper.call[2]
+    # More pages than an ordinary step has: memory of its own, the buffer stays what it was.
+    assert len(pages) > len(builder.pages.buffer_N) and pages.data_ptr() != held
+    assert builder.pages.buffer_N.data_ptr() == held
+
+
+def test_page_lists_stay_at_their_address():
+    """Windows of 1 to 8 blocks in 1,000 random steps, the widest batch included."""
+    rng = np.random.default_rng(0)
+    page_size, max_reqs, blocks, size, length = 16, 16, 8, 32, 1024
+    per_request = length // page_size
+    lists = PageLists(page_size, max_reqs * blocks * per_request, "cpu")
+    address = lists.buffer_N.data_ptr()
+    for step in range(1000):
+        num_reqs = max_reqs if step == 0 else int(rng.integers(1, max_reqs + 1))
+        width = size * (blocks if step == 0 else int(rng.integers(1, blocks + 1)))
+        prompt = rng.integers(1, length - width + 1, num_reqs)
+        prompt[:] = length - width if step == 0 else prompt
+        sequences = virtual_sequences(prompt, prompt + width, prompt, np.full(num_reqs, size))
+        table = torch.from_numpy(rng.integers(0, 1 << 20, (num_reqs, per_request), dtype=np.int32))
+        table_S = table[torch.from_numpy(sequences.request_S)]
+        paged = lists.build(sequences.query_start_S1, sequences.kv_len_S, table_S)
+        assert paged.pages_N.data_ptr() == address
+        # Each sequence's pages, one by one, for some.
+        for s in rng.integers(0, len(table_S), 2):
+            low, high = paged.page_start_S1[s : s + 2]
+            assert torch.equal(paged.pages_N[low:high], table_S[s, : high - low])
+            assert high - low == -(-sequences.kv_len_S[s] // page_size)
+
+
+def test_a_table_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="block table"):
+        PageLists(16, 8, "cpu").build(
+            np.array([0, 4], np.int32), np.array([33], np.int32), torch.zeros(1, 2).int()
+        )
+
+
+def test_causal_batches_and_other_models_are_refused(monkeypatch, emulated):
+    builder = make_builder(monkeypatch, (4, 2), 16, KVCacheLayout.LBNHC)
+    common = common_metadata(
+        virtual_sequences(*(np.array([x]) for x in (0, 8, 8, 4))), torch.zeros(1, 1).int(), 16
+    )
+    common.causal = True
+    with pytest.raises(ValueError, match="attention-backend"):
+        builder.build(0, common)
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        flashinfer.BlockCausalImpl(4, HEAD, 0.1, 2, sliding_window=64)
+
+
+def vllm_config(backend, mode):
+    return SimpleNamespace(
+        attention_config=SimpleNamespace(backend=backend, use_non_causal=False),
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+    )
+
+
+def test_choice_of_the_backend(monkeypatch):
+    select.register()
+    assert AttentionBackendEnum.CUSTOM.get_class() is flashinfer.BlockCausalBackend
+    there = {"flashinfer": object()}
+    monkeypatch.setattr(select, "find_spec", there.get)
+    for given in (None, AttentionBackendEnum.FLASHINFER, AttentionBackendEnum.CUSTOM):
+        config = vllm_config(given, None)
+        select.prepare(config)
+        assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+        assert config.attention_config.use_non_causal
+    for given in (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN):
+        config = vllm_config(given, CUDAGraphMode.FULL_AND_PIECEWISE)
+        select.prepare(config)
+        assert config.attention_config.backend is given
+        # Their buffers for max_num_seqs are those of FULL graphs.
+        assert config.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    config = vllm_config(None, CUDAGraphMode.NONE)
+    select.prepare(config)
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+    there.clear()
+    config = vllm_config(None, None)
+    select.prepare(config)
+    assert config.attention_config.backend is None  # vLLM chooses
+    with pytest.raises(ValueError, match="pip install flashinfer-python"):
+        select.prepare(vllm_config(AttentionBackendEnum.FLASHINFER, None))
+
+
+def test_vllm_accepts_the_backend():
+    """vLLM's own check of a configuration: 7B shapes, every page size, fp8."""
+    from vllm.platforms.interface import DeviceCapability
+
+    def reasons(**changes):
+        given = dict(
+            head_size=128,
+            dtype=torch.bfloat16,
+            kv_cache_dtype="auto",
+            block_size=16,
+            use_mla=False,
+            has_sink=False,
+            use_sparse=False,
+            use_mm_prefix=False,
+            use_per_head_quant_scales=False,
+            device_capability=DeviceCapability(9, 0),
+            attn_type="decoder",
+            use_non_causal=True,
+        )
+        return flashinfer.BlockCausalBackend.validate_configuration(**given | changes)
+
+    assert reasons() == []
+    for size in (1, 16, 48, 128, 1024):
+        assert reasons(block_size=size) == []
+    assert reasons(kv_cache_dtype="fp8", dtype=torch.float16) == []
+    assert reasons(dtype=torch.float32) and reasons(head_size=96)
+    assert reasons(kv_cache_dtype="nvfp4") and reasons(device_capability=DeviceCapability(7, 5))

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention backend serves a D2F model on CUDA, and what vLLM may capture around it."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+PATH = "vllm_d2f.attention.flashinfer.BlockCausalBackend"
+
+
+def register() -> None:
+    """Take vLLM's name for a plugin's backend, CUSTOM, unless another plugin has it."""
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, PATH)
+
+
+def prepare(vllm_config: "VllmConfig") -> None:
+    """Choose the backend and keep attention out of CUDA graphs.
+
+    FlashInfer is the default and means the backend of this package: vLLM's own sizes its buffers
+    for `max_num_seqs` sequences, and here every open block is one. Other backends stay selectable.
+
+    A FULL graph records how many sequences a batch has, and FLASH_ATTN and TRITON_ATTN keep
+    buffers for `max_num_seqs` of them in that mode. A window has as many sequences as open blocks,
+    so a graph recorded for one number gives wrong results for another: only what lies between the
+    attention layers is captured.
+
+    Raises:
+        ValueError: when FlashInfer is wanted and is not there, or the name is taken.
+    """
+    attention = vllm_config.attention_config
+    attention.use_non_causal = True
+    wanted = attention.backend
+    if wanted is None and find_spec("flashinfer") is None:
+        logger.warning(
+            "FlashInfer is not installed (pip install flashinfer-python); vLLM chooses the "
+            "attention backend."
+        )
+    elif wanted in (None, AttentionBackendEnum.FLASHINFER):
+        if find_spec("flashinfer") is None:
+            raise ValueError(
+                "--attention-backend FLASHINFER needs FlashInfer: pip install flashinfer-python"
+            )
+        if AttentionBackendEnum.CUSTOM.get_path() != PATH:
+            raise ValueError(
+                "another plugin has registered its attention backend as CUSTOM: "
+                f"{AttentionBackendEnum.CUSTOM.get_path()}. Leave it out of VLLM_PLUGINS, or give "
+                "--attention-backend FLASH_ATTN"
+            )
+        attention.backend = AttentionBackendEnum.CUSTOM
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or mode.has_full_cudagraphs():
+        if mode is not None:
+            logger.warning("D2F captures no attention: cudagraph_mode %s becomes PIECEWISE", mode)
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
