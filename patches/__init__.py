@@ -13,6 +13,7 @@ from vllm_d2f.patches import (
     p04_forget_finished,
     p05_model_names,
     p06_cpu_package_name,
+    p07_beam_search,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -25,6 +26,7 @@ PATCHES: tuple[Patch, ...] = (
     p04_forget_finished.PATCH,
     p05_model_names.PATCH,
     p06_cpu_package_name.PATCH,
+    p07_beam_search.PATCH,
 )
 
 _applied: dict[str, str] = {}

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from vllm_d2f.patches.patch import Patch, replace
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, StructuredOutputsConfig
     from vllm.sampling_params import SamplingParams
+    from vllm.tokenizers import TokenizerLike
 
 NAME = "p01_sampling_params"
 TARGET = "vllm.sampling_params:SamplingParams._validate_diffusion"
+STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
 
 
 def _make(original: Callable[..., None]) -> Callable[..., None]:
@@ -28,9 +31,29 @@ def _make(original: Callable[..., None]) -> Callable[..., None]:
     return _validate_diffusion
 
 
+def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
+    def _validate_structured_outputs(
+        self: SamplingParams,
+        model_config: ModelConfig,
+        structured_outputs_config: StructuredOutputsConfig | None,
+        tokenizer: TokenizerLike | None,
+    ) -> None:
+        from vllm_d2f.settings import check_structured_outputs, is_d2f
+
+        seen: Any = model_config
+        if self.structured_outputs is not None and is_d2f(model_config):
+            check_structured_outputs(self, model_config, structured_outputs_config)
+            # All that vLLM asks the model here is whether to refuse.
+            seen = SimpleNamespace(is_diffusion=False)
+        original(self, seen, structured_outputs_config, tokenizer)
+
+    return _validate_structured_outputs
+
+
 def apply() -> None:
     """Install the patch; a second call does nothing."""
     replace(NAME, TARGET, _make)
+    replace(NAME, STRUCTURED, _make_structured)
 
 
 def needed() -> bool:
@@ -40,16 +63,19 @@ def needed() -> bool:
 
 PATCH = Patch(
     name=NAME,
-    target=(TARGET,),
-    why="vLLM refuses temperature != 1, seed, min_p, min_tokens, logit_bias, bad_words and "
-    "allowed_token_ids for every diffusion model. D2F supports or judges them itself.",
-    how="Wraps the method: a D2F model goes to `vllm_d2f.settings.check_sampling_params`, every "
-    "other model to the original.",
+    target=(TARGET, STRUCTURED),
+    why="vLLM refuses temperature != 1, seed, min_p, min_tokens, logit_bias, bad_words, "
+    "allowed_token_ids and structured outputs for every diffusion model. D2F supports or judges "
+    "them itself.",
+    how="Wraps the methods: a D2F model goes to `vllm_d2f.settings.check_sampling_params` and "
+    "`check_structured_outputs`, and its grammar to vLLM's own checks; every other model to the "
+    "original.",
     upstream="none yet: wanted is a hook on the model class that declares supported parameters",
     remove_when="vLLM asks the model which sampling parameters it supports",
     when="always",
     source_sha256={
         TARGET: "2fbdc056cf1423098bf6dbe34fe9132ac8d9f0f5f079e144da7afbbcaa17494d",
+        STRUCTURED: "ebca6891dea0cd50675ffa3ca809c213ed2893dcf960591fe80ab0b20e52ff29",
     },
     apply=apply,
     needed=needed,

@@ -43,27 +43,9 @@ REFUSED = {
         ["d2f_block_size * d2f_max_blocks", "2048", "--additional-config"],
     ),
     "two greedy answers": ({"n": 2}, ["n must be 1", "greedy"]),
-    "logprobs": ({"logprobs": 1}, ["logprobs", "not supported"]),
-    "presence penalty": ({"presence_penalty": 0.5}, ["presence_penalty", "0.0"]),
-    "frequency penalty": ({"frequency_penalty": 0.5}, ["frequency_penalty", "0.0"]),
-    "repetition penalty": (
-        {"extra_body": {"repetition_penalty": 1.1}},
-        ["repetition_penalty", "1.0"],
-    ),
-    "min tokens": ({"extra_body": {"min_tokens": 4}}, ["min_tokens", "0"]),
-    "logit bias": ({"logit_bias": {"5": 1.0}}, ["logit_bias", "not supported"]),
-    "bad words": ({"extra_body": {"bad_words": ["apples"]}}, ["bad_words", "not supported"]),
-    "allowed token ids": (
-        {"extra_body": {"allowed_token_ids": [5, 6]}},
-        ["allowed_token_ids", "not supported"],
-    ),
     "prompt logprobs": (
         {"extra_body": {"prompt_logprobs": 1}},
         ["prompt_logprobs", "not supported"],
-    ),
-    "structured output": (
-        {"extra_body": {"structured_outputs": {"regex": "[0-9]+"}}},
-        ["tructured output", "Remove"],
     ),
     "prompt too long": ({"prompt": "Leo has 73 pens. " * 200}, ["maximum context length", "512"]),
     "prompt and answer too long": ({"max_tokens": 5000}, ["max_tokens", "512"]),

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured outputs: a grammar that stays in step with a request's decided tokens.
+
+vLLM compiles every request's grammar in the scheduler's process, lets it judge draft tokens and
+sends a bitmask per draft position. The positions of a window depend on each other, so under D2F
+the worker keeps a grammar of its own, compiled by the same backend from the same request, and
+walks it left to right (`left_to_right`). The scheduler's copy only confirms what leaves.
+"""
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+BACKENDS = {
+    "XgrammarBackend": "xgrammar",
+    "GuidanceBackend": "guidance",
+    "OutlinesBackend": "outlines",
+    "LMFormatEnforcerBackend": "lm-format-enforcer",
+}
+"""vLLM's backends by class: an engine has one, that of its first structured request."""
+
+
+def name_backend(manager: "StructuredOutputManager", params: "SamplingParams") -> None:
+    """Write the backend that compiled a request's grammar into the request, for the worker."""
+    if params.structured_outputs is not None:
+        params.structured_outputs._backend = BACKENDS[type(manager.backend).__name__]
+
+
+class GrammarConstraint:
+    """Allows the tokens that the grammar allows after what is decided (a `Constraint`)."""
+
+    def __init__(
+        self,
+        grammar: "StructuredOutputGrammar",
+        bitmask_1B: Tensor,
+        mask_id: int,
+        *,
+        specials: Iterable[int] = (),
+        min_tokens: int = 0,
+        stops: Iterable[int] = (),
+    ) -> None:
+        """
+        Args:
+            grammar: at its start.
+            bitmask_1B: int32, one row as its backend allocates it, to write into.
+            mask_id: the mask token: text to some backends, never allowed here.
+            specials: the tokenizer's special tokens. To xgrammar they are text like any other, but
+                the detokenizer drops them, and what is left may not match any more.
+            min_tokens, stops: no stop token before so many tokens.
+
+        Special and early stop tokens give way to the grammar where nothing else is allowed.
+        """
+        self.grammar, self.bitmask_1B, self.mask_id = grammar, bitmask_1B, mask_id
+        self.stops, self.min_tokens, self.accepted = sorted(stops), min_tokens, 0
+        self.specials = sorted(set(specials) - set(self.stops))
+
+    def forbid(self, logits_V: Tensor) -> None:
+        if self.grammar.is_terminated():
+            return  # behind an ignored end token everything goes
+        self.grammar.fill_bitmask(self.bitmask_1B, 0)
+        bits = np.unpackbits(self.bitmask_1B.numpy().view(np.uint8)[0], bitorder="little")
+        allowed_V = np.zeros(len(logits_V), dtype=bool)
+        bits = bits[: len(allowed_V)]
+        allowed_V[: len(bits)] = bits
+        allowed_V[self.mask_id] = False
+        allowed_V = _without(allowed_V, self.specials)
+        if self.accepted < self.min_tokens:
+            allowed_V = _without(allowed_V, self.stops)
+        forbidden_V = torch.from_numpy(~allowed_V).to(logits_V.device, non_blocking=True)
+        logits_V.masked_fill_(forbidden_V, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        self.accepted += 1
+        if not self.grammar.accept_tokens("", [token]):
+            raise RuntimeError(
+                f"vllm-d2f: the grammar allowed token {token} and then did not accept it. This is "
+                "a bug; please report it with the request's structured_outputs."
+            )
+
+
+class Grammars:
+    """Compiles the grammars of a worker's requests."""
+
+    def __init__(self, vllm_config: "VllmConfig", mask_id: int) -> None:
+        self.vllm_config, self.mask_id = vllm_config, mask_id
+        self._manager: StructuredOutputManager | None = None
+
+    def constraint(self, params: "SamplingParams") -> GrammarConstraint:
+        """The grammar of a request that `name_backend` has seen.
+
+        The scheduler has compiled the same before it let the request in, so this does not fail.
+        """
+        from vllm.v1.structured_output import StructuredOutputManager
+        from vllm.v1.structured_output.request import StructuredOutputRequest
+
+        if self._manager is None:
+            self._manager = StructuredOutputManager(self.vllm_config)
+            # The request waits for its grammar either way.
+            self._manager._use_async_grammar_compilation = False
+        structured = StructuredOutputRequest.from_sampling_params(params)
+        assert structured is not None
+        request: Any = SimpleNamespace(
+            request_id="", sampling_params=params, structured_output_request=structured
+        )
+        self._manager.grammar_init(request)
+        grammar = structured.grammar
+        if isinstance(grammar, Exception):
+            raise grammar
+        assert grammar is not None and self._manager.backend is not None
+        return GrammarConstraint(
+            grammar,
+            self._manager.backend.allocate_token_bitmask(1),
+            self.mask_id,
+            specials=self._manager.tokenizer.all_special_ids,
+            min_tokens=params.min_tokens,
+            stops=params.all_stop_token_ids,
+        )
+
+
+def _without(allowed_V: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """Without these tokens, unless that leaves nothing."""
+    fewer_V = allowed_V.copy()
+    fewer_V[tokens] = False
+    return fewer_V if fewer_V.any() else allowed_V
