@@ -86,6 +86,9 @@ def instrument(llm: Any) -> Meter:
     meter.wrap(Scheduler, "update_draft_token_ids", "vllm scheduler")
     meter.wrap(type(core.scheduler), "schedule", "scheduler")
     meter.wrap(type(core.scheduler), "update_draft_token_ids", "scheduler")
+    for name in ("update_from_output", "_update_request_with_output"):
+        meter.wrap(Scheduler, name, "vllm scheduler")
+        meter.wrap(type(core.scheduler), name, "scheduler")
     if p03_cpu_kernels.needed():
         for name in ("gather_block_tables", "compute_slot_mappings"):
             meter.wrap(BlockTables, name, "stand-ins")

@@ -8,6 +8,7 @@ from vllm_d2f.d2f import D2FParams, Window, advance, grow
 
 numba = pytest.importorskip("numba", reason="vLLM's CPU build brings Numba")
 from vllm_d2f.cpu_step import advance_and_grow, list_masked  # noqa: E402
+from vllm_d2f.tally import pack, unpack  # noqa: E402
 
 MASK, VOCAB, SLOTS, WIDTH, ENDS = 0, 7, 9, 24, 3
 
@@ -53,7 +54,8 @@ def test_equals_d2f(seed):
         masked = (rows.column_W < rows.open_R[:, None]) & ~rows.decided_RW
         proposal = torch.randint(1, VOCAB, (len(slot_D), WIDTH), generator=generator)
         # Few levels, so that equal confidences and exact thresholds occur.
-        confidence = torch.randint(0, 11, (len(slot_D), WIDTH), generator=generator).float() / 10
+        # Negative ones are held.
+        confidence = torch.randint(-3, 11, (len(slot_D), WIDTH), generator=generator).float() / 10
         step = advance(rows, proposal, confidence, MASK)
         grow(rows)
         plain.put(slot_D, rows)
@@ -68,7 +70,7 @@ def test_equals_d2f(seed):
         request, column = request_N[:count], column_N[:count]
         assert torch.equal(torch.stack((request, column), 1), masked.nonzero())
         tokens = torch.empty(len(slot_D), WIDTH, dtype=torch.int64)
-        output, commit = torch.empty_like(slot_D), torch.empty_like(slot_D)
+        new, commit, tally = torch.empty(3, len(slot_D), dtype=torch.int64)
         advance_and_grow(
             slot_D.numpy(),
             request.numpy(),
@@ -83,13 +85,18 @@ def test_equals_d2f(seed):
             compiled.tau_conf_R1.numpy(),
             draft.numpy(),
             tokens.numpy(),
-            output.numpy(),
+            new.numpy(),
             commit.numpy(),
+            tally.numpy(),
         )
-        assert torch.equal(output, step.output_R)
+        assert torch.equal(new, step.output_R - step.sent_R)
         assert torch.equal(commit, step.commit_R)
-        for d, keep in enumerate(output.tolist()):
-            assert torch.equal(tokens[d, :keep], step.tokens_RW[d, :keep])
+        active = step.accepted_RW & step.active_RW
+        semi = step.accepted_RW & ~step.active_RW
+        assert torch.equal(tally, pack(active.sum(1), semi.sum(1), step.dropped_R))
+        assert [unpack(t).dropped for t in tally.tolist()] == step.dropped_R.tolist()
+        for d, (sent, count) in enumerate(zip(step.sent_R.tolist(), new.tolist(), strict=True)):
+            assert torch.equal(tokens[d, :count], step.tokens_RW[d, sent : sent + count])
         for name in ("tokens_RW", "decided_RW", "numbers"):
             assert torch.equal(getattr(compiled, name), getattr(plain, name)), name
         open_RW = rows.column_W < rows.open_R[:, None]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vectorised algorithm against a literal, one-request transcription of its description."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -47,6 +48,10 @@ class Plain:
     def all_tokens(self) -> list[int | None]:
         return [*self.committed, *(t for block in self.blocks for t in block)]
 
+    def left(self) -> list[int]:
+        """What has left as output: everything before the first undecided position."""
+        return list(itertools.takewhile(lambda token: token is not None, self.all_tokens()))
+
     def grow(self) -> None:
         first = len(self.committed) // self.params.block_size
         index = first + len(self.blocks)
@@ -65,6 +70,7 @@ class Plain:
                 self.activated[i] = True
 
     def advance(self, tokens: list[int], confidences: list[float]) -> None:
+        self.accepted = [0, 0]  # in fully activated blocks, in others
         full_before = [all(t is not None for t in block) for block in self.blocks]
         at = 0
         for block, active in zip(self.blocks, self.activated, strict=True):
@@ -76,16 +82,18 @@ class Plain:
                 take = [max(masked, key=lambda p: (confidences[p], -p))]
             for p in take:
                 block[p - here.start] = tokens[p]
-        position = self.ended()
+            self.accepted[not active] += len(take)
+        position, opened = self.ended(), len(self.blocks)
         if position is not None:
             keep = position // self.params.block_size + 1
             first = len(self.committed) // self.params.block_size
             del self.blocks[keep - first :], self.activated[keep - first :]
+        self.dropped = opened - len(self.blocks)
         wanted = min(self.max_tokens, self.limit) if position is None else position + 1
         everything = self.all_tokens()
         self.done = len(everything) >= wanted and None not in everything[:wanted]
         if self.done:
-            self.committed = everything[:wanted]
+            self.committed, self.blocks = everything[:wanted], []
             return
         while self.blocks and full_before[0]:
             self.committed += self.blocks.pop(0)
@@ -141,9 +149,13 @@ def test_equals_the_plain_transcription(requests, seed):
                 p.activated
             )
             p.advance(proposal[row].tolist(), confidence[row].tolist())
-            outputs[row] += step.tokens_RW[row, : step.output_R[row]].tolist()
+            left = slice(int(step.sent_R[row]), int(step.output_R[row]))
+            outputs[row] += step.tokens_RW[row, left].tolist()
             assert bool(step.done_R[row]) == p.done
-            assert outputs[row] == p.committed
+            assert outputs[row] == p.left()
+            decided, active = step.accepted_RW[row], step.active_RW[row]
+            assert [int((decided & active).sum()), int((decided & ~active).sum())] == p.accepted
+            assert int(step.dropped_R[row]) == p.dropped
             if p.done:
                 done[row] = True
                 continue

@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where settings come from, what wins, and how wrong ones are refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.settings import MAX_WINDOW, PRESETS, Settings, request_params, settings_from_dict
+from vllm_d2f.settings import (
+    MAX_WINDOW,
+    PRESETS,
+    Settings,
+    request_params,
+    settings_from_dict,
+    wants_trace,
+)
 
 
 def test_weakest_first():
@@ -89,3 +98,51 @@ def test_request_options(options, expected):
 def test_wrong_request_options(options, message):
     with pytest.raises(ValueError, match=message):
         request_params(SERVED, options)
+
+
+def test_a_request_names_a_preset_of_the_served_family():
+    served = settings_from_dict({"block_size": 16, "max_blocks": 4, "window": 128})
+    for family in ("dream", "llada"):
+        settings = replace(served, family=family)
+        short = request_params(settings, {"d2f_preset": "gsm8k"})
+        assert short == request_params(settings, {"d2f_preset": f"{family}-gsm8k"})
+        assert short.block_size == PRESETS[f"{family}-gsm8k"]["block_size"]
+        assert short.window <= 128
+    other = request_params(replace(served, family="llada"), {"d2f_preset": "dream-humaneval"})
+    assert (other.tau_add, other.tau_conf, other.max_blocks) == (0.9, 0.95, 4)
+
+
+def test_what_stands_beside_a_requests_preset_is_stronger():
+    served = replace(settings_from_dict({"window": 128}), family="dream")
+    params = request_params(
+        served, {"d2f_preset": "mbpp", "d2f_tau_conf": 0.5, "d2f_max_blocks": 1}
+    )
+    assert (params.block_size, params.max_blocks, params.tau_conf) == (48, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("gsm", "d2f_preset must be one of gsm8k, mbpp, math, humaneval, dream-gsm8k, .*'gsm'"),
+        (3, "d2f_preset must be one of"),
+        ("math", "blocks of 64, the served window is 32.*window"),
+    ],
+)
+def test_a_preset_that_is_refused(name, message):
+    served = replace(settings_from_dict({"block_size": 16, "max_blocks": 2}), family="dream")
+    with pytest.raises(ValueError, match=message):
+        request_params(served, {"d2f_preset": name})
+
+
+@pytest.mark.parametrize(
+    "value, wanted", [(1, True), (0, False), (True, True), ("1", True), ("0", False), (1.0, True)]
+)
+def test_a_trace_is_asked_for(value, wanted):
+    assert wants_trace({"d2f_trace": value}) is wanted
+    request_params(settings_from_dict({}), {"d2f_trace": value})
+
+
+@pytest.mark.parametrize("value", [2, "yes", None, [1]])
+def test_a_trace_is_yes_or_no(value):
+    with pytest.raises(ValueError, match="d2f_trace must be 0 or 1"):
+        request_params(settings_from_dict({}), {"d2f_trace": value})

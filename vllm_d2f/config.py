@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+from vllm_d2f.attention.select import prepare as prepare_attention
 from vllm_d2f.models import ARCHITECTURES
 from vllm_d2f.settings import Settings, settings_from_dict
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 logger = init_logger(__name__)
 
@@ -36,16 +38,9 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         # Window widths come back from the worker every step.
         scheduler_config.async_scheduling = False
 
-        # A prompt is one attention block, so it is prefilled whole.
-        scheduler_config.enable_chunked_prefill = False
-        if scheduler_config.max_num_batched_tokens < model_config.max_model_len:
-            logger.info(
-                "D2F prefills a prompt in one step: raising max_num_batched_tokens from %d to "
-                "max_model_len = %d. Lower --max-model-len to save memory.",
-                scheduler_config.max_num_batched_tokens,
-                model_config.max_model_len,
-            )
-            scheduler_config.max_num_batched_tokens = model_config.max_model_len
+        if current_platform.is_cuda():
+            prepare_attention(vllm_config)
+        _set_prefill(settings, model_config.max_model_len, scheduler_config)
 
         # The published setting is greedy. A request or the user's own default still decides.
         if "temperature" not in model_config.get_diff_sampling_param():
@@ -63,6 +58,30 @@ def register_hook() -> None:
     """Make vLLM call the hook for every D2F architecture."""
     for architecture in ARCHITECTURES:
         MODELS_CONFIG_MAP[architecture] = D2FConfigHook
+
+
+def _set_prefill(
+    settings: Settings, max_model_len: int, scheduler_config: "SchedulerConfig"
+) -> None:
+    """Prompts are prefilled whole, unless they may be cut between their attention blocks."""
+    budget = scheduler_config.max_num_batched_tokens
+    if settings.prompt_attention == "block_causal":
+        least = min(settings.window, max_model_len)
+        if budget < least:
+            raise ValueError(
+                f"--max-num-batched-tokens {budget} must be at least {least}: a step holds at "
+                "least one request's widest window"
+            )
+        return
+    scheduler_config.enable_chunked_prefill = False
+    if budget < max_model_len:
+        logger.info(
+            "D2F prefills a prompt in one step: raising max_num_batched_tokens from %d to "
+            "max_model_len = %d. Lower --max-model-len to save memory.",
+            budget,
+            max_model_len,
+        )
+        scheduler_config.max_num_batched_tokens = max_model_len
 
 
 def _resolve(vllm_config: "VllmConfig") -> Settings:
@@ -106,6 +125,9 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "--long-prefill-token-threshold must be 0: it would cut prompts and windows": (
             vllm_config.scheduler_config.long_prefill_token_threshold > 0
         ),
+        "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
+        f"--base {vllm_config.model_config.model} --adapter DIR --out FOLDER`, then `vllm serve "
+        "FOLDER`": vllm_config.lora_config is not None,
         "--runner pooling: D2F models generate text; remove it": (
             vllm_config.model_config.runner_type != "generate"
         ),

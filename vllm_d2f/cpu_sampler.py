@@ -37,7 +37,7 @@ class CpuSampler(D2FSampler):
 
     def _denoise(
         self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         state, slot_np = self.state, slot_D.numpy()
         count = list_masked(slot_np, self.decided_SW, self.numbers, self.request_N, self.column_N)
         request_N, column_N = self.request_N[:count], self.column_N[:count]
@@ -50,7 +50,7 @@ class CpuSampler(D2FSampler):
             first_D,
         )
         tokens_DW = torch.empty(len(slot_np), self.tokens_SW.shape[1], dtype=torch.int64)
-        output_D, commit_D = torch.empty_like(slot_D), torch.empty_like(slot_D)
+        new_D, commit_D, tally_D = torch.empty(3, len(slot_np), dtype=torch.int64)
         advance_and_grow(
             slot_np,
             request_N,
@@ -65,7 +65,8 @@ class CpuSampler(D2FSampler):
             self.tau_conf_S1,
             self.draft_SW,
             tokens_DW.numpy(),
-            output_D.numpy(),
+            new_D.numpy(),
             commit_D.numpy(),
+            tally_D.numpy(),
         )
-        return tokens_DW, output_D, commit_D
+        return tokens_DW, new_D, commit_D, tally_D

@@ -12,6 +12,8 @@ slots, D rows that denoise, W window positions, N masked positions in row order,
 import numba
 import numpy as np
 
+from vllm_d2f.tally import BITS
+
 
 @numba.njit(cache=True, nogil=True)
 def list_masked(slot_D, decided_SW, numbers, request_N, column_N):
@@ -42,8 +44,9 @@ def advance_and_grow(
     tau_conf_S1,
     draft_SW,
     tokens_DW,
-    output_D,
+    new_D,
     commit_D,
+    tally_D,
 ):
     """One iteration for the given slots.
 
@@ -51,8 +54,10 @@ def advance_and_grow(
         request_N, column_N: what `list_masked` wrote.
         token_N, confidence_N: the proposals at these positions.
         draft_SW: receives the next window, -1 beyond the open blocks.
-        tokens_DW, output_D, commit_D: receive `Step.tokens_RW` (its leading `output` columns),
-            `Step.output_R` and `Step.commit_R`.
+        tokens_DW, new_D: receive the tokens that leave now, those of `Step.tokens_RW` between
+            `Step.sent_R` and `Step.output_R`, and how many they are.
+        commit_D: receives `Step.commit_R`.
+        tally_D: receives `tally.pack` of the step.
     """
     width = tokens_SW.shape[1]
     confidence_W = np.empty(width, dtype=np.float32)
@@ -71,20 +76,24 @@ def advance_and_grow(
             tokens_W[column] = token_N[n]
             n += 1
 
-        previous = 0
+        previous, in_active, in_semi = 0, 0, 0
         for begin in range(0, open_, size):
             end = min(begin + size, open_)
             decided, best, best_column = 0, np.float32(-1.0), -1
             for column in range(begin, end):
                 if decided_W[column]:
                     decided += 1
-                elif confidence_W[column] > best:
+                elif confidence_W[column] >= 0 and confidence_W[column] > best:  # below 0: held
                     best, best_column = confidence_W[column], column
             forced = begin == 0 or previous >= act
             for column in range(begin, end):
                 if not decided_W[column]:
                     if confidence_W[column] > tau_conf or (forced and column == best_column):
                         decided_W[column] = True
+                        if forced:
+                            in_active += 1
+                        else:
+                            in_semi += 1
                     else:
                         tokens_W[column] = mask_id
             previous = decided
@@ -92,7 +101,7 @@ def advance_and_grow(
         lead = 0
         while lead < open_ and decided_W[lead]:
             lead += 1
-        need = goal
+        need, was_open = goal, open_
         found = False
         for column in range(min(open_, goal)):
             if decided_W[column]:
@@ -105,9 +114,11 @@ def advance_and_grow(
                 open_ = min(open_, rest)
                 break
         commit = rest if lead_in >= rest else lead_in // size * size
-        output = need if lead >= need else min(commit, need)
-        output_D[d], commit_D[d] = output, commit
-        tokens_DW[d, :output] = tokens_W[:output]
+        new = min(lead, need) - lead_in
+        new_D[d], commit_D[d] = new, commit
+        tokens_DW[d, :new] = tokens_W[lead_in : lead_in + new]
+        dropped = (was_open + size - 1) // size - (open_ + size - 1) // size
+        tally_D[d] = in_active | in_semi << BITS | dropped << (2 * BITS)
 
         # Move over what was committed, then add.
         open_ = max(open_ - commit, 0)

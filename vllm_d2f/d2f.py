@@ -115,6 +115,7 @@ class Window:
     goal_R = _column(2)
     start_R = _column(3)
     forward_R = _column(4)
+    lead_R = _column(5)
     block_size_R = _column(6)
 
     @classmethod
@@ -211,17 +212,23 @@ class Step:
     Attributes:
         tokens_RW: int64, the window before it moved: column 0 is where the forward's began.
         commit_R: int64, leading positions whose keys and values are final now.
-        output_R: int64, leading positions of `tokens_RW` that leave as output: the committed ones
-            or, when the request is done, everything up to its end.
+        sent_R: int64, leading positions that were output of earlier forwards already.
+        output_R: int64, leading positions of `tokens_RW` that are output now: everything before
+            the first undecided position, and never more than up to the answer's end.
         done_R: bool, nothing that could still be decided would change the output.
         accepted_RW: bool, positions decided by this forward.
+        active_RW: bool, positions of fully activated blocks (`activated`).
+        dropped_R: int64, blocks that were open and are not needed behind an end token.
     """
 
     tokens_RW: Tensor
     commit_R: Tensor
+    sent_R: Tensor
     output_R: Tensor
     done_R: Tensor
     accepted_RW: Tensor
+    active_RW: Tensor
+    dropped_R: Tensor
 
 
 def block_of(
@@ -297,7 +304,8 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     Args:
         window: what went into the forward, as `grow` left it, all open blocks.
         proposal_RW: int64, proposed tokens; read at undecided open positions only.
-        confidence_RW: float32, their probabilities, never NaN (`proposal` sees to that).
+        confidence_RW: float32, their probabilities, never NaN (`proposal` sees to that). Where it
+            is negative, the position is held: it is not decided in this forward.
         mask_id: the mask token, written where the window moves over.
     """
     column_W, width = window.column_W, len(window.column_W)
@@ -315,15 +323,17 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     best_RW = torch.full_like(candidate_RW, -1.0).scatter_reduce_(1, start_RW, candidate_RW, "amax")
     best_column_RW = torch.where(candidate_RW == best_RW.gather(1, start_RW), column_W, width)
     first_RW = torch.full_like(start_RW, width).scatter_reduce_(1, start_RW, best_column_RW, "amin")
-    forced_RW = activated(window) & (column_W == first_RW.gather(1, start_RW))
-    accepted_RW = ((candidate_RW > window.tau_conf_R1) | forced_RW) & masked_RW
+    active_RW = activated(window)
+    forced_RW = active_RW & (column_W == first_RW.gather(1, start_RW))
+    # A decided position is no candidate, and a held one is none either: both are negative.
+    accepted_RW = ((candidate_RW > window.tau_conf_R1) | forced_RW) & (candidate_RW >= 0)
     tokens_RW = torch.where(accepted_RW, proposal_RW, window.tokens_RW)
     decided_RW = decided_in_RW | accepted_RW
     lead_R1 = _lead(decided_RW)
 
     # End. Behind the block of the first decided end token nothing is decoded any more: the window
     # closes there at once, as later blocks cannot influence earlier ones.
-    need_R1 = goal_R1
+    need_R1, was_open_R1 = goal_R1, open_R1
     if window.num_ends:
         ends_RE = window.numbers[:, _STATE + _FIXED :]
         is_end_RW = tokens_RW == ends_RE[:, :1]
@@ -345,13 +355,20 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     # may be cut short. Their keys and values are final now.
     whole_R1 = lead_in_R1.div(block_R1, rounding_mode="floor") * block_R1
     commit_R1 = torch.where(lead_in_R1 >= rest_R1, rest_R1, whole_R1)
-    output_R1 = torch.where(done_R1, need_R1, torch.minimum(commit_R1, need_R1))
+    # What is decided never changes, so it need not wait for its block.
+    output_R1 = torch.minimum(lead_R1, need_R1)
+    # Rounded down negatives: -(-n // block) blocks for n positions, the last maybe cut short.
+    dropped_R1 = (-open_R1).div(block_R1, rounding_mode="floor")
+    dropped_R1 -= (-was_open_R1).div(block_R1, rounding_mode="floor")
     step = Step(
         tokens_RW=tokens_RW,
         commit_R=commit_R1[:, 0],
+        sent_R=lead_in_R1[:, 0].clone(),  # the window moves below
         output_R=output_R1[:, 0],
         done_R=done_R1[:, 0],
         accepted_RW=accepted_RW,
+        active_RW=active_RW,
+        dropped_R=dropped_R1[:, 0],
     )
 
     # Move the window over what was committed.

@@ -25,9 +25,11 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
 from vllm_d2f.d2f import Window, grow
+from vllm_d2f.grammar import Grammars
 from vllm_d2f.models.base import D2FModel
 from vllm_d2f.patches import p04_forget_finished
 from vllm_d2f.proposal import Sampling
+from vllm_d2f.proposer import Proposer, make_proposer
 from vllm_d2f.sampler import D2FSampler
 from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
 
@@ -61,6 +63,11 @@ class D2FModelState(ModelState):
         self.sampling = Sampling.greedy(self.max_num_reqs, device)
         # Slots with a temperature, on the host: greedy decoding runs no sampling code.
         self.drawing: set[int] = set()
+        # Requests that ask for more (penalties, log-probabilities, a grammar ...), by slot, and
+        # those of them that were preempted, by id.
+        self.proposers: dict[int, Proposer] = {}
+        self.grammars = Grammars(vllm_config, self.mask_id)
+        self._proposers_aside: dict[str, Proposer] = {}
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
         self._slots: dict[str, int] = {}
@@ -85,6 +92,7 @@ class D2FModelState(ModelState):
             ends=end_tokens(sampling),
             mask_id=self.mask_id,
         )
+        self._set_proposer(req_index, new_req_data, params.tau_conf)
         row = torch.tensor([req_index], device=self.device)
         rows = self._aside.pop(req_id, None)
         if rows is None:
@@ -103,10 +111,35 @@ class D2FModelState(ModelState):
         seed = torch.randint(1 << 62, ()) if params.seed is None else params.seed
         self.sampling.seed_R[slot] = seed
 
+    def _set_proposer(self, slot: int, data: NewRequestData, tau_conf: float) -> None:
+        params = data.sampling_params
+        assert params is not None
+        proposer = self._proposers_aside.pop(data.req_id, None)
+        if proposer is None:
+            structured = params.structured_outputs is not None
+            proposer = make_proposer(
+                params,
+                prompt=data.prompt_token_ids or (),
+                sampling=self.sampling.rows(torch.tensor([slot], device=self.device)),
+                ends=end_tokens(params),
+                tau_conf=tau_conf,
+                mask_id=self.mask_id,
+                vocab_size=self.model_config.get_vocab_size(),
+                window=self.settings.window,
+                grammar=self.grammars.constraint(params) if structured else None,
+                logprobs_mode=self.model_config.logprobs_mode,
+                device=self.device,
+            )
+        if proposer is not None:
+            self.proposers[slot] = proposer
+            self.drawing.discard(slot)  # it draws by itself
+
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
         if slot is None:
             return
+        if slot in self.proposers:
+            self._proposers_aside[req_id] = self.proposers[slot]
         self._aside[req_id] = self.window.rows(torch.tensor([slot], device=self.device))
         self._free(slot)
 
@@ -115,12 +148,14 @@ class D2FModelState(ModelState):
         for req_id in req_ids:
             slot = self._slots.pop(req_id, None)
             self._aside.pop(req_id, None)
+            self._proposers_aside.pop(req_id, None)
             if slot is not None:
                 self._free(slot)
 
     def _free(self, slot: int) -> None:
         self.prompt_len_S[slot] = NO_PROMPT_END
         self.drawing.discard(slot)
+        self.proposers.pop(slot, None)
 
     # Inputs
 
@@ -195,4 +230,8 @@ class D2FModelState(ModelState):
             from vllm_d2f.cpu_sampler import CpuSampler
 
             return CpuSampler(self, sampler), None
+        if self.device.type == "cuda":
+            from vllm_d2f.cuda_sampler import CudaSampler
+
+            return CudaSampler(self, sampler), None
         return D2FSampler(self, sampler), None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_d2f.d2f import D2FParams, Window, activated, advance, grow, may_attend
 from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy
+from vllm_d2f.proposer import Proposer
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""
@@ -30,12 +31,13 @@ class Frame:
         tokens: the answer so far, one entry per position of a committed or open block.
         decided: whether each is decided.
         confidences: the probability each had when it was accepted, 0 where undecided.
+        logprobs: the log-probability each had then before all rules, if the proposer keeps them.
         accepted: positions decided by this forward.
         activated: per open block, whether it was fully activated in this forward.
         committed: positions whose keys and values are final.
         margin: by how much a probability would have had to be different for this forward to
             decide otherwise. Below float32's rounding error it is a tie, and another order of
-            summation may decide it the other way. Infinite for drawn tokens.
+            summation may decide it the other way. Infinite for drawn tokens and own proposers.
         block_size: positions per block.
         done: this is the last frame, and `tokens` is cut where the answer ends.
     """
@@ -44,6 +46,7 @@ class Frame:
     tokens: list[int]
     decided: list[bool]
     confidences: list[float]
+    logprobs: list[float]
     accepted: list[int]
     activated: list[bool]
     committed: int
@@ -82,6 +85,7 @@ def decode(
     run_on: bool = False,
     sampling: Sampling | None = None,
     prompt_block: int | None = None,
+    proposer: Proposer | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -98,6 +102,7 @@ def decode(
             authors' loop does.
         sampling: one entry; None or temperature 0 is greedy.
         prompt_block: positions per prompt block of a model with a block-causal prompt.
+        proposer: of a request with rules of its own, new for this call; `sampling` is its.
     """
     if not prompt:
         raise ValueError("the prompt is empty; D2F needs at least one prompt token")
@@ -113,6 +118,7 @@ def decode(
     )
     committed: list[int] = []
     confidences: dict[int, float] = {}
+    logprobs: dict[int, float] = {}
     forwards = 0
     while True:
         if run_on and any(t in ends for t in committed + _decided(window)):
@@ -132,7 +138,17 @@ def decode(
         forwards += 1
         rows = position_T[start:] - int(shift)
         logits_WV = logits_TV[rows].float()
-        if sampling is None or float(sampling.temperature_R) == 0:
+        if proposer is not None:
+            masked = (~window.decided_RW[0, :open_]).nonzero()[:, 0]
+            token_W, confidence_W = torch.zeros(open_, dtype=torch.int64), torch.zeros(open_)
+            proposer.begin()
+            token_W[masked], confidence_W[masked] = proposer.propose(
+                logits_WV[masked],
+                masked + len(committed),
+                window.forward_R,
+                torch.tensor(committed + _decided(window), dtype=torch.int64),
+            )
+        elif sampling is None or float(sampling.temperature_R) == 0:
             token_W, confidence_W = propose_greedy(logits_WV, mask_id)
         else:
             token_W, confidence_W = propose_drawn(
@@ -143,7 +159,7 @@ def decode(
                 window.forward_R.expand(open_),
             )
         margin = math.inf
-        if sampling is None or float(sampling.temperature_R) == 0:
+        if proposer is None and (sampling is None or float(sampling.temperature_R) == 0):
             margin = _margin(window, logits_WV, confidence_W)
         pad = params.window - open_
         active = activated(window)[0, : open_ : params.block_size].tolist()
@@ -155,6 +171,8 @@ def decode(
         )
         for column in step.accepted_RW[0].nonzero()[:, 0].tolist():
             confidences[len(committed) + column] = float(confidence_W[column])
+            if proposer is not None and proposer.logprobs is not None:
+                logprobs[len(committed) + column] = proposer.logprobs.at(len(committed) + column)
         done = bool(step.done_R)
         commit = int(step.commit_R)
         seen = int(step.output_R) if done else commit
@@ -167,6 +185,7 @@ def decode(
             tokens=tokens,
             decided=[True] * len(committed) + window.decided_RW[0, live].tolist(),
             confidences=[confidences.get(position, 0.0) for position in range(len(tokens))],
+            logprobs=[logprobs.get(position, 0.0) for position in range(len(tokens))],
             accepted=accepted,
             activated=active,
             committed=len(committed),

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After the forward: propose at the masked positions, advance the windows, say what is committed.
+"""After the forward: propose at the masked positions, advance the windows, say what leaves.
+
+Two counts go back to vLLM per request: the tokens that leave (`num_sampled`), which are decided and
+have nothing undecided before them, and the positions that the next forward computes again
+(`num_rejected`), which are those not committed yet. Tokens leave before their block is committed.
 
 Shape suffixes: T tokens of the forward, H hidden, D requests that denoise in this step (they lead
 the batch), P that prefill, R = D + P, W window positions, N masked rows, V vocabulary.
@@ -10,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import vllm.envs as envs
 from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_d2f.d2f import Window, advance, grow
+from vllm_d2f.logprobs import take_all
 from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
+from vllm_d2f.tally import pack
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
@@ -36,6 +44,9 @@ class D2FSampler:
         self.penalties_state = base.penalties_state
         self.sampling_states = base.sampling_states
         self.compute_nans = False
+        # With this variable set vLLM ends the engine where it finds a number in the tally's place.
+        self.tallies = not envs.VLLM_RAISE_ON_LOGIT_NANS
+        self._resent: list[tuple[int, Tensor]] = []
         self.simulate = state.settings.simulate_tokens_per_forward
         self.project: Callable[[Tensor], Tensor] = state.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
@@ -43,10 +54,19 @@ class D2FSampler:
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """`D2FModelState.add_request` made the window; its first forward may come at once."""
         slot = torch.tensor([req_index], device=self.state.device)
-        self._publish(slot, self.state.window.rows(slot))
+        rows = self.state.window.rows(slot)
+        self._publish(slot, rows)
+        sent = int(rows.lead_R)
+        if sent:
+            self._resent.append((req_index, rows.tokens_RW[0, :sent]))
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        """A request that was preempted comes back with its committed tokens; more have left."""
+        for slot, token_N in self._resent:
+            end = int(self.state.prompt_len_S[slot] + self.state.window.start_R[slot])
+            self.req_states.all_token_ids.gpu[slot, end : end + len(token_N)] = token_N.int()
+            self.req_states.total_len.gpu[slot] += len(token_N)
+        self._resent.clear()
 
     def __call__(
         self, hidden_TH: Tensor, input_batch: InputBatch, draft_logits: Any = None
@@ -76,15 +96,17 @@ class D2FSampler:
             width_D = drafts.to(device, torch.int64, non_blocking=True)
             # The window is the end of the query: a prompt may ride along before it.
             first_D = end_R[:num_denoising] - width_D
-            tokens_DW, output_D, commit_D = self._denoise(
+            tokens_DW, new_D, commit_D, tally_D = self._denoise(
                 hidden_TH, slot_R[:num_denoising], begin_R[:num_denoising], first_D
             )
             output = SamplerOutput(
                 sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
-                logprobs_tensors=None,
-                num_nans=None,
-                num_sampled=_pad_rows(output_D.int(), num_reqs),
-                num_rejected=_pad_rows((width_D - output_D).int(), num_reqs),
+                logprobs_tensors=(
+                    self._logprobs(slot_R, _pad_rows(new_D, num_reqs)) if state.proposers else None
+                ),
+                num_nans=_pad_rows(tally_D, num_reqs) if self.tallies else None,
+                num_sampled=_pad_rows(new_D.int(), num_reqs),
+                num_rejected=_pad_rows((width_D - commit_D).int(), num_reqs),
             )
             keep_R[:num_denoising] = first_D + commit_D - 1
         else:
@@ -102,31 +124,48 @@ class D2FSampler:
 
     def _denoise(
         self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Propose, advance, grow, publish.
 
         Args:
             begin_D, first_D: rows of `hidden_TH` at which the request and its window begin.
 
         Returns:
-            `Step.tokens_RW`, `Step.output_R` and `Step.commit_R` of these requests.
+            Of these requests: the tokens that leave now and how many they are, `Step.commit_R`,
+            and `tally.pack` of the step.
         """
         state = self.state
         window = state.window.rows(slot_D)
         masked_DW = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
-        request_N, column_N = masked_DW.nonzero(as_tuple=True)
-        token_N, confidence_N = self._propose(
-            hidden_TH, request_N, column_N, slot_D, begin_D, first_D
-        )
-        proposal_DW = torch.zeros_like(window.tokens_RW)
-        confidence_DW = torch.zeros_like(proposal_DW, dtype=torch.float32)
-        proposal_DW[request_N, column_N] = token_N
-        confidence_DW[request_N, column_N] = confidence_N
+        proposal_DW, confidence_DW = self._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
         step = advance(window, proposal_DW, confidence_DW, state.mask_id)
         grow(window)
         state.window.put(slot_D, window)
         self._publish(slot_D, window)
-        return step.tokens_RW, step.output_R, step.commit_R
+        column_DW = window.column_W + step.sent_R[:, None]
+        new_DW = step.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
+        active_D = (step.accepted_RW & step.active_RW).sum(1)
+        tally_D = pack(active_D, step.accepted_RW.sum(1) - active_D, step.dropped_R)
+        return new_DW, step.output_R - step.sent_R, step.commit_R, tally_D
+
+    def _proposals(
+        self,
+        masked_DW: Tensor,
+        hidden_TH: Tensor,
+        slot_D: Tensor,
+        begin_D: Tensor,
+        first_D: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Token (int64) and confidence (float32) [D, W] at the masked positions, 0 elsewhere."""
+        request_N, column_N = masked_DW.nonzero(as_tuple=True)
+        token_N, confidence_N = self._propose(
+            hidden_TH, request_N, column_N, slot_D, begin_D, first_D
+        )
+        proposal_DW = torch.zeros_like(masked_DW, dtype=torch.int64)
+        confidence_DW = torch.zeros_like(masked_DW, dtype=torch.float32)
+        proposal_DW[request_N, column_N] = token_N
+        confidence_DW[request_N, column_N] = confidence_N
+        return proposal_DW, confidence_DW
 
     def _propose(
         self,
@@ -152,24 +191,80 @@ class D2FSampler:
             hidden_NH = hidden_TH[source_N]
         token_N = torch.empty_like(column_N)
         confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
+        own = self._own_rows(request_N, slot_D) if state.proposers else []
         for at in range(0, len(hidden_NH), self.rows_per_chunk):
             chunk = slice(at, at + self.rows_per_chunk)
             logits_NV = self.project(hidden_NH[chunk])
-            token_N[chunk], confidence_N[chunk] = propose_greedy(logits_NV, state.mask_id)
-            if state.drawing:
-                drawn = (state.sampling.temperature_R[slot_N[chunk]] > 0).nonzero()[:, 0]
-                who = slot_N[chunk][drawn]
-                token_N[at + drawn], confidence_N[at + drawn] = propose_drawn(
-                    logits_NV[drawn],
-                    state.mask_id,
-                    state.sampling.rows(who),
-                    state.window.start_R[who] + column_N[chunk][drawn],
-                    state.window.forward_R[who],
-                )
+            token_N[chunk], confidence_N[chunk] = self._choose(
+                logits_NV, slot_N[chunk], column_N[chunk]
+            )
+            for slot, begin, end in own:
+                # Rows of one request are neighbours, and a chunk may end among them.
+                rows = slice(max(begin, at), min(end, at + len(logits_NV)))
+                if rows.start < rows.stop:
+                    token_N[rows], confidence_N[rows] = state.proposers[slot].propose(
+                        logits_NV[rows.start - at : rows.stop - at].float(),
+                        state.window.start_R[slot] + column_N[rows],
+                        state.window.forward_R[slot],
+                        self._answer(slot),
+                    )
         if self.simulate is not None:
             forward_N = state.window.forward_R[slot_N]
             confidence_N = simulated_confidence(request_N, forward_N, self.simulate)
         return token_N, confidence_N
+
+    def _choose(self, logits_NV: Tensor, slot_N: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and confidence of rows by their requests' sampling settings, [N] each."""
+        state = self.state
+        token_N, confidence_N = propose_greedy(logits_NV, state.mask_id)
+        if state.drawing:
+            drawn = (state.sampling.temperature_R[slot_N] > 0).nonzero()[:, 0]
+            who = slot_N[drawn]
+            token_N[drawn], confidence_N[drawn] = propose_drawn(
+                logits_NV[drawn],
+                state.mask_id,
+                state.sampling.rows(who),
+                state.window.start_R[who] + column_N[drawn],
+                state.window.forward_R[who],
+            )
+        return token_N, confidence_N
+
+    def _own_rows(self, request_N: Tensor, slot_D: Tensor) -> list[tuple[int, int, int]]:
+        """Of requests with a proposer of their own: slot, and rows from begin to end."""
+        slots = slot_D.tolist()
+        bounds = torch.arange(len(slots) + 1, device=request_N.device)
+        bound = torch.searchsorted(request_N, bounds).tolist()
+        own = []
+        for d, slot in enumerate(slots):
+            if slot in self.state.proposers:
+                self.state.proposers[slot].begin()
+                own.append((slot, bound[d], bound[d + 1]))
+        return own
+
+    def _answer(self, slot: int) -> Tensor | None:
+        """The decided tokens of a request, and the vocabulary's size where there is none."""
+        state, window = self.state, self.state.window
+        if not state.proposers[slot].needs_answer:
+            return None
+        nothing = self.req_states.vocab_size
+        known = self.req_states.all_token_ids.gpu[slot, int(state.prompt_len_S[slot]) :]
+        # What follows the committed tokens may have left already; the window has it too.
+        committed = torch.arange(len(known), device=known.device) < window.start_R[slot]
+        return torch.cat(
+            (
+                torch.where(committed, known.long(), nothing),
+                torch.where(window.decided_RW[slot], window.tokens_RW[slot], nothing),
+            )
+        )
+
+    def _logprobs(self, slot_R: Tensor, new_R: Tensor) -> LogprobsTensors | None:
+        """Log-probabilities of the tokens that leave in this step, for who asked."""
+        proposers = self.state.proposers
+        slots = slot_R.tolist()
+        stores = [proposers[slot].logprobs if slot in proposers else None for slot in slots]
+        if not any(stores):
+            return None
+        return LogprobsTensors(*take_all(stores, new_R.tolist()))
 
     def _publish(self, slot_D: Tensor, window: Window) -> None:
         """The next forward's window, where vLLM keeps draft tokens; -1 beyond the open blocks."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler with D2F's differences: window widths, the first block beside the prompt, and
-which prompts may share pages.
+"""vLLM's scheduler with D2F's differences: window widths, the first block beside the prompt, tokens
+that leave before they are committed, and which prompts may share pages.
 """
 
 import hashlib
@@ -8,12 +8,19 @@ from typing import Any
 
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
-from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.settings import request_params, served_settings
+from vllm_d2f.grammar import name_backend
+from vllm_d2f.metrics import StepCounts
+from vllm_d2f.page_hashes import mark_answers
+from vllm_d2f.settings import request_params, served_settings, wants_trace
+from vllm_d2f.streaming import Stream, Trace
+from vllm_d2f.tally import unpack
 
 
 class D2FScheduler(Scheduler):
@@ -22,12 +29,25 @@ class D2FScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = served_settings(self.vllm_config.model_config)
+        self.mask_id: int = self.vllm_config.model_config.hf_config.mask_token_id
         self.num_preempted = 0
+        self.streams: dict[str, Stream] = {}
+        self.traces: dict[str, Trace] = {}
+        self.counts = StepCounts()
+        # The worker keeps a window in step with its grammar (`grammar`); cut short at the first
+        # mask token it would be none.
+        self.structured_output_manager.validate_tokens = (  # type: ignore[method-assign]
+            lambda request, spec_tokens: spec_tokens
+        )
 
     def add_request(self, request: Request) -> None:
         if request.block_hashes or self.cache_config.enable_prefix_caching:
             self._salt(request)
         super().add_request(request)
+        sampling = request.sampling_params
+        self.streams[request.request_id] = Stream(self._params(request).block_size)
+        if wants_trace(sampling.extra_args if sampling else None):
+            self.traces[request.request_id] = Trace()
         # vLLM offers these counters with a speculative config only; they cost one list.
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.num_spec_tokens)
 
@@ -40,7 +60,13 @@ class D2FScheduler(Scheduler):
         self.num_preempted += len(output.preempted_req_ids or ())
         for data in output.scheduled_new_reqs:
             self._add_first_block(self.requests[data.req_id], data, output)
+            if data.sampling_params is not None:
+                name_backend(self.structured_output_manager, data.sampling_params)
         return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> None:
+        """None: the runner would write it over hidden states. The worker has the grammar."""
+        return None
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take over the windows the worker prepared, each as wide as its open blocks."""
@@ -48,8 +74,12 @@ class D2FScheduler(Scheduler):
             if -1 in token_ids:
                 draft_token_ids.draft_token_ids[i] = token_ids[: token_ids.index(-1)]
         super().update_draft_token_ids(draft_token_ids)
-        for req_id in draft_token_ids.req_ids:
+        for req_id, window in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
             request = self.requests.get(req_id)
+            if request is not None and req_id in self.traces:
+                self.traces[req_id].see(window, request.num_output_tokens, self.mask_id)
             if request is None or request.status != RequestStatus.RUNNING:
                 continue
             if not request.spec_token_ids and not request.is_prefill_chunk:
@@ -59,6 +89,95 @@ class D2FScheduler(Scheduler):
                     "bug; please report it with the request's parameters."
                 )
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Account for the forward: what leaves, and what is committed, which lags behind.
+
+        vLLM takes the tokens that leave for those whose keys and values stay. Moving each request's
+        count of computed tokens by the difference beforehand makes it right.
+        """
+        windows = scheduler_output.scheduled_spec_decode_tokens
+        tallies = model_runner_output.num_nans_in_logits or {}
+        model_runner_output.num_nans_in_logits = None
+        counts = self.counts
+        counts.processed += scheduler_output.total_num_scheduled_tokens
+        for req_id, window in windows.items():
+            request = self.requests.get(req_id)
+            if request is None or request.is_finished():
+                continue
+            index = model_runner_output.req_id_to_index[req_id]
+            stream, tally = self.streams[req_id], unpack(tallies.get(req_id, 0))
+            committed = stream.commit(request)
+            leaving = len(model_runner_output.sampled_token_ids[index])
+            request.num_computed_tokens += committed - leaving
+            if req_id in self.traces:
+                self.traces[req_id].forwards += 1
+            counts.add(committed, leaving, tally)
+            opened = -(-len(window) // stream.block_size)
+            stream.open_blocks = opened - committed // stream.block_size - tally.dropped
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.traces:
+            self._attach_traces(outputs)
+        return outputs
+
+    def _attach_traces(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """With every output, because a stop string found later makes any of them the last one.
+
+        The field is vLLM's for what connectors add to a response. D2F models have none.
+        """
+        for output in (output for group in outputs.values() for output in group.outputs):
+            trace = self.traces.get(output.request_id)
+            if trace is not None:
+                output.kv_transfer_params = {"d2f": trace.send(len(output.new_token_ids))}
+        self.traces = {r: trace for r, trace in self.traces.items() if r in self.requests}
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        """vLLM's own, without counts for each position of the window: no metric shows these."""
+        if not self.log_stats or not num_draft_tokens:
+            return None
+        stats = spec_decoding_stats or SpecDecodingStats(self.num_spec_tokens)
+        stats.num_drafts += 1
+        stats.num_draft_tokens += num_draft_tokens
+        stats.num_accepted_tokens += num_accepted_tokens
+        return stats
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's own, with D2F's counts in the fields that the override above leaves empty."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and stats.spec_decoding_stats is not None:
+            self.counts.open_blocks = sum(s.open_blocks for s in self.streams.values())
+            self.counts.put(stats.spec_decoding_stats)
+            self.counts = StepCounts()
+        return stats
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        stream = self.streams.pop(request.request_id, None)
+        if stream is not None and request.spec_decode_metrics is not None:
+            forwards = sum(request.spec_decode_metrics.histogram)
+            self.counts.finish(request.num_output_tokens + len(stream.ahead), forwards)
+        return super()._free_request(request, delay_free_blocks)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        stream = self.streams[request.request_id]
+        committed = request.num_output_tokens
+        stream.lend(request)
+        new_token_ids, stopped = super()._update_request_with_output(
+            request, new_token_ids, is_stale
+        )
+        if not stopped:
+            stream.take_back(request, committed)
+        return new_token_ids, stopped
+
     def _hold_back(self) -> list[tuple[Request, list[int]]]:
         """Take the windows of running requests that would not fit this step's token budget.
 
@@ -66,17 +185,38 @@ class D2FScheduler(Scheduler):
         differently. Without a window a request sits out the step; earlier ones always go on.
         """
         budget = self.max_num_scheduled_tokens
-        if len(self.running) * self.num_spec_tokens <= budget:
+        chunked = self.scheduler_config.enable_chunked_prefill
+        if not chunked and len(self.running) * self.num_spec_tokens <= budget:
             return []
         held = []
         for request in self.running:
             need = request.num_tokens_with_spec - request.num_computed_tokens
+            if request.is_prefill_chunk:
+                # A prompt may be cut; what it gets, `_reserve_prefill_lookahead` decides again.
+                need = self._whole_blocks(request, request.num_computed_tokens, min(need, budget))
             if need > budget:
                 held.append((request, request.spec_token_ids))
                 request.spec_token_ids = []
             else:
                 budget -= need
         return held
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """vLLM's hook for where a chunk of a prompt may end: only where an attention block does."""
+        return self._whole_blocks(request, num_computed_tokens, num_new_tokens)
+
+    def _whole_blocks(self, request: Request, start: int, length: int) -> int:
+        """The longest part of a chunk that does not end inside a block, 0 if there is none."""
+        end = start + length
+        if end >= request.num_tokens:
+            return length
+        # A request that was preempted computes its committed blocks again like a prompt.
+        begin, size = 0, self.settings.params.block_size
+        if end >= request.num_prompt_tokens:
+            begin, size = request.num_prompt_tokens, self.streams[request.request_id].block_size
+        return max(begin + (end - begin) // size * size - start, 0)
 
     def _add_first_block(
         self, request: Request, data: NewRequestData, output: SchedulerOutput
@@ -120,6 +260,8 @@ class D2FScheduler(Scheduler):
         if self.settings.prompt_attention == "bidirectional" or not whole_blocks:
             tokens = ",".join(map(str, request.prompt_token_ids or ()))
             salt += "|" + hashlib.sha256(tokens.encode()).hexdigest()
+        elif request._block_hasher is not None:
+            request._block_hasher = mark_answers(request._block_hasher, self.hash_block_size)
         request.cache_salt = salt
         request.block_hashes.clear()
         request.update_block_hashes()

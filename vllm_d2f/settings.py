@@ -6,14 +6,16 @@ Weakest first: package defaults < `d2f` section of `generation_config.json` < of
 what is unknown or out of range is an error that names the allowed range.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_d2f.d2f import D2FParams
+from vllm_d2f.logprobs import MODES as LOGPROB_MODES
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, StructuredOutputsConfig
     from vllm.sampling_params import SamplingParams
 
 MAX_WINDOW = 4096
@@ -36,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llada-math": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
     "llada-humaneval": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
 }
-"""Published settings by name, for `{"d2f": {"preset": NAME}}`."""
+"""Published settings by name, for `{"d2f": {"preset": NAME}}` and a request's `d2f_preset`."""
 
 HINT = (
     "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it decodes, "
@@ -45,6 +47,7 @@ HINT = (
     f"(presets: {', '.join(PRESETS)})"
 )
 
+_PRESET, _TRACE = "d2f_preset", "d2f_trace"
 _SIMULATE = "simulate_tokens_per_forward"
 _PARAM_NAMES = tuple(f.name for f in fields(D2FParams))
 
@@ -61,12 +64,14 @@ class Settings:
         simulate_tokens_per_forward: for timing a model without its weights (`load_format=dummy`):
             so many positions are accepted per forward and request, left to right, whatever the
             model says. The text means nothing. None: off.
+        family: which presets a request may name without their beginning: "dream" or "llada".
     """
 
     params: D2FParams
     window: int
     prompt_attention: str = "bidirectional"
     simulate_tokens_per_forward: float | None = None
+    family: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON form from which `settings_from_dict` makes the same settings."""
@@ -140,7 +145,7 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
-    """A request's settings: the served ones, overridden by its `d2f_*` options.
+    """A request's settings: the served ones, its `d2f_preset`, its other `d2f_*` options.
 
     Without a `d2f_max_blocks` of its own, a request with larger blocks gets as many as fit.
 
@@ -149,12 +154,14 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     """
     given = {k: v for k, v in (extra_args or {}).items() if k.startswith(("d2f_", "diffusion_"))}
     options = {f"d2f_{name}": name for name in _PARAM_NAMES}
-    if unknown := sorted(given.keys() - options.keys()):
-        raise ValueError(
-            f"unknown option {unknown[0]!r:.80}; D2F options are {', '.join(sorted(options))}"
-        )
+    if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE}):
+        known = ", ".join(sorted({*options, _PRESET, _TRACE}))
+        raise ValueError(f"unknown option {unknown[0]!r:.80}; D2F options are {known}")
+    wants_trace(given)
     base, window = settings.params, settings.window
-    chosen = asdict(base) | {options[k]: _number(k, v) for k, v in given.items()}
+    preset = _preset(settings, given.pop(_PRESET)) if _PRESET in given else {}
+    given.pop(_TRACE, None)
+    chosen = asdict(base) | preset | {options[k]: _number(k, v) for k, v in given.items()}
     block_size, max_blocks = chosen["block_size"], chosen["max_blocks"]
     for name, value in (("d2f_block_size", block_size), ("d2f_max_blocks", max_blocks)):
         if isinstance(value, float) or not 1 <= value <= window:
@@ -172,6 +179,38 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
         if not 0 <= chosen[name] <= 1:
             raise ValueError(f"d2f_{name} must be a number in [0, 1], got {chosen[name]!r}")
     return D2FParams(**chosen)
+
+
+def _preset(settings: Settings, name: Any) -> dict[str, Any]:
+    """Published settings, by full name or without the served model's family in front."""
+    known = PRESETS.get(f"{settings.family}-{name}") or PRESETS.get(str(name))
+    if known is None:
+        start = f"{settings.family}-"
+        short = [preset.removeprefix(start) for preset in PRESETS if preset.startswith(start)]
+        raise ValueError(
+            f"d2f_preset must be one of {', '.join([*short, *PRESETS])}, got {name!r:.80}"
+        )
+    if known["block_size"] > settings.window:
+        raise ValueError(
+            f"d2f_preset {name!r:.80} has blocks of {known['block_size']}, the served window is "
+            f"{settings.window}; start the server with a larger "
+            '--additional-config \'{"d2f": {"window": N}}\''
+        )
+    return known
+
+
+def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request asks when each of its tokens was decided (`d2f_trace`).
+
+    Raises:
+        ValueError: neither yes nor no.
+    """
+    value = (extra_args or {}).get(_TRACE, False)
+    if value in ("0", "1"):
+        value = int(value)
+    if value not in (0, 1, False, True):
+        raise ValueError(f"{_TRACE} must be 0 or 1, got {value!r:.80}")
+    return bool(value)
 
 
 def _number(name: str, value: Any) -> int | float:
@@ -195,7 +234,8 @@ def is_d2f(model_config: "ModelConfig") -> bool:
 
 def served_settings(model_config: "ModelConfig") -> Settings:
     """The settings that start-up resolved (`vllm_d2f.config` left them in the model's config)."""
-    return settings_from_dict(model_config.hf_config.d2f)
+    config = model_config.hf_config
+    return replace(settings_from_dict(config.d2f), family=config.model_type.lower())
 
 
 def end_tokens(params: "SamplingParams") -> list[int]:
@@ -220,27 +260,114 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
-    neutral = {
-        "presence_penalty": (params.presence_penalty, 0.0),
-        "frequency_penalty": (params.frequency_penalty, 0.0),
-        "repetition_penalty": (params.repetition_penalty, 1.0),
-        "min_tokens": (params.min_tokens, 0),
-        "logit_bias": (params.logit_bias or None, None),
-        "bad_words": (params.bad_words or None, None),
-        "allowed_token_ids": (params.allowed_token_ids or None, None),
-        "logprobs": (params.logprobs, None),
-        "prompt_logprobs": (params.prompt_logprobs, None),
-        "logprob_token_ids": (params.logprob_token_ids or None, None),
-        "prompt_logprob_token_ids": (params.prompt_logprob_token_ids, None),
-    }
-    for name, (value, allowed) in neutral.items():
-        if value is not allowed and value != allowed:
-            raise VLLMValidationError(
-                f"{name} is not supported for D2F models yet; leave it at {allowed!r}.",
-                parameter=name,
-                value=value,
-            )
+    if wants_trace(params.extra_args):
+        _check_trace(params)
+    for name, reason in _unsupported(params, model_config).items():
+        raise VLLMValidationError(f"{name}: {reason}", parameter=name)
     if not params.ignore_eos:
         # Some checkpoints end a turn with a token that generation_config.json does not list.
         stops = list(params.stop_token_ids or ())
         params.stop_token_ids = list(dict.fromkeys([*stops, *model_config.hf_config.end_token_ids]))
+        # min_tokens and grammars go by this set.
+        params.all_stop_token_ids.update(params.stop_token_ids)
+    _check_something_is_allowed(params, model_config)
+
+
+def check_structured_outputs(
+    params: "SamplingParams",
+    model_config: "ModelConfig",
+    config: "StructuredOutputsConfig | None",
+) -> None:
+    """Refuse structured outputs that cannot be honoured; vLLM checks the grammar itself.
+
+    Raises:
+        VLLMValidationError: with what to change.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    reasons = {
+        "Structured outputs with allowed_token_ids or bad_words are not supported for D2F models: "
+        "together they can leave no token. Remove these, or write them into the grammar.": bool(
+            params.allowed_token_ids or params.bad_words
+        ),
+        "Structured outputs behind reasoning are not supported for D2F models. Start the server "
+        "without --reasoning-parser, or with structured_outputs_config.enable_in_reasoning.": (
+            config is not None and bool(config.reasoning_parser) and not config.enable_in_reasoning
+        ),
+        f"Structured outputs need real tokens; start the server without d2f.{_SIMULATE}.": (
+            served_settings(model_config).simulate_tokens_per_forward is not None
+        ),
+    }
+    for reason, hit in reasons.items():
+        if hit:
+            raise VLLMValidationError(reason, parameter="structured_outputs")
+
+
+def _check_trace(params: "SamplingParams") -> None:
+    """A trace travels in a field that vLLM puts into whole responses, once for each."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind
+
+    for reason, hit in {
+        f"{_TRACE} comes with whole answers; set stream to false": (
+            params.output_kind == RequestOutputKind.DELTA
+        ),
+        f"{_TRACE} needs n = 1, got {params.n}; send n requests": params.n != 1,
+    }.items():
+        if hit:
+            raise VLLMValidationError(reason, parameter="vllm_xargs")
+
+
+def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[str, str]:
+    """Parameters that D2F decoding cannot honour, and why."""
+    no_prompt = (
+        "not supported for D2F models. A prompt is one bidirectional block, so its tokens have no "
+        "probability given those before them. Remove it (with `echo`, remove `logprobs`)."
+    )
+    mode, modes = model_config.logprobs_mode, " or ".join(LOGPROB_MODES)
+    simulated = served_settings(model_config).simulate_tokens_per_forward is not None
+    cases = {
+        "prompt_logprobs": (params.prompt_logprobs is not None, no_prompt),
+        "prompt_logprob_token_ids": (params.prompt_logprob_token_ids is not None, no_prompt),
+        "logprobs": (
+            params.num_logprobs is not None and mode not in LOGPROB_MODES,
+            f"not supported for D2F models with --logprobs-mode {mode}; it must be {modes}.",
+        ),
+        "bad_words": (
+            bool(params.bad_words) and (simulated or bool(params.allowed_token_ids)),
+            f"not supported for D2F models beside allowed_token_ids or d2f.{_SIMULATE}.",
+        ),
+        "logit_bias": (
+            not all(math.isfinite(bias) for bias in (params.logit_bias or {}).values()),
+            "values must be finite numbers in [-100, 100].",
+        ),
+        "seed": (
+            params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63,
+            "must be an integer in [-2**63, 2**63 - 1].",
+        ),
+        "thinking_token_budget": (
+            params.thinking_token_budget is not None,
+            "not supported for D2F models; remove it.",
+        ),
+        "trace_decode_token_ids": (
+            params.trace_decode_token_ids is not None,
+            "not supported for D2F models; remove it.",
+        ),
+    }
+    return {name: reason for name, (hit, reason) in cases.items() if hit}
+
+
+def _check_something_is_allowed(params: "SamplingParams", model_config: "ModelConfig") -> None:
+    """At every position `allowed_token_ids` must leave a token that can be proposed."""
+    from vllm.exceptions import VLLMValidationError
+
+    config = model_config.hf_config
+    left = set(params.allowed_token_ids or ()) - {config.mask_token_id}
+    if params.min_tokens:
+        left -= {*config.end_token_ids, *(params.stop_token_ids or ())}
+    if params.allowed_token_ids and not left:
+        raise VLLMValidationError(
+            "allowed_token_ids: no token is left that may be proposed: the mask token never may, "
+            "and end tokens may not before min_tokens. Allow at least one more.",
+            parameter="allowed_token_ids",
+        )

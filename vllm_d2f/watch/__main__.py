@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watch a D2F model decode a question, beside an autoregressive model.
+
+    python -m vllm_d2f.watch "a question" [--gif FILE] [--html FILE]
+
+One picture per forward: colours are blocks, `_` is undecided, full colour is committed. Seconds
+mean nothing here (the reference loop recomputes everything); forwards are those of the engine.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_d2f.watch.picture import Picture
+
+QUESTION = "Leo has 73 pens, finds 24 more, throws 17 away. How many pens does Leo have?"
+SETTINGS = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf", "preset")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m vllm_d2f.watch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("question", nargs="?", default=QUESTION)
+    made.add_argument("--model", default="d2f-tiny", help="a D2F model: name or folder")
+    made.add_argument(
+        "--ar", metavar="MODEL", help="the autoregressive model (default: ar-tiny with d2f-tiny)"
+    )
+    made.add_argument("--no-ar", action="store_true", help="the D2F model alone")
+    made.add_argument("--max-tokens", type=_positive, default=64, metavar="N")
+    made.add_argument(
+        "--delay", type=_seconds, default=0.3, metavar="S", help="seconds between forwards"
+    )
+    made.add_argument("--raw", action="store_true", help="ask without the chat template")
+    made.add_argument("--gif", type=Path, metavar="FILE", help="write an animation")
+    made.add_argument("--html", type=Path, metavar="FILE", help="write a page to step through")
+    group = made.add_argument_group("D2F settings, else the model's")
+    group.add_argument("--block-size", type=int, metavar="N")
+    group.add_argument("--max-blocks", type=int, metavar="N")
+    group.add_argument("--tau-add", type=float, metavar="F")
+    group.add_argument("--tau-act", type=float, metavar="F")
+    group.add_argument("--tau-conf", type=float, metavar="F")
+    group.add_argument("--preset", metavar="NAME", help="published settings, as dream-gsm8k")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 2 for what cannot be done as asked."""
+    options = parser().parse_args(arguments)
+    # Loading is quick here; progress bars and advice would only push the picture down.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        watch(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def watch(options: argparse.Namespace) -> None:
+    """Load, decode, show, write.
+
+    Raises:
+        ValueError: a model, setting or question that cannot be decoded.
+        OSError: a file that cannot be written.
+        ImportError: `--gif` without matplotlib.
+    """
+    from vllm_d2f.watch.decoders import ARDecoder, D2FDecoder
+    from vllm_d2f.watch.page import page
+    from vllm_d2f.watch.picture import together
+
+    for file in filter(None, (options.gif, options.html)):
+        if not file.resolve().parent.is_dir():
+            raise ValueError(f"{file}: no such folder to write into")
+    given = {name: getattr(options, name) for name in SETTINGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    decoders: list[D2FDecoder | ARDecoder] = [D2FDecoder(options.model, given, options.raw)]
+    other = options.ar or ("ar-tiny" if options.model == "d2f-tiny" else None)
+    if other and not options.no_ar:
+        decoders.append(ARDecoder(other, options.raw))
+
+    runs = [decoder.run(options.question, options.max_tokens) for decoder in decoders]
+    ticks = _show(options.question, together(*runs), options.delay)
+    # A run that has ended repeats its last picture; each once again.
+    unique = [list(dict.fromkeys(tick[index] for tick in ticks)) for index in range(len(runs))]
+    if options.html:
+        options.html.write_text(page(options.question, unique), encoding="utf-8")
+    if options.gif:
+        from vllm_d2f.watch.gif import write_gif
+
+        write_gif(options.gif, options.question, unique, options.delay)
+
+
+def _show(
+    question: str, ticks: "Iterator[tuple[Picture, ...]]", delay: float
+) -> "list[tuple[Picture, ...]]":
+    """Print while decoding: in place on a terminal, else as plain lines. Returns all pictures."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from vllm_d2f.watch.terminal import plain, render
+
+    console = Console()
+    seen: list[tuple[Picture, ...]] = []
+    if not console.is_terminal:
+        print(question)
+        for pictures in ticks:
+            seen.append(pictures)
+            print(f"\nforward {len(seen)}\n{plain(pictures)}", flush=True)
+        return seen
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for pictures in ticks:
+            if seen:
+                time.sleep(delay)
+            seen.append(pictures)
+            live.update(render(question, pictures), refresh=True)
+    return seen
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 60:
+        raise argparse.ArgumentTypeError(f"must be in [0, 60], got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
