@@ -47,9 +47,16 @@ class Plan:
         changes = {"stages": {"student": {**self.variants[name], "seed": seed}}}
         return make_config(merged(self.config, changes), f"variant {name}")
 
+    def trained_block(self, name: str) -> int:
+        return self.of(name, 0).stages["student"].loss.block_size
+
+    def shown_blocks(self, group: dict[str, Any], name: str) -> list[int]:
+        """Block sizes of decoding that a group is about: the trained one unless it names some."""
+        return list(group.get("decode", ())) or [self.trained_block(name)]
+
     def block_sizes(self, name: str) -> list[int]:
         """Block sizes to decode with: the trained one, and those of the groups it is in."""
-        trained = self.of(name, 0).stages["student"].loss.block_size
+        trained = self.trained_block(name)
         more = [
             b for g in self.groups.values() if name in g["variants"] for b in g.get("decode", ())
         ]
@@ -153,11 +160,14 @@ def table(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(plan: Plan, results: list[dict[str, Any]], path: Path, command: str) -> None:
+def write(
+    plan: Plan, results: list[dict[str, Any]], path: Path, command: str, note: str = ""
+) -> None:
     """`path`.json, .md and .png."""
     rows = table(plan, results)
     report = {
         "command": command,
+        "note": note,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
@@ -182,7 +192,9 @@ def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> 
         (
             f"{plan.problems} held-out problems, seeds {', '.join(map(str, plan.seeds))}; mean "
             "and standard deviation over the seeds. Exact match is the whole answer with its end "
-            "token, in per cent; tpf is tokens per forward up to the end token.\n"
+            "token, in per cent; tpf is tokens per forward up to the end token."
+            + (f" {report['note']}" if report["note"] else "")
+            + "\n"
         ),
         "![score against speed](training_experiments.png)\n",
     ]
@@ -192,7 +204,7 @@ def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> 
         lines.append(f"| variant | decoded with block | {' | '.join(head)} |")
         lines.append("|---|---|" + "---|" * len(head))
         for name in group["variants"]:
-            for block in sorted({r["decode_block"] for r in rows if r["variant"] == name}):
+            for block in plan.shown_blocks(group, name):
                 cells = []
                 for tau in plan.thresholds:
                     row = next(
@@ -221,11 +233,11 @@ def plot(plan: Plan, rows: list[dict[str, Any]], path: Path) -> None:
 
     columns = 3
     lines = -(-len(plan.groups) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(11, 3.1 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(11, 2.9 * lines), squeeze=False)
     for at, (title, group) in enumerate(plan.groups.items()):
         axis = axes[at // columns, at % columns]
         for name in group["variants"]:
-            for block in sorted({r["decode_block"] for r in rows if r["variant"] == name}):
+            for block in plan.shown_blocks(group, name):
                 line = [r for r in rows if (r["variant"], r["decode_block"]) == (name, block)]
                 axis.errorbar(
                     [r["tokens_per_forward"]["mean"] for r in line],
@@ -258,6 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="working folder")
     parser.add_argument("--results", type=Path, required=True, help="report, without suffix")
     parser.add_argument("--variants", help="some of them, by commas")
+    parser.add_argument("--note", default="", help="a sentence for the report, on the teacher say")
     parser.add_argument("--report-only", action="store_true", help="write the report again")
     args = parser.parse_args(argv)
     try:
@@ -283,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
             with kept.open("a") as file:
                 file.write(json.dumps(result) + "\n")
     command = "python -m training.experiments --teacher TEACHER --out DIR --results FILE"
-    write(plan, results, args.results, command)
+    write(plan, results, args.results, command, args.note)
 
 
 if __name__ == "__main__":

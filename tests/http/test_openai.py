@@ -98,8 +98,8 @@ def test_chat_is_right_and_streams_the_same(client):
 
 def draw(client: openai.OpenAI, **options) -> list:
     """Choices drawn so hot that even a model that is sure of everything is not of these."""
-    options |= {"temperature": 2.0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
-    return client.completions.create(model=MODEL, prompt="pens 1 +", **options).choices
+    options |= {"temperature": 6.0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+    return client.completions.create(model=MODEL, prompt=PROBLEM.question, **options).choices
 
 
 def test_n_answers_are_drawn_independently_and_repeatably(client):

@@ -148,17 +148,19 @@ def test_logprobs_of_chats_streamed_and_whole(client):
     assert [e.logprob for e in streamed] == pytest.approx([e.logprob for e in entries], abs=1e-4)
 
 
-def test_a_seed_gives_one_text_alone_and_among_32(client):
+# d2f-tiny is sure of its answers: at 0.8 it draws the right one nearly always.
+@pytest.mark.parametrize(("temperature", "texts"), [(0.8, len(PROBLEMS)), (4.0, 24)])
+def test_a_seed_gives_one_text_alone_and_among_32(client, temperature, texts):
     def draw(seed: int) -> str:
         prompt = PROBLEMS[seed % len(PROBLEMS)].question
-        options = {"temperature": 0.8, "seed": seed, "extra_body": {"ignore_eos": True}}
+        options = {"temperature": temperature, "seed": seed, "extra_body": {"ignore_eos": True}}
         return complete(client, prompt, **options).text
 
     alone = [draw(seed) for seed in range(8)]
     with ThreadPoolExecutor(32) as pool:
         together = list(pool.map(draw, range(32)))
     assert together[:8] == alone
-    assert len(set(together)) > 16
+    assert len(set(together)) >= texts
 
 
 SCHEMA = {
