@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting and ending a real `vllm serve` process."""
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -46,10 +49,13 @@ def wait_until_ready(process: subprocess.Popen, url: str, log: IO[str]) -> None:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ask the server to end, and make it end."""
+    """Ask the server, started in a session of its own, to end, and make it end."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    # A server that is ended while it starts leaves its engine behind.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -73,7 +73,6 @@ def test_work_adds_up(measured):
     )
     # Behind an end token some are decided that never leave.
     assert accepted >= tokens
-    assert added["vllm:d2f_semi_activated_accepts_total"] > 0
     assert 0 < added["vllm:d2f_committed_tokens_total"] < tokens
     assert added["vllm:d2f_committed_tokens_total"] % 8 == 0
     windows = added["vllm:diffusion_num_canvas_positions_total"]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_d2f.watch.palette import colours
-from vllm_d2f.watch.picture import Picture, State
+from vllm_d2f.watch.picture import Picture, State, visible
 
 __all__ = ["LEGEND", "plain", "render"]
 
@@ -22,14 +22,14 @@ def render(question: str, pictures: Sequence[Picture]) -> RenderableType:
     for position in range(len(pictures)):
         table.add_column(ratio=3 if position == 0 else 2)
     table.add_row(*(_panel(picture) for picture in pictures))
-    return Group(Text(question, style="bold"), table, Text(LEGEND, style="dim"))
+    return Group(Text(visible(question), style="bold"), table, Text(LEGEND, style="dim"))
 
 
 def plain(pictures: Sequence[Picture]) -> str:
     """The same as lines without colours, for a pipe or a file."""
     lines = []
     for picture in pictures:
-        lines.append(f"{picture.name}: {picture.caption}")
+        lines.append(f"{visible(picture.name)}: {picture.caption}")
         for number, block in enumerate(picture.blocks, start=1):
             cells = "".join(cell.text for cell in block.cells)
             label = f"block {number} {block.phase}"
@@ -48,7 +48,7 @@ def _panel(picture: Picture) -> Panel:
         rows.add_row(Text(block.phase, style="dim"), line)
     return Panel(
         rows,
-        title=Text(picture.name, style="bold"),
+        title=Text(visible(picture.name), style="bold"),
         subtitle=Text(picture.caption),
         border_style="green" if picture.done else "dim",
     )
