@@ -152,7 +152,9 @@ class D2FScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's own, with D2F's counts in the fields that the override above leaves empty."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and stats.spec_decoding_stats is not None:
+        if stats is None:
+            self.counts = StepCounts()  # nobody asks for them
+        elif stats.spec_decoding_stats is not None:
             self.counts.open_blocks = sum(s.open_blocks for s in self.streams.values())
             self.counts.put(stats.spec_decoding_stats)
             self.counts = StepCounts()

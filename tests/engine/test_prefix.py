@@ -215,7 +215,7 @@ def test_a_budget_below_the_window_is_refused(dream):
 
 def test_a_request_of_its_own_asks_for_chunks_too(dream):
     """One long prompt alone: the budget alone makes pieces of it."""
-    llm = causal_engine(dream, max_num_batched_tokens=48)
+    llm = causal_engine(dream, max_num_batched_tokens=48, max_num_seqs=4)
     case = Case(long_prompt(200), D2FParams(16, 2, 0.1, 0.95, 0.7), 20)
     chunks = watch_chunks(llm)
     check(

@@ -89,6 +89,7 @@ def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler
     try:
         for index, (case, _) in enumerate(frames):
             add(llm, str(index), case)
+        counted = count(scheduler)
         early = steps = 0
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
@@ -108,9 +109,44 @@ def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler
                 early += len(completion.token_ids) > frame.committed
             for request_id, request in scheduler.requests.items():
                 check_accounting(scheduler, runner, request_id, request, frames)
+        assert counted == expected_counts(frames)
         assert early > steps / 2, "hardly anything left before its block, so this tested nothing"
     finally:
         runner.sampler = compiled
+        vars(scheduler).pop("make_stats", None)
+
+
+NAMES = ("forwards", "output", "active", "semi", "finished")
+
+
+def count(scheduler):
+    """What the scheduler counts for the metrics from now on."""
+    total, make_stats = dict.fromkeys(NAMES, 0), scheduler.make_stats
+
+    def watched(*args, **kwargs):
+        for name in NAMES:
+            value = getattr(scheduler.counts, name)
+            total[name] += len(value) if isinstance(value, list) else value
+        return make_stats(*args, **kwargs)
+
+    scheduler.make_stats = watched
+    return total
+
+
+def expected_counts(frames):
+    total = dict.fromkeys(NAMES, 0)
+    for case, known in frames:
+        before = 0
+        for frame in known:
+            for position in frame.accepted:
+                block = (position - before) // case.params.block_size
+                total["active" if frame.activated[block] else "semi"] += 1
+            before = frame.committed
+        total["forwards"] += len(known)
+        total["output"] += len(known[-1].tokens)
+        total["finished"] += 1
+    assert total["semi"] > 100
+    return total
 
 
 def check_accounting(scheduler, runner, request_id, request, frames):
