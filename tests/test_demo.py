@@ -89,7 +89,9 @@ def test_the_whole_demo(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Processed prompts: 100%" in done.stderr, "vLLM's progress bar"
     noise = ("WARNING", "Warning:", "Traceback", "libtcmalloc", "Triton")
-    assert not [word for word in noise if word in done.stdout + done.stderr]
+    # Torch says once per engine that it binds memory, on machines with NUMA nodes.
+    said = [x for x in (done.stdout + done.stderr).splitlines() if "NUMA binding" not in x]
+    assert not [word for word in noise if word in "\n".join(said)]
     assert max(map(len, done.stdout.splitlines())) <= 100
 
     report = json.loads(file.read_text())
