@@ -14,6 +14,7 @@ preempted; `again` the batch once more with prefix caching on and warm.
 import argparse
 import itertools
 import json
+import os
 import math
 import platform
 import random
@@ -179,6 +180,8 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
                 )
             wait = rng.randint(1, 5)
         wait -= 1
+        if not engine.has_unfinished_requests():
+            continue  # with the engine in a process of its own, a step would wait for ever
         for output in engine.step():
             if output.finished:
                 answers[int(output.request_id.split("-")[1])] = _answer(output)
@@ -261,6 +264,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    # In this process, so that preemptions can be counted.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from transformers import AutoConfig
 
     from vllm_d2f import register

@@ -98,8 +98,10 @@ def test_chat_is_right_and_streams_the_same(client):
 
 def draw(client: openai.OpenAI, **options) -> list:
     """Choices drawn so hot that even a model that is sure of everything is not of these."""
-    options |= {"temperature": 6.0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
-    return client.completions.create(model=MODEL, prompt=PROBLEM.question, **options).choices
+    options |= {"temperature": 2.0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+    # Of a prompt it does not understand it would make special tokens only, which are not shown.
+    options["logit_bias"] = {str(token): -100 for token in (0, 2, 3)}
+    return client.completions.create(model=MODEL, prompt="pens 1 +", **options).choices
 
 
 def test_n_answers_are_drawn_independently_and_repeatably(client):
@@ -191,3 +193,11 @@ def test_counters_of_the_decoding_are_published(client, server):
             if line.startswith(f"vllm:diffusion_num_{name}_total")
         )
         assert float(line.rsplit(" ", 1)[1]) > 0
+
+
+def test_tools_need_the_servers_flags(client):
+    """As for any model in vLLM; the refusal names them."""
+    tool = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
+    messages = [{"role": "user", "content": PROBLEM.question}]
+    with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
+        client.chat.completions.create(model=MODEL, messages=messages, tools=[tool])

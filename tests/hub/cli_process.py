@@ -24,7 +24,8 @@ class CommandProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | environment,
+            # Other tests may have switched progress bars off for this process.
+            env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "0"} | environment,
         )
 
     def run(self, arguments: list[str], **request: Any) -> tuple[int, str]:

@@ -71,6 +71,7 @@ def test_first_use_of_a_name(made_dream, tmp_path, cache_folder):
             env=os.environ
             | local
             | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+            | {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}
             | {"HF_HUB_DISABLE_XET": "1", "D2F_CACHE": str(cache_folder)},
             start_new_session=True,
         )
