@@ -14,8 +14,8 @@ preempted; `again` the batch once more with prefix caching on and warm.
 import argparse
 import itertools
 import json
-import os
 import math
+import os
 import platform
 import random
 import sys
