@@ -162,7 +162,8 @@ BEGIN, END = "<!-- results: python tests/test_readme.py --write -->\n", "<!-- en
 
 def results() -> str:
     """The table of results as Markdown. A figure without a file does not appear."""
-    rows = [*tiny_rows(), *demo_rows(), *parity_rows(), *overhead_rows()]
+    rows = [*tiny_rows(), *demo_rows(), *throughput_rows(), *parity_rows(), *overhead_rows()]
+    rows += streaming_rows()
     head = ["| what | result | where | command |", "|---|---|---|---|"]
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
@@ -197,6 +198,41 @@ def demo_rows() -> Iterator[tuple[str, ...]]:
         where = f"{machine['system']}, {machine['threads']} thread, float32"
         command = "`python -m vllm_d2f.demo --json FILE`"
         yield "tokens per second, 16 problems", speeds, where, command
+
+
+def throughput_rows() -> Iterator[tuple[str, ...]]:
+    if report := load("throughput.json"):
+        ratios = "<br>".join(
+            f"{row['batch_size']} at once: {row['ratio']['median']:.2f}x"
+            for row in report["d2f_vs_ar"]
+            if row["batch_size"] in (1, 8, 64, 256)
+        )
+        scores = f"exact {100 * report['exact_d2f']:.1f} % against {100 * report['exact_ar']:.1f} %"
+        hardware, command = report["hardware"], f"`{report['command']}`"
+        where = f"{hardware['cpu']}, {hardware['cores']} cores, one thread each"
+        what = "useful tokens per second, d2f-tiny / ar-tiny in the same vLLM"
+        yield what, f"{ratios}<br>{scores} of {report['score_problems']['d2f']}", where, command
+        vanilla = "<br>".join(
+            f"canvas {row['setting'].replace(':', ', tokens per step ')}: "
+            f"{row['ratio']['answers']['median']:.0f}x, {100 * row['score_vanilla']:.0f} % right"
+            for row in report["d2f_vs_vanilla"]
+        )
+        yield (
+            "time per answer, dream-tiny decoded the vanilla way / d2f-tiny",
+            vanilla,
+            where,
+            command,
+        )
+
+
+def streaming_rows() -> Iterator[tuple[str, ...]]:
+    if report := load("streaming.json"):
+        times = "<br>".join(
+            f"{at_once} at once: {ways['prefix']['first_token_ms']:.1f} ms, "
+            f"whole blocks {ways['block']['first_token_ms']:.1f} ms"
+            for at_once, ways in report["at_once"].items()
+        )
+        yield "time to first token", times, report["machine"], f"`{report['command']}`"
 
 
 def parity_rows() -> Iterator[tuple[str, ...]]:
