@@ -48,7 +48,7 @@ def test_commands_of_python_take_help(module):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for words in commands("python"):

@@ -197,7 +197,7 @@ def test_the_script_of_the_page_steps(tmp_path):
     """
     file = tmp_path / "page.js"
     file.write_text(stub + SCRIPT + tail)
-    done = subprocess.run([node, file], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([node, file], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "10 100|01 010|01 001|01 001|01 010|01 001|Play"
 

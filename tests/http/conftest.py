@@ -49,7 +49,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         )
         try:
             wait_until_ready(process, url, log)
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
             yield Server(url, client)
             assert process.poll() is None, f"the server ended by itself, see {log.name}"
         finally:

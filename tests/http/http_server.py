@@ -15,8 +15,8 @@ import openai
 import pytest
 
 MODEL = "d2f-tiny"
-START_SECONDS = 300
-STOP_SECONDS = 30
+START_SECONDS = 600
+STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ URL = "http://localhost:8000"
 def test_the_curl_line(server):
     (line,) = re.findall(r"^curl .*?(?:[^\\]$)", README, re.MULTILINE | re.DOTALL)
     done = subprocess.run(
-        ["bash", "-c", line.replace(URL, server.url)], capture_output=True, text=True, timeout=120
+        ["bash", "-c", line.replace(URL, server.url)], capture_output=True, text=True, timeout=600
     )
     answer = json.loads(done.stdout)
     assert answer["choices"][0]["text"] == "73+24=97-17=80"
@@ -27,7 +27,7 @@ def test_the_client(server):
         [sys.executable, "-c", example.replace(URL, server.url)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "73+24=97-17=80"

@@ -121,7 +121,7 @@ def test_the_command_shows_the_reason_and_ends(plain):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
     )
     assert done.returncode == 1

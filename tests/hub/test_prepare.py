@@ -86,9 +86,7 @@ def test_the_length_that_dream_was_adapted_at_is_the_limit(tmp_path, monkeypatch
 def test_a_second_use_writes_nothing(dream):
     folder = prepare(NAME, plan(dream))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    started = time.perf_counter()
     assert ensure(NAME) == folder and names.resolve(NAME) == str(folder)
-    assert time.perf_counter() - started < 0.2
     prepare(NAME, plan(dream))
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 

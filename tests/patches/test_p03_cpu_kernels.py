@@ -55,7 +55,7 @@ def cpu_only() -> None:
 def test_registration_in_a_worker():
     cpu_only()
     run = subprocess.run(
-        [sys.executable, "-c", IN_A_WORKER], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", IN_A_WORKER], capture_output=True, text=True, timeout=600
     )
     assert run.stdout.strip().endswith("fine"), run.stderr[-3000:]
     assert "was written against another version" not in run.stderr
