@@ -44,13 +44,27 @@ def _figure(height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _plain_ticks(axes: Any) -> None:
-    """1, 10, 100 and not powers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def _plain_ticks(axes: Any, within_decades: bool = False) -> None:
+    """1, 10, 100 and not powers; `within_decades`: 2 and 5 too, for a range of few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    if within_decades:
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_below(axes: Any) -> None:
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+    axes.legend(fontsize=10, frameon=False, **place)
+
+
+def _label_simulated(axes: Any, report: Mapping[str, Any]) -> None:
+    """Nobody must take made-up acceptance for a model's."""
+    if (made_up := report.get("simulated_tokens_per_forward")) is not None:
+        text = f"SIMULATED ACCEPTANCE: {made_up:g} tokens per forward, no score"
+        axes.set_title(text, color="#d1495b", fontsize=11)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -98,8 +112,8 @@ def throughput(report: Mapping[str, Any], path: Path) -> None:
     _plain_ticks(axes)
     axes.set(xlabel="batch size", ylabel="useful tokens per second")
     axes.grid(alpha=0.3)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-    axes.legend(fontsize=10, frameon=False, **place)
+    _legend_below(axes)
+    _label_simulated(axes, report)
     _save(figure, path)
 
 
@@ -143,6 +157,7 @@ def forward_cost(report: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="tokens in the step (x: with prompts)", ylabel="milliseconds per step")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    _label_simulated(axes, report)
     _save(figure, path)
 
 
@@ -155,7 +170,7 @@ def prediction(report: Mapping[str, Any], path: Path) -> None:
             [row["batch_size"] for row in rows],
             [row["tokens_per_s"] for row in rows],
             color=COLORS[kind],
-            label=f"{NAMES[kind]}, predicted",
+            label=f"{NAMES[kind]}, server that is never empty, predicted",
         )
         if checks := model.get("checks"):
             axes.plot(
@@ -163,14 +178,22 @@ def prediction(report: Mapping[str, Any], path: Path) -> None:
                 [row["measured"] for row in checks],
                 "o",
                 color=COLORS[kind],
-                label=f"{NAMES[kind]}, measured",
+                label=f"{NAMES[kind]}, batch measured",
+            )
+            axes.plot(
+                [row["batch_size"] for row in checks],
+                [row["predicted"] for row in checks],
+                "x",
+                color=COLORS[kind],
+                label=f"{NAMES[kind]}, that batch predicted",
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _plain_ticks(axes)
-    axes.set(xlabel="batch size", ylabel="useful tokens per second")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    _plain_ticks(axes, within_decades=True)
+    axes.set(xlabel="requests at once", ylabel="useful tokens per second")
+    axes.grid(alpha=0.3)
+    _legend_below(axes)
+    _label_simulated(axes, report)
     _save(figure, path)
 
 
