@@ -22,7 +22,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import UsageError, environment, resolve_model, write_result
+from benchmarks.workload import (
+    UsageError,
+    environment,
+    refuse_simulated,
+    resolve_model,
+    write_result,
+)
 from vllm_d2f.settings import PRESETS
 
 TASKS = ("arithmetic", "gsm8k", "math", "humaneval", "mbpp")
@@ -59,6 +65,7 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
     model = resolve_model("--model", args.model)
     section = d2f_section(args.task, args.preset)
     room = args.max_model_len or _room(args, model)
+    bos = bool(args.preset and args.preset.startswith("dream") and _has_bos(model))
     if args.server:
         return {
             "model": "local-completions",
@@ -69,6 +76,7 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
                 "tokenizer_backend": "huggingface",
                 "num_concurrent": args.batch_size,
                 "max_length": room,
+                "add_bos_token": bos,
             },
             "gen_kwargs": _xargs("vllm_xargs", section),
         }
@@ -79,7 +87,7 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
     if section:
         options["additional_config"] = {"d2f": section}
-    if args.preset and args.preset.startswith("dream") and _has_bos(model):
+    if bos:
         options["add_bos_token"] = True  # as the authors' evaluation does
     return {
         "model": "vllm",
@@ -98,9 +106,9 @@ def _room(args: argparse.Namespace, model: str) -> int:
     from transformers import AutoConfig
 
     wanted = PROMPT_ROOM[args.task] + max_tokens(args.task, args.preset)
-    return min(
-        wanted, getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", wanted)
-    )
+    config = AutoConfig.from_pretrained(model)
+    refuse_simulated(f"--model {args.model}", config, "the score")
+    return min(wanted, getattr(config, "max_position_embeddings", wanted))
 
 
 def _has_bos(model: str) -> bool:
