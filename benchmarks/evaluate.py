@@ -148,7 +148,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError:
-        raise UsageError("lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'") from None
+        raise UsageError("lm-eval is not installed: pip install 'vllm-d2f[bench]'") from None
     from benchmarks.tasks.data import DataMissing
     from vllm_d2f import register
 
