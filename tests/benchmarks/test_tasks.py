@@ -25,7 +25,9 @@ class Script(LM):
         self.answer, self.asked = answer, []
 
     def generate_until(self, requests, disable_tqdm=False):
-        self.asked += [(request.args[0], dict(request.args[1]), request.doc) for request in requests]
+        self.asked += [
+            (request.args[0], dict(request.args[1]), request.doc) for request in requests
+        ]
         return [self.answer(request.doc) for request in requests]
 
     def loglikelihood(self, requests, disable_tqdm=False):
