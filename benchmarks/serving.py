@@ -15,6 +15,7 @@ counters. `vllm bench throughput` is run once on the first model, offline.
 import argparse
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -219,7 +220,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help='JSONL with "question" and "answer" per line')
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--engine-args", nargs="*", default=[], help="more options of vllm serve")
+    parser.add_argument(
+        "--engine-args",
+        type=shlex.split,
+        default=[],
+        metavar="TEXT",
+        help="more options of vllm serve, in one word: --engine-args='--load-format dummy'",
+    )
     parser.add_argument(
         "--gpu",
         action=argparse.BooleanOptionalAction,

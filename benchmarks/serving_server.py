@@ -143,10 +143,13 @@ def parse_counters(text: str) -> dict[str, float]:
 def simulated(url: str) -> float | None:
     """The tokens per forward that the server makes up, None where its model decides."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-        lines = response.read().decode().splitlines()
-    return next(
-        (float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(SIMULATED)), None
-    )
+        return parse_simulated(response.read().decode())
+
+
+def parse_simulated(text: str) -> float | None:
+    """The same from the text of /metrics."""
+    lines = [line for line in text.splitlines() if line.startswith(SIMULATED)]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else None
 
 
 def d2f_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:

@@ -142,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     config = AutoConfig.from_pretrained(model)
+    if not hasattr(config, "d2f"):
+        print(f"error: --model {args.model} has no d2f section in its config", file=sys.stderr)
+        return 2
     settings = settings_from_dict(config.d2f)
     max_model_len = min(config.max_position_embeddings, 1024)
     prompts = load_prompts(model, args.prompts, None, 0)
