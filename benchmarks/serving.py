@@ -127,8 +127,8 @@ def measure_model(args: argparse.Namespace, model: str, items: Sequence[Item]) -
         lines = (json.dumps({"prompt": item.question}) + "\n" for item in items)
         data.write_text("".join(lines), encoding="utf-8")
         with serve(model, engine_options(args), args.base_url, args.timeout) as url:
-            made_up = simulated(url)
             answers = complete(url, model, [i.question for i in items], args.max_tokens)
+            made_up = simulated(url)
             grades = [grade(i, *answer) for i, answer in zip(items, answers, strict=True)]
             points = []
             for rate in args.rates:
