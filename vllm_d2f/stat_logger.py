@@ -71,8 +71,9 @@ class D2FStatLogger(AggregateStatLoggerBase):
         )
         simulated = served_settings(self.model_config).simulate_tokens_per_forward
         if simulated is not None:
-            for gauge in per_engine(Gauge(*SIMULATED, LABELS)).values():
-                gauge.set(simulated)
+            gauge = Gauge(*SIMULATED, LABELS, multiprocess_mode="mostrecent")
+            for metric in per_engine(gauge).values():
+                metric.set(simulated)
         self.counters = {
             field: per_engine(Counter(name, text, LABELS))
             for field, (name, text) in COUNTERS.items()

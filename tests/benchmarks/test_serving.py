@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +84,27 @@ def test_a_server_that_makes_acceptance_up_is_labelled():
     line = 'vllm:d2f_simulated_tokens_per_forward{engine="0",model_name="m"} 2.9\n'
     assert parse_simulated("# HELP " + line + line) == 2.9
     assert parse_simulated(METRICS) is None
+
+
+@pytest.mark.parametrize("wanted", [None, 2.9])
+def test_metrics_say_whether_acceptance_is_made_up(wanted):
+    from prometheus_client import generate_latest
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    from vllm_d2f.settings import settings_from_dict
+    from vllm_d2f.stat_logger import D2FStatLogger
+
+    settings = settings_from_dict({"block_size": 16, "simulate_tokens_per_forward": wanted})
+    hf_config = SimpleNamespace(d2f=settings.as_dict(), model_type="Dream")
+    model = SimpleNamespace(
+        architectures=["DreamModel"], hf_config=hf_config, served_model_name="m"
+    )
+    unregister_vllm_metrics()
+    try:
+        D2FStatLogger(SimpleNamespace(model_config=model), [0]).log_engine_initialized()
+        assert parse_simulated(generate_latest().decode()) == wanted
+    finally:
+        unregister_vllm_metrics()
 
 
 def test_engine_arguments_are_one_word():
