@@ -41,29 +41,37 @@ UNITS = {
 }
 
 
-def floor(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+Timer = Callable[[], float]
+CLOCKS: dict[str, Timer] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def floor(
+    device: torch.device, dtype: torch.dtype, timer: Timer = time.perf_counter
+) -> dict[str, float]:
     """Copy bandwidth and speed of a large matrix product, best of several."""
     a = torch.empty(1 << 26, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     side = 1024 if device.type == "cpu" else 8192
     m = torch.randn(side, side, dtype=dtype, device=device)
-    copy_s = min(clock(lambda: b.copy_(a), device) for _ in range(10))
-    product_s = min(clock(lambda: m @ m, device) for _ in range(8))
+    copy_s = min(clock(lambda: b.copy_(a), device, timer) for _ in range(10))
+    product_s = min(clock(lambda: m @ m, device, timer) for _ in range(8))
     return {
         "copy_gb_per_s": round(2 * a.numel() / copy_s / 1e9, 2),
         "matmul_gflop_per_s": round(2 * side**3 / product_s / 1e9, 1),
     }
 
 
-def clock(function: Callable[[], Any], device: torch.device) -> float:
+def clock(
+    function: Callable[[], Any], device: torch.device, timer: Timer = time.perf_counter
+) -> float:
     """Seconds of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = timer()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return timer() - started
 
 
 def bounds(problem: Problem, machine: dict[str, float]) -> dict[str, Any]:
@@ -87,7 +95,11 @@ def bounds(problem: Problem, machine: dict[str, float]) -> dict[str, Any]:
 
 
 def measure(
-    problem: Problem, names: Sequence[str], machine: dict[str, float], repeats: int
+    problem: Problem,
+    names: Sequence[str],
+    machine: dict[str, float],
+    repeats: int,
+    timer: Timer = time.perf_counter,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """One row of the result, and the variants that cannot run with their reasons."""
     device = problem.query_THD.device
@@ -107,11 +119,11 @@ def measure(
         error[name] = problem.error(out_THD)
         if not error[name] <= TOLERANCE[problem.query_THD.dtype]:
             raise AssertionError(f"{name} is wrong by {error[name]} in {problem.case}")
-        setup[name] = min(clock(partial(VARIANTS[name], problem), device) for _ in range(2))
+        setup[name] = min(clock(partial(VARIANTS[name], problem), device, timer) for _ in range(2))
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):  # interleaved: what else runs on the machine hits all alike
         for name, run in runs.items():
-            taken[name].append(1e3 * clock(run, device))
+            taken[name].append(1e3 * clock(run, device, timer))
     row["variants"] = {
         name: {
             "ms": round(statistics.median(times), 4),
@@ -155,6 +167,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"`{report['command']}` on {report['device']}, {report['hardware']['cpu']},",
         f"{report['hardware']['threads']} thread(s), {report['dtype']}; {report['layer']}.",
+        *(["Times are CPU time: other programs were running."] if report["clock"] == "cpu" else []),
         f"Measured here: copy {machine['copy_gb_per_s']} GB/s,",
         f"matrix product {machine['matmul_gflop_per_s']} GFLOP/s.",
         "All results agree with a float64 reference.",
@@ -196,6 +209,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-sizes", type=int, nargs="+", default=list(BLOCK_SIZES))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--quick", action="store_true", help="two cases, without compiling anything"
@@ -206,6 +225,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.contexts, args.requests, args.blocks = [256, 512], [2], [3]
         args.block_sizes, args.repeats = [16], 3
         args.variants = [name for name in args.variants if name != "flex"]
+    if args.clock == "cpu" and args.device.startswith("cuda"):
+        parser.error("--clock cpu measures nothing of what runs on a GPU: leave it out")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no CUDA device here, pass --device cpu")
+    sizes = (*args.contexts, *args.requests, *args.blocks, *args.block_sizes, args.repeats)
+    if min(sizes) < 1:
+        parser.error(
+            "--contexts, --requests, --blocks, --block-sizes and --repeats must be at least 1"
+        )
+    try:
+        args.heads = [int(part) for part in args.layer.split(",")] if args.layer else None
+        if args.heads and (min(args.heads) < 1 or args.heads[0] % args.heads[1]):
+            raise ValueError
+        if args.heads and len(args.heads) != 3:
+            raise ValueError
+    except (ValueError, IndexError):
+        parser.error(
+            f"--layer {args.layer}: pass query heads, key heads and head size, such as 28,4,128; "
+            "query heads are a multiple of key heads"
+        )
     return args
 
 
@@ -216,9 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
-    layer = Layer(*map(int, (args.layer or ("28,4,128" if gpu else "8,2,64")).split(",")))
-    machine = floor(device, dtype)
-    machine = {k: max(v, machine[k]) for k, v in floor(device, dtype).items()}
+    layer = Layer(*(args.heads or ([28, 4, 128] if gpu else [8, 2, 64])))
+    timer = CLOCKS[args.clock]
+    machine = floor(device, dtype, timer)
+    machine = {k: max(v, machine[k]) for k, v in floor(device, dtype, timer).items()}
     skipped: dict[str, str] = {}
     rows = []
     cases = [
@@ -228,13 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in tqdm(cases, desc="attention", disable=None):
         problem = Problem.make(case, layer, device, dtype, args.seed)
         names = [name for name in args.variants if name not in skipped]
-        row, missing = measure(problem, names, machine, args.repeats)
+        row, missing = measure(problem, names, machine, args.repeats, timer)
         skipped |= missing
         rows.append(row)
     arguments = sys.argv[1:] if argv is None else argv
     report = {
         **environment(args.seed, arguments, "benchmarks.attention"),
         "device": device.type,
+        "clock": args.clock,
         "dtype": str(dtype).removeprefix("torch."),
         "layer": f"{layer.heads} query heads, {layer.kv_heads} key heads of {layer.head_dim}",
         "units": UNITS,

@@ -22,14 +22,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import UsageError, environment, resolve_model, write_result
+from benchmarks.workload import (
+    UsageError,
+    environment,
+    refuse_simulated,
+    resolve_model,
+    write_result,
+)
 from vllm_d2f.settings import PRESETS
 
 TASKS = ("arithmetic", "gsm8k", "math", "humaneval", "mbpp")
 PROGRAMS = ("humaneval", "mbpp")
 FOLDER = Path(__file__).with_name("tasks")
 PROMPT_ROOM = {"arithmetic": 192, "gsm8k": 1800, "math": 2048, "humaneval": 1024, "mbpp": 1800}
-UNITS = {"score": "fraction of problems, by lm-eval's metric of that name", "seconds": "wall time"}
+UNITS = {
+    "score": "fraction of problems, by lm-eval's metric of that name",
+    "seconds": "wall time",
+    "prompts_cut": "prompts without their beginning, as the model has too few positions",
+}
 
 
 def task_name(task: str, preset: str | None) -> str:
@@ -58,7 +68,8 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` needs to reach the model."""
     model = resolve_model("--model", args.model)
     section = d2f_section(args.task, args.preset)
-    room = args.max_model_len or _room(args, model)
+    room = _room(args, model)
+    bos = bool(args.preset and args.preset.startswith("dream") and _has_bos(model))
     if args.server:
         return {
             "model": "local-completions",
@@ -69,6 +80,7 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
                 "tokenizer_backend": "huggingface",
                 "num_concurrent": args.batch_size,
                 "max_length": room,
+                "add_bos_token": bos,
             },
             "gen_kwargs": _xargs("vllm_xargs", section),
         }
@@ -79,7 +91,7 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
     if section:
         options["additional_config"] = {"d2f": section}
-    if args.preset and args.preset.startswith("dream") and _has_bos(model):
+    if bos:
         options["add_bos_token"] = True  # as the authors' evaluation does
     return {
         "model": "vllm",
@@ -94,13 +106,25 @@ def _xargs(name: str, section: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _room(args: argparse.Namespace, model: str) -> int:
-    """Positions for prompt and answer, as far as the model has them."""
+    """Positions for prompt and answer: what was asked for, or as far as the model has them."""
     from transformers import AutoConfig
 
     wanted = PROMPT_ROOM[args.task] + max_tokens(args.task, args.preset)
-    return min(
-        wanted, getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", wanted)
-    )
+    config = AutoConfig.from_pretrained(model)
+    refuse_simulated(f"--model {args.model}", config, "the score")
+    return args.max_model_len or min(wanted, getattr(config, "max_position_embeddings", wanted))
+
+
+def cut_prompts(args: argparse.Namespace, samples: Sequence[dict[str, Any]], chat: bool) -> int:
+    """How many prompts lm-eval had to cut at their beginning, where the worked examples stand."""
+    from transformers import AutoTokenizer
+
+    model = resolve_model("--model", args.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    most = _room(args, model) - max_tokens(args.task, args.preset)
+    prompts = [sample["arguments"][0][0] for sample in samples]
+    # A chat template writes the special tokens into the text.
+    return sum(len(tokenizer(p, add_special_tokens=not chat).input_ids) > most for p in prompts)
 
 
 def _has_bos(model: str) -> bool:
@@ -140,7 +164,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError:
-        raise UsageError("lm-eval is not installed: pip install 'lm-eval[api]>=0.4.13'") from None
+        raise UsageError("lm-eval is not installed: pip install 'vllm-d2f[bench]'") from None
     from benchmarks.tasks.data import DataMissing
     from vllm_d2f import register
 
@@ -167,6 +191,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         if type(error).__name__ in (DataMissing.__name__, "SandboxError"):
             raise UsageError(str(error)) from None
         raise
+    samples = found["samples"][name]
     scores = {
         key.replace(",none", "").replace(",", ":"): round(value, 4)
         for key, value in found["results"][name].items()
@@ -183,11 +208,12 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         "preset": args.preset,
         "d2f": d2f_section(args.task, args.preset) or "the model's own settings",
         "max_tokens": max_tokens(args.task, args.preset),
+        "prompts_cut": cut_prompts(args, samples, chat or args.chat),
         "units": UNITS,
         "seconds": round(time.perf_counter() - started, 1),
         "lm_eval": lm_eval.__version__,
         **environment(None, argv, "benchmarks.evaluate"),
-        "samples": _samples(found["samples"][name][: args.keep]),
+        "samples": _samples(samples[: args.keep]),
     }
 
 
@@ -212,6 +238,13 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['max_tokens']} tokens, through {report['through']}, {seconds:.0f} s.",
         f"D2F settings: {report['preset'] or 'its own'}.",
     ]
+    if cut := report["prompts_cut"]:
+        lines += [
+            "",
+            f"**{cut} of {report['problems']} prompts lost their beginning**: prompt and answer",
+            "need more positions than there are, so this is not the published task. Use a model",
+            "with more, or a larger --max-model-len if one was given.",
+        ]
     return "\n".join(lines)
 
 

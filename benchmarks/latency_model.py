@@ -27,8 +27,24 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.costs import Cost, Trace, crossing, fit, predict_batch, predict_steady, traces_of
 from benchmarks.points import answers, rate, spread
-from benchmarks.workers import Worker, WorkerError, close_all, prepare_process
-from benchmarks.workload import UsageError, environment, load_items, resolve_model, write_result
+from benchmarks.throughput_report import simulation_note
+from benchmarks.workers import (
+    Worker,
+    WorkerError,
+    close_all,
+    device_share,
+    most_modes,
+    on_gpu,
+    prepare_process,
+)
+from benchmarks.workload import (
+    UsageError,
+    environment,
+    load_items,
+    parse_options,
+    resolve_model,
+    write_result,
+)
 
 if TYPE_CHECKING:
     from benchmarks.engine import StepCost
@@ -45,7 +61,12 @@ UNITS = {
     "steps": "measured: requests, new ones, tokens, context tokens, milliseconds of each step",
     "predicted": "useful tokens per second of a server that always has batch_size requests",
     "checks": "useful tokens per second of one LLM.generate call with batch_size prompts",
+    "measured_runs": "the same, run by run; D2F and AR took turns in each",
     "error": "predicted / measured - 1",
+    "ar_overtakes_at_batch": "predicted: fewest requests, always so many, at which AR is faster",
+    "checked_ratio": "D2F / AR of single batches: predicted, and measured as the median, lowest "
+    "and highest of the runs' ratios",
+    "checked_crossing": "smallest batch of the measured sizes at which AR is faster, null: none",
 }
 QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=1, prompts=4)
 
@@ -87,12 +108,14 @@ def measure(workers: Mapping[str, Worker], args: argparse.Namespace) -> dict[str
                     "predicted": float(f"{predicted:.5g}"),
                     "measured": measured["median"],
                     "measured_range": measured,
+                    "measured_runs": [float(f"{s:.5g}") for s in speeds[kind, size]],
                     "error": error,
                 }
             )
         given = answers([alone])
         decoders[kind] = {
             "score": round(sum(answer.final for answer in given) / len(given), 4),
+            "simulated_tokens_per_forward": worker.simulated,
             "cost": cost.as_dict(),
             "fit_error": cost.relative_error(steps[kind]),
             "trace": Trace.mean(traces).as_dict(),
@@ -151,12 +174,36 @@ def build(decoders: dict[str, dict[str, Any]], about: Mapping[str, Any]) -> dict
         report["ar_overtakes_at_batch"] = crossing(costs[0], traces[0], costs[1], traces[1])
     checks = [check for d in decoders.values() for check in d.get("checks", ())]
     if checks:
+        report |= _checked_crossing(decoders)
         errors = [abs(check["error"]) for check in checks]
         report["prediction_error"] = {
             "mean": round(sum(errors) / len(errors), 3),
             "worst": round(max(errors), 3),
         }
+    made_up = decoders.get("d2f", {}).get("simulated_tokens_per_forward")
+    report["simulated_tokens_per_forward"] = made_up
     return {**report, **about, "units": UNITS, "decoders": decoders}
+
+
+def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """D2F / AR of single batches and where it falls below 1, predicted and measured."""
+    rows = []
+    for d, a in zip(decoders["d2f"]["checks"], decoders["ar"]["checks"], strict=True):
+        ratios = [x / y for x, y in zip(d["measured_runs"], a["measured_runs"], strict=True)]
+        predicted = float(f"{d['predicted'] / a['predicted']:.4g}")
+        measured = spread(ratios)
+        rows.append({"batch_size": d["batch_size"], "predicted": predicted, "measured": measured})
+
+    def first(name: str) -> int | None:
+        ratio = {
+            row["batch_size"]: row[name]["median"] if name == "measured" else row[name]
+            for row in rows
+        }
+        return next((size for size in sorted(ratio) if ratio[size] < 1), None)
+
+    crossing = {name: first(name) for name in ("predicted", "measured")}
+    largest = max(row["batch_size"] for row in rows)
+    return {"checked_ratio": rows, "checked_crossing": {**crossing, "largest_batch": largest}}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -166,7 +213,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         "cpu": "Times are CPU time of the decoder's process: other programs were running.",
         "given": "Step times and tokens per forward were given by hand, nothing was measured.",
     }
-    lines = ["# Step cost and what follows from it", "", f"`{report['command']}`", ""]
+    lines = ["# Step cost and what follows from it", "", *simulation_note(report)]
+    lines += [f"`{report['command']}`", ""]
+    if "hardware" in report:
+        hardware = report["hardware"]
+        lines += [f"{hardware['cpu']}, {hardware['threads']} thread(s) each.", ""]
     lines += [clock[report["clock"]], ""]
     for kind, d in report["decoders"].items():
         t = d["trace"]
@@ -193,6 +244,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         error = report["prediction_error"]
         lines += [
             "Checked on other problems than the fit has seen, one batch at a time.",
+            f"In such batches AR overtakes D2F {_crossing_text(report['checked_crossing'])}.",
+            "",
+            "| batch | D2F / AR predicted | D2F / AR measured (runs) |",
+            "|---|---|---|",
+            *[
+                f"| {row['batch_size']} | {row['predicted']:.2f} | {row['measured']['median']:.2f} "
+                f"({row['measured']['min']:.2f} to {row['measured']['max']:.2f}) |"
+                for row in report["checked_ratio"]
+            ],
+            "",
             f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst.",
             "",
             "| decoder | batch | predicted tok/s | measured tok/s | error |",
@@ -207,6 +268,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _crossing_text(found: Mapping[str, int | None]) -> str:
+    def where(size: int | None) -> str:
+        return f"at {size}" if size else f"nowhere up to {found['largest_batch']}"
+
+    return (
+        f"predicted {where(found['predicted'])}, measured {where(found['measured'])} "
+        "(of the sizes below)"
+    )
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency_model",
@@ -216,12 +287,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--d2f", default="d2f-tiny", help="D2F model: embedded name, folder or Hub id")
     add("--ar", default="ar-tiny", help="autoregressive model")
-    add("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    add("--batch-sizes", type=int, nargs="+", default=[2**i for i in range(9)])
     add("--runs", type=int, default=3)
     add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
     add("--max-tokens", type=int, default=64)
     add("--token-budget", type=int, default=8192, help="vLLM's max_num_batched_tokens")
-    add("--mode", choices=("eager", "compiled"), default="eager")
+    add(
+        "--mode",
+        choices=("eager", "compiled"),
+        help="of vLLM (default: eager, on a GPU compiled, which is vLLM's own default)",
+    )
     add(
         "--clock",
         choices=("wall", "cpu"),
@@ -272,19 +347,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measured(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     prepare_process()
     models = {"d2f": resolve_model("--d2f", args.d2f), "ar": resolve_model("--ar", args.ar)}
-    options = {"max_num_batched_tokens": args.token_budget, **json.loads(args.engine_args)}
-    workers = {
-        kind: Worker(
-            "engine",
-            model=model,
-            mode=args.mode,
-            max_batch=max(args.batch_sizes),
-            max_tokens=args.max_tokens,
-            options=options,
-        )
-        for kind, model in models.items()
-    }
+    given = parse_options("--engine-args", args.engine_args)
+    # Read before a model is loaded, which takes longer than to find that there are too few.
+    load_items(2 * max(*args.batch_sizes, args.prompts), args.data, args.seed)
+    options = device_share(len(models), {"max_num_batched_tokens": args.token_budget, **given})
+    args.mode = args.mode or most_modes()[0]
+    workers: dict[str, Worker] = {}
     try:
+        for kind, model in models.items():
+            workers[kind] = Worker(
+                "engine",
+                model=model,
+                mode=args.mode,
+                max_batch=max(args.batch_sizes),
+                max_tokens=args.max_tokens,
+                options=options,
+            )
+            if on_gpu():  # each measures how much memory is free
+                workers[kind].wait()
         # Both are loaded before either is measured: loading would take the other's cores.
         for worker in workers.values():
             worker.wait()

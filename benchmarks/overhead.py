@@ -26,6 +26,16 @@ from vllm_d2f.d2f import D2FParams
 
 BLOCK, BLOCKS = 32, 4
 LIMIT_MS = {1: 1.5, 64: 4.0}
+MOST_STEPS = 26
+"""So long all windows stay fully open."""
+
+
+UNITS = {
+    "added_cpu_ms": "milliseconds of CPU time a step that vllm-d2f adds, median of the steps",
+    "added_wall_ms": "the same of wall time",
+    "cpu_ms": "milliseconds of CPU time a step by part; logits and model are not counted as added",
+    "limit_ms": "what added_cpu_ms must not exceed, null: no limit set",
+}
 
 
 class Meter:
@@ -163,22 +173,32 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="d2f-tiny", help="embedded name or folder")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--steps", type=int, default=24, help="steps measured, at most 26")
+    parser.add_argument("--steps", type=int, default=24, help="steps measured")
+    parser.add_argument("--quick", action="store_true", help="1 and 8 requests, 6 steps")
     parser.add_argument("--json", help="write the result here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.requests, args.steps = [1, 8], 6
+    if not 1 <= args.steps <= MOST_STEPS or min(args.requests) < 1:
+        parser.error(f"--steps must be 1 to {MOST_STEPS}, --requests at least 1")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from benchmarks.parity import command_line, start_engine
+    from benchmarks.parity import start_engine
+    from benchmarks.workload import UsageError, environment, resolve_model
     from vllm_d2f import register
-    from vllm_d2f.names import resolve
 
     register()
-    llm = start_engine(
-        resolve(args.model), window=BLOCK * BLOCKS, max_model_len=512, max_num_seqs=64
-    )
+    try:
+        model = resolve_model("--model", args.model)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    most = max(64, *args.requests)
+    llm = start_engine(model, window=BLOCK * BLOCKS, max_model_len=512, max_num_seqs=most)
     meter = instrument(llm)
     measure(llm, meter, 1, 4)  # warm-up
     rows = [measure(llm, meter, n, args.steps) for n in args.requests]
@@ -194,13 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("    " + ", ".join(f"{k} {v:.2f}" for k, v in row["cpu_ms"].items()))
     if args.json:
         import torch
-        import vllm
 
         report = {
-            "command": command_line("overhead", argv),
+            **environment(None, sys.argv[1:] if argv is None else argv, "benchmarks.overhead"),
             "window": f"{BLOCKS} blocks of {BLOCK}",
             "threads": torch.get_num_threads(),
-            "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+            "units": UNITS,
             "rows": rows,
         }
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")

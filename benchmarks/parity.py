@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.workload import UsageError, environment, resolve_model
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.reference import Forward, decode, hf_forward
@@ -213,7 +214,11 @@ def differences(
 
 def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
     """Token ids of questions from a JSONL file, of generated problems, or, without a tokenizer,
-    at random."""
+    at random.
+
+    Raises:
+        UsageError: no such file, or a line that is no question.
+    """
     folder = Path(model)
     if data is None and not (folder / "tokenizer.json").exists():
         from transformers import AutoConfig
@@ -226,20 +231,19 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     if data is not None:
-        lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
-        texts = [json.loads(line)["question"] for line in lines]
+        try:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
+            texts = [json.loads(line)["question"] for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f'--data {data}: {error!r}; pass a JSONL file with a "question" per line, or leave '
+                "it out"
+            ) from None
     else:
         from training.arithmetic import problems
 
         texts = [problem.question for problem in problems("test", count, seed)]
     return [tokenizer(text).input_ids for text in texts]
-
-
-def command_line(name: str, argv: Sequence[str] | None) -> str:
-    """What was run, without the folders of the machine it ran on."""
-    words = sys.argv[1:] if argv is None else argv
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    return " ".join(["python -m benchmarks." + name, *shown])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -258,23 +262,41 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="6 problems, under a minute")
     parser.add_argument("--json", help="write the result here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.prompts = 6
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    try:
+        return compare(args, sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Decode everything in all ways; 1 if anything differs.
+
+    Raises:
+        UsageError: with what to pass.
+    """
     # In this process, so that preemptions can be counted.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from transformers import AutoConfig
 
     from vllm_d2f import register
-    from vllm_d2f.names import resolve
     from vllm_d2f.settings import settings_from_dict
 
     register()
-    model = resolve(args.model)
+    model = resolve_model("--model", args.model)
     config = AutoConfig.from_pretrained(model)
+    if not hasattr(config, "d2f"):
+        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
     max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
     settings = GRID if args.grid else [settings_from_dict(config.d2f).params]
     prompts = load_prompts(model, args.prompts, args.data, args.seed)
@@ -318,11 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"answers with a decision closer than {TIE}: {close} of {len(expected)}")
     print(f"reference: {tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward")
     if args.json:
-        import torch
-        import vllm
-
         report = {
-            "command": command_line("parity", argv),
+            **environment(args.seed, argv, "benchmarks.parity"),
             "model": Path(args.model).name,
             "prompts": len(prompts),
             "settings": len(settings),
@@ -330,7 +349,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tokens_per_forward": round(tokens / forwards, 3),
             "reference_seconds": round(reference_s, 1),
             "ways": result,
-            "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
             "machine": f"{platform.machine()}, {platform.system()}, CPU, float32",
         }
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")

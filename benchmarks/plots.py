@@ -31,7 +31,7 @@ STATES = (
 )
 
 
-def _figure(height: float = 4.2) -> tuple[Any, Any]:
+def new_figure(height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
     """A figure 1600 pixels wide: sharp at 800 on a display with double resolution."""
     import matplotlib
 
@@ -39,21 +39,38 @@ def _figure(height: float = 4.2) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = pyplot.subplots(figsize=(8, height), dpi=200, layout="constrained")
-    axes.set_axisbelow(True)
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(8, height), dpi=200, sharey=True, layout="constrained"
+    )
+    for one in figure.axes:
+        one.set_axisbelow(True)
     return figure, axes
 
 
-def _plain_ticks(axes: Any) -> None:
-    """1, 10, 100 and not powers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def plain_ticks(axes: Any, within_decades: bool = False) -> None:
+    """1, 10, 100 and not powers; `within_decades`: 2 and 5 too, for a range of few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    if within_decades:
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: Any, path: Path) -> None:
+def legend_below(axes: Any) -> None:
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+    axes.legend(fontsize=10, frameon=False, **place)
+
+
+def label_simulated(axes: Any, report: Mapping[str, Any]) -> None:
+    """Nobody must take made-up acceptance for a model's."""
+    if (made_up := report.get("simulated_tokens_per_forward")) is not None:
+        text = f"SIMULATED ACCEPTANCE: {made_up:g} tokens per forward, no score"
+        axes.set_title(text, color="#d1495b", fontsize=11)
+
+
+def save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +81,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def throughput(report: Mapping[str, Any], path: Path) -> None:
     """Useful tokens per second against batch size, lowest to highest run shaded."""
-    figure, axes = _figure(height=5.2)
+    figure, axes = new_figure(height=5.2)
     points = report["points"]
     styles = {"eager": "-", "compiled": "--"}
     series = sorted(
@@ -95,12 +112,12 @@ def throughput(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks)
-    _plain_ticks(axes)
+    plain_ticks(axes)
     axes.set(xlabel="batch size", ylabel="useful tokens per second")
     axes.grid(alpha=0.3)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-    axes.legend(fontsize=10, frameon=False, **place)
-    _save(figure, path)
+    legend_below(axes)
+    label_simulated(axes, report)
+    save(figure, path)
 
 
 def forward_cost(report: Mapping[str, Any], path: Path) -> None:
@@ -110,7 +127,7 @@ def forward_cost(report: Mapping[str, Any], path: Path) -> None:
     """
     from benchmarks.costs import Cost
 
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for kind, decoder in report["decoders"].items():
         cost, color = Cost.from_dict(decoder["cost"]), COLORS[kind]
         steps = decoder["steps"]
@@ -139,23 +156,24 @@ def forward_cost(report: Mapping[str, Any], path: Path) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    _plain_ticks(axes)
+    plain_ticks(axes)
     axes.set(xlabel="tokens in the step (x: with prompts)", ylabel="milliseconds per step")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    _save(figure, path)
+    label_simulated(axes, report)
+    save(figure, path)
 
 
 def prediction(report: Mapping[str, Any], path: Path) -> None:
     """Predicted tokens per second by batch size, the measured ones as points."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for kind, model in report["decoders"].items():
         rows = model["predicted"]
         axes.plot(
             [row["batch_size"] for row in rows],
             [row["tokens_per_s"] for row in rows],
             color=COLORS[kind],
-            label=f"{NAMES[kind]}, predicted",
+            label=f"{NAMES[kind]}, server that is never empty, predicted",
         )
         if checks := model.get("checks"):
             axes.plot(
@@ -163,15 +181,23 @@ def prediction(report: Mapping[str, Any], path: Path) -> None:
                 [row["measured"] for row in checks],
                 "o",
                 color=COLORS[kind],
-                label=f"{NAMES[kind]}, measured",
+                label=f"{NAMES[kind]}, batch measured",
+            )
+            axes.plot(
+                [row["batch_size"] for row in checks],
+                [row["predicted"] for row in checks],
+                "x",
+                color=COLORS[kind],
+                label=f"{NAMES[kind]}, that batch predicted",
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _plain_ticks(axes)
-    axes.set(xlabel="batch size", ylabel="useful tokens per second")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    _save(figure, path)
+    plain_ticks(axes, within_decades=True)
+    axes.set(xlabel="requests at once", ylabel="useful tokens per second")
+    axes.grid(alpha=0.3)
+    legend_below(axes)
+    label_simulated(axes, report)
+    save(figure, path)
 
 
 def timeline(frames: "Sequence[Frame]", path: Path, title: str) -> None:
@@ -191,7 +217,7 @@ def timeline(frames: "Sequence[Frame]", path: Path, title: str) -> None:
             if position in frame.accepted:
                 state = 1
             grid[position][column] = state
-    figure, axes = _figure(height=5)
+    figure, axes = new_figure(height=5)
     colors = ListedColormap([color for _, color in STATES])
     axes.imshow(grid, cmap=colors, vmin=0, vmax=3, aspect="auto", interpolation="none")
     for row in range(0, width + 1, size):
@@ -213,7 +239,7 @@ def timeline(frames: "Sequence[Frame]", path: Path, title: str) -> None:
         frameon=False,
         fontsize=9,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def decode_frames(model: str, question: str, *, block_size: int, tau_conf: float) -> "list[Frame]":

@@ -21,6 +21,8 @@ UNITS = {
     "step_ms": "wall time per engine step (forward), everything included",
     "peak_mib": "peak resident memory of the decoder's process (on a GPU: of the device)",
     "score": "share of answers that end by themselves with the right number",
+    "simulated_tokens_per_forward": "null: the models decided; a number: so many positions were "
+    "accepted per forward whatever the model said, and scores mean nothing",
     "exact": "share of answers that are the expected text to the letter, null without such a text",
     "ratio": "paired: of two measurements in the same run; median, lowest and highest run",
 }

@@ -15,7 +15,9 @@ counters. `vllm bench throughput` is run once on the first model, offline.
 import argparse
 import json
 import os
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,9 @@ from benchmarks.serving_server import (
     d2f_figures,
     run_command,
     serve,
+    simulated,
 )
+from benchmarks.workers import on_gpu
 from benchmarks.workload import (
     Item,
     UsageError,
@@ -44,14 +48,21 @@ from benchmarks.workload import (
 
 RATES = (2.0, 8.0, 32.0, float("inf"))
 PERCENTILES = ("50", "99")
+SPREAD = ("requests_per_s", "tokens_per_s")
 # vllm bench serve's name -> ours
 LATENCIES = {"ttft": "first_token_ms", "tpot": "per_token_ms", "e2el": "request_ms"}
 
 
 def bench_serve(
-    args: argparse.Namespace, url: str, model: str, tokenizer: str, data: Path, rate: float
+    args: argparse.Namespace,
+    url: str,
+    model: str,
+    tokenizer: str,
+    data: Path,
+    rate: float,
+    run: int = 0,
 ) -> dict[str, Any]:
-    """One run of `vllm bench serve`: the JSON that it writes."""
+    """One run of `vllm bench serve`: the JSON that it writes. Each run has arrivals of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(str(VLLM), "bench", "serve", "--backend", "openai", "--base-url", url),
@@ -59,7 +70,7 @@ def bench_serve(
             *("--dataset-name", "custom", "--dataset-path", str(data), "--skip-chat-template"),
             *("--custom-output-len", str(args.max_tokens), "--disable-shuffle"),
             *("--num-prompts", str(args.prompts), "--request-rate", str(rate), "--burstiness", "1"),
-            *("--seed", str(args.seed), "--temperature", "0", "--disable-tqdm"),
+            *("--seed", str(args.seed + run), "--temperature", "0", "--disable-tqdm"),
             *("--percentile-metrics", ",".join(LATENCIES)),
             *("--metric-percentiles", ",".join(PERCENTILES)),
             *("--save-result", "--save-detailed"),
@@ -102,7 +113,7 @@ def throughput(args: argparse.Namespace, model: str) -> dict[str, Any]:
 def engine_options(args: argparse.Namespace) -> list[str]:
     """For `vllm serve` and `vllm bench throughput` alike; on a CPU float32 without compilation."""
     options = ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
-    if not args.gpu:
+    if not (on_gpu() if args.gpu is None else args.gpu):
         options += ["--dtype", "float32", "--enforce-eager"]
         options += ["--kv-cache-memory-bytes", str(1 << 28)]
     return options + args.engine_args
@@ -117,20 +128,29 @@ def measure_model(args: argparse.Namespace, model: str, items: Sequence[Item]) -
         data.write_text("".join(lines), encoding="utf-8")
         with serve(model, engine_options(args), args.base_url, args.timeout) as url:
             answers = complete(url, model, [i.question for i in items], args.max_tokens)
+            made_up = simulated(url)
             grades = [grade(i, *answer) for i, answer in zip(items, answers, strict=True)]
             points = []
             for rate in args.rates:
                 before = counters(url)
-                found = bench_serve(args, url, model, tokenizer, data, rate)
+                runs = [
+                    _point(
+                        bench_serve(args, url, model, tokenizer, data, rate, run),
+                        items,
+                        args.max_tokens,
+                    )
+                    for run in range(args.runs)
+                ]
                 points.append(
                     {"request_rate": "inf" if rate == float("inf") else rate}
-                    | _point(found, items, args.max_tokens)
+                    | combine(runs)
                     | d2f_figures(before, counters(url))
                 )
                 print(f"{Path(model).name}: {points[-1]}", file=sys.stderr)
     return {
         "score": _score(grades),
         "score_from": "/v1/completions, the same problems, before the runs",
+        "simulated_tokens_per_forward": made_up,
         "points": points,
     }
 
@@ -163,6 +183,29 @@ def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dic
     return point
 
 
+def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the runs at one rate, and lowest and highest of what is compared.
+
+    What failed in any run counts: it is summed, as is what was completed.
+    """
+    point: dict[str, Any] = {"runs": len(runs)}
+    for name in ("completed", "failed"):
+        point[name] = sum(run[name] for run in runs)
+    for name in ("duration_s", *SPREAD):
+        point[name] = statistics.median(run[name] for run in runs)
+    busiest = [run["most_at_once"] for run in runs if run["most_at_once"] is not None]
+    point["most_at_once"] = max(busiest, default=None)
+    for name in ("score", *LATENCIES.values()):
+        point[name] = {
+            key: round(statistics.median(run[name][key] for run in runs), 4)
+            for key in runs[0][name]
+        }
+    low_high = {name: [f(run[name] for run in runs) for f in (min, max)] for name in SPREAD}
+    low_high["request_ms_p50"] = [f(run["request_ms"]["p50"] for run in runs) for f in (min, max)]
+    point["spread"] = low_high
+    return point
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
@@ -172,12 +215,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["d2f-tiny", "ar-tiny"])
     parser.add_argument("--base-url", help="a server that runs already, with --models ITS_MODEL")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="requests/s")
+    parser.add_argument("--runs", type=int, default=5, help="at each rate")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--data", help='JSONL with "question" and "answer" per line')
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--engine-args", nargs="*", default=[], help="more options of vllm serve")
-    parser.add_argument("--gpu", action="store_true", help="vLLM's own dtype, memory, graphs")
+    parser.add_argument(
+        "--engine-args",
+        type=shlex.split,
+        default=[],
+        metavar="TEXT",
+        help="more options of vllm serve, in one word: --engine-args='--load-format dummy'",
+    )
+    parser.add_argument(
+        "--gpu",
+        action=argparse.BooleanOptionalAction,
+        help="vLLM's own dtype, memory and graphs (default: if there is a GPU)",
+    )
     parser.add_argument("--timeout", type=int, default=900, help="seconds for each command")
     parser.add_argument("--no-throughput", action="store_true", help="skip vllm bench throughput")
     parser.add_argument("--seed", type=int, default=0)
@@ -186,7 +240,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.models, args.rates, args.prompts = args.models[:1], [8.0], 8
-        args.no_throughput = True
+        args.runs, args.no_throughput = 1, True
+    if min(args.runs, args.prompts, args.max_tokens, args.max_num_seqs) < 1 or min(args.rates) <= 0:
+        parser.error(
+            "--runs, --prompts, --max-tokens and --max-num-seqs must be at least 1, --rates above 0"
+        )
     return args
 
 
@@ -204,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "scores": {},
             **environment(args.seed, arguments, "benchmarks.serving"),
             "prompts": args.prompts,
+            "runs": args.runs,
             "max_tokens": args.max_tokens,
             "max_num_seqs": args.max_num_seqs,
             "units": UNITS,

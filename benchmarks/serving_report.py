@@ -4,9 +4,13 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import label_simulated, legend_below, new_figure, plain_ticks, save
+from benchmarks.throughput_report import simulation_note
+
 UNITS = {
     "request_rate": "requests per second on offer, Poisson arrivals; inf: all at once",
-    "requests_per_s": "requests per second completed",
+    "requests_per_s": "requests per second completed, median of the runs",
+    "spread": "lowest and highest run",
     "tokens_per_s": "output tokens per second; answers end by themselves, so all are useful",
     "first_token_ms": "milliseconds until the first tokens arrive",
     "per_token_ms": "milliseconds per further token, per request; near 0 where a whole answer "
@@ -36,9 +40,11 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Serving under Poisson arrivals",
         "",
+        *[line for found in report["models"].values() for line in simulation_note(found)],
         f"`{report['command']}` on {report['hardware']['cpu']},",
         f"{report['hardware']['cores']} cores, {report['hardware']['threads']} thread(s) each.",
-        f"{report['prompts']} problems per run, at most {report['max_tokens']} tokens, greedy,",
+        f"{report['prompts']} problems per run, median of {report.get('runs', 1)} run(s);",
+        f"at most {report['max_tokens']} tokens, greedy,",
         f"at most {report['max_num_seqs']} requests at once. Client and server share the machine.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
@@ -49,8 +55,8 @@ def markdown(report: dict[str, Any]) -> str:
             cells = (
                 model,
                 point["request_rate"],
-                f"{point['requests_per_s']:.2f}",
-                f"{point['tokens_per_s']:.0f}",
+                _spread(point, "requests_per_s", ".2f"),
+                _spread(point, "tokens_per_s", ".0f"),
                 _pair(point["request_ms"]),
                 _pair(point["first_token_ms"]),
                 point.get("tokens_per_forward", "1 (AR)"),
@@ -78,32 +84,42 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _spread(point: dict[str, Any], name: str, form: str) -> str:
+    low, high = point.get("spread", {}).get(name, (None, None))
+    runs = "" if low is None else f" ({low:{form}} to {high:{form}})"
+    return f"{point[name]:{form}}{runs}"
+
+
 def _pair(values: dict[str, float]) -> str:
     return f"{values['p50']:.0f} / {values['p99']:.0f}"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Time to the complete answer against the rate that was reached."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    """Time to the complete answer against the rate on offer."""
+    figure, axes = new_figure(height=5.2)
+    # Everything at once has no rate: a place of its own at the right.
+    offered = [p["request_rate"] for f in report["models"].values() for p in f["points"]]
+    rates = sorted({rate for rate in offered if rate != "inf"})
+    ticks = {**{rate: f"{rate:g}" for rate in rates}}
+    at_once = 4 * rates[-1] if rates else 1
+    if "inf" in offered:
+        ticks[at_once] = "all at once"
     for color, (model, found) in zip(
-        ("C0", "C1", "C2", "C3"), report["models"].items(), strict=False
+        ("#1b6ca8", "#d1495b", "#6a994e", "#7a7a7a"), report["models"].items(), strict=False
     ):
-        rate = [p["requests_per_s"] for p in found["points"]]
+        where = [at_once if p["request_rate"] == "inf" else p["request_rate"]
+                 for p in found["points"]]  # fmt: skip
         exact = 100 * found["score"]["exact"]
         for name, style in (("p50", "o-"), ("p99", "o:")):
             times = [p["request_ms"][name] for p in found["points"]]
             label = f"{model} {name}, {exact:.1f} % right"
-            axis.plot(rate, times, style, color=color, label=label)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("requests per second completed")
-    axis.set_ylabel("milliseconds until the answer is complete")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            axes.plot(where, times, style, color=color, label=label)
+        label_simulated(axes, found)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain_ticks(axes, within_decades=True)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set(xlabel="requests per second on offer", ylabel="milliseconds to the complete answer")
+    axes.grid(alpha=0.3)
+    legend_below(axes)
+    save(figure, path)

@@ -27,6 +27,7 @@ COUNTERS = {
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:num_preemptions_total": "preemptions",
 }
+SIMULATED = "vllm:d2f_simulated_tokens_per_forward"
 
 
 @contextlib.contextmanager
@@ -137,6 +138,18 @@ def parse_counters(text: str) -> dict[str, float]:
         if name is not None and not line.startswith("#"):
             found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
     return found
+
+
+def simulated(url: str) -> float | None:
+    """The tokens per forward that the server makes up, None where its model decides."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+        return parse_simulated(response.read().decode())
+
+
+def parse_simulated(text: str) -> float | None:
+    """The same from the text of /metrics."""
+    lines = [line for line in text.splitlines() if line.startswith(SIMULATED)]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else None
 
 
 def d2f_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:

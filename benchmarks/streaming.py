@@ -23,9 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parity import command_line, load_prompts, shut_down, start_engine
+from benchmarks.parity import load_prompts, shut_down, start_engine
+from benchmarks.workload import UsageError, environment, resolve_model
 
 COLUMNS = ("first_token_ms", "gap_ms", "gap_p95_ms", "pieces", "tokens_per_piece")
+UNITS = {
+    "first_token_ms": "milliseconds from handing in the request to its first tokens, median",
+    "gap_ms": "milliseconds between pieces of an answer, median; gap_p95_ms: 95th percentile",
+    "pieces": "outputs per answer",
+    "tokens_per_piece": "tokens of an output, on average",
+}
 
 
 @dataclass
@@ -126,12 +133,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vllm import SamplingParams
 
     from vllm_d2f import register
-    from vllm_d2f.names import resolve
     from vllm_d2f.settings import settings_from_dict
 
     register()
-    model = resolve(args.model)
+    try:
+        model = resolve_model("--model", args.model)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     config = AutoConfig.from_pretrained(model)
+    if not hasattr(config, "d2f"):
+        print(f"error: --model {args.model} has no d2f section in its config", file=sys.stderr)
+        return 2
     settings = settings_from_dict(config.d2f)
     max_model_len = min(config.max_position_embeddings, 1024)
     prompts = load_prompts(model, args.prompts, None, 0)
@@ -160,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shut_down(llm)
     if args.json:
         report = {
-            "command": command_line("streaming", argv),
+            **environment(0, sys.argv[1:] if argv is None else argv, "benchmarks.streaming"),
+            "units": UNITS,
             "model": Path(args.model).name,
             "block_size": settings.params.block_size,
             "prompts": len(prompts),

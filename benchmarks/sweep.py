@@ -29,6 +29,7 @@ from benchmarks.workload import (
     UsageError,
     environment,
     load_items,
+    refuse_simulated,
     resolve_model,
     write_result,
 )
@@ -230,7 +231,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     register()
     model = resolve_model("--model", args.model)
     items = load_items(args.problems, args.data, args.seed)
-    section = getattr(AutoConfig.from_pretrained(model), "d2f", None)
+    config = AutoConfig.from_pretrained(model)
+    refuse_simulated(f"--model {args.model}", config, "a speed/score frontier")
+    section = getattr(config, "d2f", None)
     if section is None:
         raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
     base = settings_from_dict(section).params
@@ -264,6 +267,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 def _engine(args: argparse.Namespace, model: str, window: int) -> Any:
     from benchmarks.engine import Engine
+    from benchmarks.workers import most_modes
 
     options = {
         "max_model_len": args.max_model_len,
@@ -271,7 +275,7 @@ def _engine(args: argparse.Namespace, model: str, window: int) -> Any:
     }
     return Engine(
         model,
-        mode="eager",
+        mode=most_modes()[0],
         max_batch=args.batch_size,
         max_tokens=args.max_tokens,
         options=options,

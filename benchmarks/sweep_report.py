@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import new_figure, save
+
 NAMES = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")
 COLUMNS = (
     "tokens/forward",
@@ -220,13 +222,8 @@ def _grid(report: dict[str, Any], title: str, found: tuple[str, Table]) -> list[
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Score over speed, by forwards and by the clock, the frontier drawn through."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = report["rows"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    figure, axes = new_figure(height=4.4, columns=2)
     labels = (
         ("tokens_per_forward", "pareto_forward", "useful tokens per forward"),
         ("tokens_per_s", "pareto_speed", f"useful tokens/s, batch size {report['batch_size']}"),
@@ -251,9 +248,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("answers right to the letter, %")
-    axes[0].legend(loc="lower left", fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+    )
     figure.colorbar(shades, ax=axes, label="tau_conf (size of a dot: block size)")
     flat = ", frontier flat" if report["flat"] else ""
     figure.suptitle(f"{report['model']}: {report['problems']} problems{flat}", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)

@@ -15,7 +15,6 @@ prompts as fit `--vanilla-forwards`, others in the next run.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.throughput_report import build, markdown
-from benchmarks.workers import Worker, WorkerError, close_all, prepare_process
+from benchmarks.workers import (
+    Worker,
+    WorkerError,
+    close_all,
+    device_share,
+    most_modes,
+    on_gpu,
+    prepare_process,
+)
 from benchmarks.workload import (
     Item,
     UsageError,
     environment,
     load_items,
+    parse_options,
     resolve_model,
     write_result,
 )
@@ -128,26 +136,29 @@ def _run(
 
 
 def start(
-    args: argparse.Namespace, models: dict[str, str]
+    args: argparse.Namespace, models: dict[str, str], options: dict[str, Any]
 ) -> tuple[dict[tuple[str, str], Worker], Worker | None]:
-    """All decoders, loaded. Compiling ones load one after the other, they use every core."""
-    options = json.loads(args.engine_args)
+    """All decoders, loaded. One after the other where they compile, for that takes every core, and
+    on a GPU, whose free memory each of them measures."""
     engines: dict[tuple[str, str], Worker] = {}
+    kinds = [kind for kind in ("d2f", "ar") if kind in models]
     vanilla = Worker("vanilla", model=models["vanilla"]) if "vanilla" in models else None
+    options = device_share(len(args.modes) * len(kinds) + bool(vanilla), options)
     try:
+        if vanilla and on_gpu():
+            vanilla.wait()
         for mode in args.modes:
-            for kind in ("d2f", "ar"):
-                if kind in models:
-                    engines[kind, mode] = Worker(
-                        "engine",
-                        model=models[kind],
-                        mode=mode,
-                        max_batch=max(args.batch_sizes),
-                        max_tokens=args.max_tokens,
-                        options=options,
-                    )
-                    if mode == "compiled":
-                        engines[kind, mode].wait()
+            for kind in kinds:
+                engines[kind, mode] = Worker(
+                    "engine",
+                    model=models[kind],
+                    mode=mode,
+                    max_batch=max(args.batch_sizes),
+                    max_tokens=args.max_tokens,
+                    options=options,
+                )
+                if mode == "compiled" or on_gpu():
+                    engines[kind, mode].wait()
         for worker in [*engines.values(), *([vanilla] if vanilla else [])]:
             worker.wait()
     except BaseException:
@@ -171,7 +182,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
     add("--max-tokens", type=int, default=64)
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
-    add("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    add(
+        "--modes",
+        nargs="+",
+        choices=("eager", "compiled"),
+        help="of vLLM (default: both, on a GPU compiled, as each is an engine of its own)",
+    )
     add("--vanilla", nargs="+", default=["512:1", "512:4", "64:1", "64:4"], metavar="LEN:PER_STEP")
     add("--vanilla-forwards", type=int, default=512, help="forwards of the teacher per run")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
@@ -206,17 +222,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             vanilla=tuple(Setting.parse(text) for text in args.vanilla),
             vanilla_forwards=args.vanilla_forwards,
         )
+        options = parse_options("--engine-args", args.engine_args)
         models = {kind: resolve_model(*given) for kind, given in named.items() if given[1]}
         if "d2f" not in models:
             raise UsageError("no model to measure: pass --d2f an embedded name or a folder")
     except (UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    args.modes = args.modes or most_modes()
     about = environment(
         args.seed, argv if argv is not None else sys.argv[1:], "benchmarks.throughput"
     )
     try:
-        engines, vanilla = start(args, models)
+        engines, vanilla = start(args, models, options)
+        made_up = next((w.simulated for w in engines.values() if w.simulated is not None), None)
         try:
             runs = measure(plan, engines, vanilla)
         finally:
@@ -226,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     has_text = all(item.answer is not None for item in plan.items)
     names = {kind: Path(name).name for kind, (_, name) in named.items() if name}
-    report = build(runs, about, names, args.max_tokens, has_text)
+    report = build(runs, about, names, args.max_tokens, has_text, made_up)
     write_result(report, markdown(report), args.json)
     if args.json:
         from benchmarks.plots import throughput

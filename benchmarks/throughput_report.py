@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.points import UNITS, paired, paired_per_answer, point
+from benchmarks.workload import SIMULATED
 
 if TYPE_CHECKING:
     from benchmarks.throughput import Key, Runs
@@ -27,8 +28,12 @@ def build(
     names: Mapping[str, str],
     max_tokens: int,
     has_text: bool,
+    simulated: float | None = None,
 ) -> dict[str, Any]:
-    """The report. What a reader looks for first stands at its top."""
+    """The report. What a reader looks for first stands at its top.
+
+    `simulated`: tokens per forward that were made up, None where the models decided.
+    """
     points = [
         {"kind": key.kind, "mode": key.mode, "batch_size": key.batch_size, **point(done, has_text)}
         for key, done in runs.items()
@@ -51,6 +56,7 @@ def build(
         **{f"exact_{kind}": p["exact"] for kind, p in largest.items()},
         "score_problems": {kind: p["problems"] for kind, p in largest.items()},
         "score_vanilla": {p["mode"]: p["score"] for p in vanilla},
+        "simulated_tokens_per_forward": simulated,
         "models": {kind: f"{name} ({NOTE[kind]})" for kind, name in names.items()},
         "max_tokens": max_tokens,
         **about,
@@ -115,6 +121,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# Throughput",
         "",
+        *simulation_note(report),
         f"`{report['command']}`",
         "",
         f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread(s) each.",
@@ -162,6 +169,12 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{p['problems']} | {exact} |"
         )
     return "\n".join(lines)
+
+
+def simulation_note(report: Mapping[str, Any]) -> list[str]:
+    """Lines that say that acceptance was simulated, none where it was not."""
+    made_up = report.get("simulated_tokens_per_forward")
+    return [] if made_up is None else [SIMULATED.format(made_up), ""]
 
 
 def _range(values: Mapping[str, float], unit: str = "") -> str:

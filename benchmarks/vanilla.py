@@ -90,6 +90,8 @@ def decode_canvas(
 class Vanilla:
     """The teacher in plain transformers, asked one question at a time."""
 
+    simulated = None
+
     def __init__(self, model: str) -> None:
         from transformers import AutoTokenizer
 

@@ -48,6 +48,8 @@ class Worker:
         self._process.start()
         child.close()
         self._ready = False
+        self.simulated: float | None = None
+        """Tokens per forward of a simulated acceptance, known once it is loaded."""
 
     def wait(self) -> None:
         """Return when the decoder is loaded.
@@ -58,7 +60,7 @@ class Worker:
         if not self._ready:
             if not self._pipe.poll(START_S):
                 raise WorkerError(f"not loaded after {START_S:.0f} s")
-            self._receive()
+            self.simulated = self._receive()
             self._ready = True
 
     def measure(self, *arguments: Any) -> "list[Batch]":
@@ -93,6 +95,25 @@ class Worker:
         return value
 
 
+def most_modes() -> list[str]:
+    """Modes of vLLM worth a decoder each: both on a CPU, on a GPU only vLLM's default."""
+    return ["compiled"] if on_gpu() else ["eager", "compiled"]
+
+
+def device_share(decoders: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments with which so many decoders fit on one GPU; the user's own come first."""
+    if not on_gpu() or {"gpu_memory_utilization", "kv_cache_memory_bytes"} & options.keys():
+        return options
+    return {"gpu_memory_utilization": round(0.9 / decoders, 3), **options}
+
+
+def on_gpu() -> bool:
+    """Whether vLLM will run on a GPU, asked without starting CUDA in this process."""
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
 def close_all(workers: Sequence[Worker]) -> None:
     for worker in workers:
         worker.close()
@@ -102,7 +123,7 @@ def _serve(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
     """The worker's process: load, then answer until the parent closes the pipe or is gone."""
     try:
         decoder = _load(kind, arguments)
-        pipe.send((True, None))
+        pipe.send((True, decoder.simulated))
         while True:
             try:
                 method, parameters = pipe.recv()

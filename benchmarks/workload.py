@@ -90,6 +90,25 @@ def load_items(count: int, data: str | None, seed: int) -> list[Item]:
     return items
 
 
+def parse_options(option: str, text: str) -> dict[str, Any]:
+    """Engine arguments from a JSON object.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        options = json.loads(text)
+        if isinstance(options, dict):
+            return options
+        problem = f"a JSON object is needed, this is {type(options).__name__}"
+    except ValueError as error:
+        problem = str(error)
+    raise UsageError(
+        f"{option} {text}: {problem}; pass an object such as "
+        """'{"gpu_memory_utilization": 0.4}'"""
+    )
+
+
 def resolve_model(option: str, name: str) -> str:
     """The folder or Hub id of a model; a folder that is not there is an error.
 
@@ -109,6 +128,30 @@ def resolve_model(option: str, name: str) -> str:
     if looks_local and not (Path(path) / "config.json").is_file():
         raise UsageError(f"{option} {name}: no config.json there; {hint}, or a Hub id (owner/name)")
     return path
+
+
+SIMULATED = (
+    "**SIMULATED ACCEPTANCE**: {} tokens per forward whatever the model says. Speeds can be read; "
+    "the text and every score mean nothing."
+)
+
+
+def simulated(hf_config: Any) -> float | None:
+    """The tokens per forward that a D2F model's config makes up, None for a real acceptance."""
+    return (getattr(hf_config, "d2f", None) or {}).get("simulate_tokens_per_forward")
+
+
+def refuse_simulated(option: str, hf_config: Any, measures: str) -> None:
+    """For benchmarks whose result is a score.
+
+    Raises:
+        UsageError: acceptance is simulated, so there is none.
+    """
+    if simulated(hf_config) is not None:
+        raise UsageError(
+            f"{option}: its config simulates acceptance (d2f.simulate_tokens_per_forward), and "
+            f"{measures} of made-up text means nothing; pass a checkpoint without that setting"
+        )
 
 
 def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str, Any]:

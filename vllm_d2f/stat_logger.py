@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from vllm_d2f.metrics import StepCounts
-from vllm_d2f.settings import is_d2f
+from vllm_d2f.settings import is_d2f, served_settings
 
 LABELS = ("model_name", "engine")
 
@@ -37,6 +37,10 @@ COUNTERS = {
 """Field of `StepCounts` -> name and documentation; Prometheus appends `_total`."""
 
 OPEN_BLOCKS = ("vllm:d2f_open_blocks", "Blocks open now, of all requests.")
+SIMULATED = (
+    "vllm:d2f_simulated_tokens_per_forward",
+    "Acceptance is simulated (else this is not there): text and scores mean nothing.",
+)
 TOKENS_PER_FORWARD = (
     "vllm:d2f_tokens_per_forward",
     "Tokens of a finished request, divided by its forwards.",
@@ -65,6 +69,11 @@ class D2FStatLogger(AggregateStatLoggerBase):
         self.tokens_per_forward = per_engine(
             Histogram(*TOKENS_PER_FORWARD, LABELS, buckets=BUCKETS)
         )
+        simulated = served_settings(self.model_config).simulate_tokens_per_forward
+        if simulated is not None:
+            gauge = Gauge(*SIMULATED, LABELS, multiprocess_mode="mostrecent")
+            for metric in per_engine(gauge).values():
+                metric.set(simulated)
         self.counters = {
             field: per_engine(Counter(name, text, LABELS))
             for field, (name, text) in COUNTERS.items()

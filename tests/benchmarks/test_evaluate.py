@@ -201,6 +201,18 @@ def test_pass_at_1(monkeypatch):
     assert sandbox.pass_at_1(["assert f() == 1"] * 2, programs) == 0.5
 
 
+def test_prompts_that_were_cut_are_counted():
+    args = evaluate.parse(["--max-model-len", "96"])  # 64 of them for the answer
+    short, long = ({"arguments": ((text, {}),)} for text in ("1 + 1 =", "Leo has 7 pens. " * 30))
+    assert evaluate.cut_prompts(args, [short, long], chat=False) == 1
+    report = {
+        **dict(score={"exact": 1.0}, shots=0, seconds=1.0, model="m", task="t", command="c"),
+        **dict(problems=2, of=2, max_tokens=64, through="vllm", preset=None, prompts_cut=1),
+    }
+    assert "1 of 2 prompts lost their beginning" in evaluate.markdown(report)
+    assert "lost their beginning" not in evaluate.markdown(report | {"prompts_cut": 0})
+
+
 # The whole way
 
 
@@ -222,6 +234,7 @@ def test_quick(tmp_path):
     assert (report["problems"], report["of"], report["through"]) == (8, 500, "vllm")
     assert {"units", "versions", "hardware", "seconds", "d2f"} <= report.keys()
     assert report["samples"][0]["answer"] == report["samples"][0]["want"]
+    assert report["prompts_cut"] == 0
 
 
 @pytest.mark.slow

@@ -80,6 +80,40 @@ def test_crossing():
     assert crossing(Cost(10.0, 0.0), wide, Cost(10.0, 0.0), trace) is None
 
 
+def checked(speeds):
+    """A decoder's report by its measured speeds, predicted exactly."""
+    return {
+        "cost": Cost(10.0, 0.0).as_dict(),
+        "trace": Trace(1, 1, 10, 10).as_dict(),
+        "checks": [
+            {
+                "batch_size": size,
+                "predicted": speed,
+                "measured": speed,
+                "measured_runs": [speed, 2 * speed],
+                "error": 0.0,
+            }
+            for size, speed in speeds.items()
+        ],
+    }
+
+
+@pytest.mark.parametrize(("last", "where"), [(70.0, 64), (110.0, None)])
+def test_the_crossing_is_checked_against_measured_batches(last, where):
+    d2f, ar = {1: 30.0, 8: 80.0, 64: last}, {1: 10.0, 8: 40.0, 64: 100.0}
+    about = {"clock": "wall", "command": "c", "hardware": {"cpu": "x", "threads": 1}}
+    report = latency_model.build({"d2f": checked(d2f), "ar": checked(ar)}, about)
+    first = report["checked_ratio"][0]
+    assert first["measured"] == {"median": 3.0, "min": 3.0, "max": 3.0}
+    assert report["checked_crossing"] == {
+        "predicted": where,
+        "measured": where,
+        "largest_batch": 64,
+    }
+    text = latency_model.markdown(report)
+    assert (f"measured at {where}" if where else "measured nowhere up to 64") in text
+
+
 def test_by_hand(tmp_path, capsys):
     given, out = tmp_path / "costs.json", tmp_path / "model.json"
     given.write_text(json.dumps(HAND))
@@ -117,10 +151,16 @@ def test_quick(tmp_path):
     for kind in ("d2f", "ar"):
         decoder = report["decoders"][kind]
         assert decoder["score"] >= 0.75
-        assert 0.1 < decoder["cost"]["a_ms"] < 1000
+        cost = decoder["cost"]
+        assert min(cost[k] for k in cost if k != "points") >= 0 and sum(map(bool, cost.values()))
         assert {c["batch_size"] for c in decoder["checks"]} == {1, 4}
-        assert all(abs(c["error"]) < 1 for c in decoder["checks"])
+        for c in decoder["checks"]:
+            assert c["error"] == pytest.approx(c["predicted"] / c["measured"] - 1, abs=0.01)
+            assert len(c["measured_runs"]) == 1
         assert all(s["ms"] > 0 and s["tokens"] >= s["requests"] for s in decoder["steps"])
     assert report["decoders"]["ar"]["trace"]["tokens_per_forward"] == 1
     assert report["decoders"]["d2f"]["trace"]["tokens_per_forward"] > 2
+    assert [row["batch_size"] for row in report["checked_ratio"]] == [1, 4]
+    assert report["checked_crossing"].keys() == {"predicted", "measured", "largest_batch"}
+    assert report["simulated_tokens_per_forward"] is None
     assert str(tmp_path) not in out.read_text()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--quick` of the two benchmarks that hold the engine to the reference and to its time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import overhead, parity, streaming
+
+ROOT = Path(__file__).resolve().parents[2]
+ABOUT = {"command", "seed", "versions", "hardware"}
+
+
+def run(module, path, *arguments):
+    """The benchmark's JSON and exit status."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--json", str(path)]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert path.exists(), done.stderr[-3000:]
+    assert str(path.parent) not in path.read_text()
+    return json.loads(path.read_text()), done.returncode
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "hint"),
+    [
+        (parity.main, ["--model", "/no/such/folder"], "--model"),
+        (parity.main, ["--model", "ar-tiny"], "no D2F model"),
+        (parity.main, ["--data", "/no/such/file"], "--data"),
+        (overhead.main, ["--model", "/no/such/folder"], "--model"),
+        (streaming.main, ["--model", "/no/such/folder"], "--model"),
+        (streaming.main, ["--model", "ar-tiny"], "d2f section"),
+    ],
+)
+def test_what_is_missing_is_said(main, arguments, hint, capsys):
+    assert main([*arguments, "--quick"]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_too_many_steps_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        overhead.parse(["--steps", "27"])
+    assert "1 to 26" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_parity_quick(tmp_path):
+    report, status = run("parity", tmp_path / "parity.json")
+    assert ABOUT | {"model", "ways", "tokens_per_forward", "machine"} <= report.keys()
+    assert report["ways"].keys() == set(parity.WAYS) and report["prompts"] == 6
+    assert all(way["equal"] + way["ties"] == way["of"] == 6 for way in report["ways"].values())
+    assert report["tokens_per_forward"] > 1
+    assert status == 0
+
+
+@pytest.mark.slow
+def test_overhead_quick(tmp_path):
+    # The exit status tells whether the limits are kept, which a busy machine decides too.
+    report, _ = run("overhead", tmp_path / "overhead.json")
+    assert ABOUT | {"rows", "units", "threads", "window"} <= report.keys()
+    assert [row["requests"] for row in report["rows"]] == [1, 8]
+    for row in report["rows"]:
+        assert row["steps"] == 6 and row["added_cpu_ms"] >= 0
+        assert {"sampler", "model state", "scheduler", "model"} <= row["cpu_ms"].keys()
+        assert row["cpu_ms"]["model"] > 0
