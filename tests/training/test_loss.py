@@ -258,7 +258,9 @@ def test_diffusion_loss_compares_masked_positions_with_the_data(pattern):
     logits = model(ids, data.position_BT, seen, mask)
     nll = torch.nn.functional.cross_entropy(logits, data.ids_BT[mask], reduction="none")
     weights = torch.where(data.tail_BT[mask], 0.5, 1.0)
-    assert loss.total.item() == pytest.approx(float((nll * weights).sum() / weights.sum()), 1e-5)
+    assert loss.total.item() == pytest.approx(
+        ((nll * weights).sum() / weights.sum()).item(), rel=1e-5
+    )
 
 
 def test_decoding_ratios_are_high_and_tails_may_differ():
