@@ -56,12 +56,19 @@ def save(accelerator: Accelerator, directory: Path, progress: dict[str, Any]) ->
     if accelerator.is_main_process:
         (part / "progress.json").write_text(json.dumps(progress))
         _sync(part)
-        shutil.rmtree(old, ignore_errors=True)
         if last.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(last, old)
         os.rename(part, last)
         shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file in one piece: whoever is killed leaves the old one or the new one."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, file)
 
 
 def find(directory: Path) -> Path | None:

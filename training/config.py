@@ -14,8 +14,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 SCHEDULES = ("monotone", "paper", "chain_uniform", "sorted_uniform", "random")
+
+
+# Fields that only some choices read.
+OF_RECORDS = (
+    "split", "limit", "prompt", "response", "messages", "chat_template", "answer_end", "too_long",
+    "validation",
+)  # fmt: skip
+OF_D2F = (
+    "schedule", "full_tail", "prompt_attention", "teacher_input", "kl", "temperature", "data_weight"
+)  # fmt: skip
+OF_DIFFUSION = ("pattern", "low")
+
+
+def is_file(source: str) -> bool:
+    return source.endswith((".json", ".jsonl"))
+
+
+def _refuse(section: BaseModel, names: Sequence[str], given: str) -> None:
+    """No setting is ignored in silence: those of `names` must stay as they are by default."""
+    defaults = type(section).model_fields
+    changed = [n for n in names if getattr(section, n) != defaults[n].default]
+    if changed:
+        raise ValueError(f"{', '.join(changed)}: without effect with {given}; leave it out")
 
 
 class Section(BaseModel):
@@ -32,8 +56,20 @@ class Sizes(Section):
     num_attention_heads: Positive = 4
     num_key_value_heads: Positive = 2
     max_position_embeddings: Positive = 512
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "Sizes":
+        for of, by in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, of) % getattr(self, by):
+                raise ValueError(
+                    f"{of} {getattr(self, of)} is no multiple of {by} {getattr(self, by)}"
+                )
+        return self
 
 
 class ModelSection(Section):
@@ -62,7 +98,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _somewhere(self) -> "ModelSection":
         if self.base is None and self.sizes is None:
-            raise ValueError("give base (a folder or Hub id) or sizes (of a new model)")
+            raise ValueError("base: give base (a folder or Hub id), or sizes (of a new model)")
         return self
 
 
@@ -77,6 +113,8 @@ class DataSection(Section):
         messages: field of a chat record, used instead of the two when given; the last message of
             the assistant is the response.
         chat_template: put prompts through the tokenizer's chat template.
+        answer_end: the token that ends an answer, if it is not the end token that fills the rest of
+            the canvas: `<|eot_id|>` for LLaDA-Instruct.
         max_length: positions of prompt, answer and end tokens together.
         too_long: cut the answer off, or leave the record out. A prompt that leaves no room for an
             answer is left out always. Both are counted and reported.
@@ -88,8 +126,8 @@ class DataSection(Section):
         long_canvas: the share of batches whose canvas reaches to a length drawn log-uniformly
             between the block's end and `max_length`.
         step_counts: steps of arithmetic problems.
-        validation: of which `source` the problems come that are decoded during training: a JSONL
-            file, a Hugging Face split's name, or None for arithmetic.
+        validation: where the problems come from that are decoded: a JSONL file, or a split of the
+            Hugging Face dataset `source`. Arithmetic has its own.
     """
 
     source: str = "arithmetic"
@@ -99,14 +137,38 @@ class DataSection(Section):
     response: str = "response"
     messages: str | None = None
     chat_template: bool = False
+    answer_end: Annotated[str, Field(min_length=1)] | None = None
     max_length: Positive = 512
     too_long: Literal["truncate", "drop"] = "drop"
     packing: bool = False
     canvas: Literal["block", "max_length"] = "block"
-    extra_blocks: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+    extra_blocks: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (1.0,)
     long_canvas: Share = 0.0
-    step_counts: tuple[Annotated[int, Field(ge=1, le=12)], ...] = (2, 3, 4, 5, 6)
+    step_counts: Annotated[tuple[Annotated[int, Field(ge=1, le=12)], ...], Field(min_length=1)] = (
+        2,
+        3,
+        4,
+        5,
+        6,
+    )
     validation: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_source(self) -> "DataSection":
+        if not sum(self.extra_blocks):
+            raise ValueError("extra_blocks: one of the weights must be greater than 0")
+        generated = self.source == "arithmetic"
+        _refuse(self, OF_RECORDS if generated else ("step_counts",), f"source: {self.source}")
+        if is_file(self.source) and self.validation and not is_file(self.validation):
+            raise ValueError(
+                f"validation: {self.validation!r} must be a JSONL file, as source is one"
+            )
+        return self
+
+    @property
+    def held_out(self) -> bool:
+        """Whether there are problems that are not trained on."""
+        return self.source == "arithmetic" or self.validation is not None
 
 
 class LossSection(Section):
@@ -168,10 +230,10 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     final_lr: Share = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    muon_factor: float = 2.0
+    muon_factor: Annotated[float, Field(gt=0)] = 2.0
     clip: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -207,6 +269,18 @@ class StageSection(Section):
     evaluate: Annotated[int, Field(ge=0)] = 100
     export: str | None = None
     merge: bool = True
+
+    @model_validator(mode="after")
+    def _fits_its_objective(self) -> "StageSection":
+        unread = {
+            "next_token": (*OF_D2F, *OF_DIFFUSION),
+            "diffusion": OF_D2F,
+            "d2f": OF_DIFFUSION,
+        }[self.objective]
+        _refuse(self.loss, unread, f"objective: {self.objective}")
+        if not self.merge and self.lora is None:
+            raise ValueError("merge: without effect without lora; leave it out")
+        return self
 
 
 class DecodingSection(Section):
@@ -260,9 +334,25 @@ class Config(Section):
                     f"data.max_length {length} is more than the model's "
                     f"max_position_embeddings {self.model.sizes.max_position_embeddings}"
                 )
+            data = stage.data or self.data
+            wants = "evaluate" in stage.model_fields_set and stage.evaluate
+            if wants and not data.held_out:
+                raise ValueError(
+                    f"stages.{name}.evaluate: needs data.validation (problems not trained on)"
+                )
+            if stage.loss.prompt_attention == "block_causal":
+                trained, served = stage.loss.block_size, self.decoding.block_size
+                if trained != served:
+                    raise ValueError(
+                        f"stages.{name}.loss.prompt_attention: block_causal prompts are served in "
+                        f"blocks of decoding.block_size {served}; make loss.block_size {trained} "
+                        "the same"
+                    )
             if stage.lora is not None and stage.optimizer.name == "muon":
                 raise ValueError(f"stages.{name}.optimizer.name: use adamw with lora")
             seen.add(name)
+        if self.final.problems and not self.data.held_out:
+            raise ValueError("final.problems: needs data.validation (problems not trained on)")
         return self
 
 
@@ -286,7 +376,7 @@ def load_config(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config; see training/configs")
-    values = yaml.safe_load(path.read_text())
+    values = _yaml(path.read_text(), str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping")
     variants = values.pop("variants", {})
@@ -306,10 +396,14 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> Config:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            field = ".".join(map(str, problem["loc"])) or "config"
+            field = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "value_error":  # ours, which begin with the field
+                own = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{field}.{own}" if field else own)
+                continue
             got = problem.get("input")
-            shown = "" if isinstance(got, (dict, Config)) else f" (got {got!r:.60})"
-            lines.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+            shown = "" if isinstance(got, dict) else f" (got {got!r:.60})"
+            lines.append(f"{field or 'config'}: {problem['msg']}{shown}")
         raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -318,11 +412,18 @@ def parse_override(text: str) -> dict[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         raise ConfigError(f"{text!r}: write overrides as section.field=value")
-    # YAML reads 1e-4 as text.
-    parsed = yaml.safe_load(value)
+    # YAML reads 1e-4 as text, which becomes a number where one is wanted.
+    parsed = _yaml(value, repr(text))
     for part in reversed(name.split(".")):
         parsed = {part: parsed}
     return parsed
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML ({error})") from None
 
 
 def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

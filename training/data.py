@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,20 +19,23 @@ import torch
 from torch import Tensor
 
 from training.arithmetic import make, problems
-from training.config import DataSection
+from training.config import DataSection, is_file
 
 
 @dataclass(frozen=True)
 class Example:
     """Token ids of a prompt and of its answer without the end token; the answer's text.
 
-    `ended` is False where the answer was cut off, so that no end token must be learnt there.
+    Attributes:
+        ended: False where the answer was cut off, so that no end token must be learnt there.
+        end: the token that ends the answer, where it is another than fills the rest.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     text: str
     ended: bool = True
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,25 @@ class Records:
 
     all: list[Example]
     counts: dict[str, int] = field(default_factory=dict)
+    _last: tuple[str, list[int]] = ("", [])
 
     def examples(self, index: int, size: int, seed: int) -> list[Example]:
         chosen: list[Example] = []
         at = index * size
         while len(chosen) < size:
             epoch, offset = divmod(at + len(chosen), len(self.all))
-            order = list(range(len(self.all)))
-            random.Random(f"{seed}:{epoch}").shuffle(order)
             need = size - len(chosen)
+            order = self.order(f"{seed}:{epoch}")
             chosen += [self.all[i] for i in order[offset : offset + need]]
         return chosen
+
+    def order(self, epoch: str) -> list[int]:
+        """The records in the order of an epoch; the last one is remembered."""
+        if self._last[0] != epoch:
+            order = list(range(len(self.all)))
+            random.Random(epoch).shuffle(order)
+            self._last = epoch, order
+        return self._last[1]
 
     def report(self) -> dict[str, int]:
         return self.counts
@@ -152,56 +163,98 @@ def validation(
         return encode_problems(problems("validation", count, seed, data.step_counts), tokenizer)
     if data.validation is None:
         return []
-    file = data.validation.endswith((".json", ".jsonl"))
-    name, split = (data.validation, data.split) if file else (data.source, data.validation)
-    return read_records(data, name, split, tokenizer, block_size).all[:count]
+    name, split = (data.validation, data.split)
+    if not is_file(name):
+        name, split = data.source, data.validation
+    read = read_records(data, name, split, tokenizer, block_size, "data.validation")
+    return read.all[:count]
 
 
 def check_source(data: DataSection) -> None:
-    """Find out early that a file is missing.
+    """Read the files once, before a tokenizer or a model is there to use them.
 
     Raises:
-        FileNotFoundError: naming the field.
+        FileNotFoundError: a file is missing; the field is named.
+        ValueError: a file is empty, no JSONL, or a record lacks a field (which is named).
     """
-    for name, value in (("source", data.source), ("validation", data.validation)):
-        if value and value.endswith((".json", ".jsonl")) and not Path(value).is_file():
+    for name in ("source", "validation"):
+        value = getattr(data, name)
+        if value is None or not is_file(value):
+            continue
+        if not Path(value).is_file():
             raise FileNotFoundError(f"data.{name}: {value} does not exist")
+        if not sum(1 for _ in _wanted(data, value, data.split)):
+            raise ValueError(f"data.{name}: {value} has no usable record; it is empty")
+
+
+def _wanted(data: DataSection, name: str, split: str) -> Iterator[tuple[Any, str]]:
+    """Prompts and answers of the records up to `data.limit`."""
+    for number, record in enumerate(_records(name, split), 1):
+        if data.limit is not None and number > data.limit:
+            return
+        yield _texts(record, data, f"{name}, record {number}")
 
 
 def read_records(
-    data: DataSection, name: str, split: str, tokenizer: Any, block_size: int
+    data: DataSection,
+    name: str,
+    split: str,
+    tokenizer: Any,
+    block_size: int,
+    option: str = "data.source",
 ) -> Records:
     """Records of a JSONL file or a Hugging Face dataset as examples.
+
+    Args:
+        option: which one named it, for messages.
 
     Raises:
         ValueError: no record is left, or one lacks a field (which is named).
     """
+    check_tokenizer(data, tokenizer)
     counts = {"records": 0, "truncated": 0, "dropped": 0}
     kept: list[Example] = []
-    for number, record in enumerate(_records(name, split), 1):
-        if data.limit is not None and number > data.limit:
-            break
+    for prompt, answer in _wanted(data, name, split):
         counts["records"] += 1
-        prompt, answer = _texts(record, data, f"{name}, record {number}")
         example = _encode(prompt, answer, data, tokenizer)
+        if not example.prompt:
+            raise ValueError(f"{name}, record {counts['records']}: the prompt has no tokens")
         room = data.max_length - len(example.prompt)
         if len(example.answer) + 1 > room:
             if data.too_long == "drop" or room < block_size:
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += 1
-            example = Example(example.prompt, example.answer[:room], example.text, ended=False)
+            example = replace(example, answer=example.answer[:room], ended=False)
         kept.append(example)
     if not kept:
         raise ValueError(
-            f"data.source: {name} has no usable record ({counts['records']} read, "
+            f"{option}: {name} has no usable record ({counts['records']} read, "
             f"{counts['dropped']} longer than data.max_length {data.max_length})"
         )
     return Records(kept, counts)
 
 
+def check_tokenizer(data: DataSection, tokenizer: Any) -> None:
+    """The tokenizer has what `data` asks of it.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if (data.chat_template or data.messages) and not tokenizer.chat_template:
+        option = "chat_template" if data.chat_template else "messages"
+        raise ValueError(f"data.{option}: the tokenizer has no chat template")
+    if data.answer_end is not None and end_of(data, tokenizer) is None:
+        raise ValueError(f"data.answer_end: {data.answer_end!r} is no token of the tokenizer")
+
+
+def end_of(data: DataSection, tokenizer: Any) -> int | None:
+    """Id of `data.answer_end`."""
+    return None if data.answer_end is None else tokenizer.get_vocab().get(data.answer_end)
+
+
 def _records(name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    if name.endswith((".json", ".jsonl")):
+    if is_file(name):
         with Path(name).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -224,9 +277,18 @@ def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[An
     """Prompt (text or messages) and answer of a record."""
     if data.messages is not None:
         messages = record.get(data.messages)
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"{where}: field {data.messages!r} (data.messages) must be a list")
-        if messages[-1].get("role") != "assistant":
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise ValueError(
+                f"{where}: field {data.messages!r} (data.messages) must be a list of messages; "
+                f"it has {sorted(record)}"
+            )
+        for message in messages:
+            said = isinstance(message, dict) and isinstance(message.get("role"), str)
+            if not said or not isinstance(message.get("content"), str):
+                raise ValueError(
+                    f"{where}: field {data.messages!r}: a message needs role and content, both text"
+                )
+        if messages[-1]["role"] != "assistant":
             raise ValueError(f"{where}: the last message must be the assistant's")
         return messages[:-1], messages[-1]["content"]
     for option in ("prompt", "response"):
@@ -248,7 +310,7 @@ def _encode(prompt: Any, answer: str, data: DataSection, tokenizer: Any) -> Exam
     else:
         ids = tokenizer(prompt).input_ids
     answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return Example(tuple(ids), tuple(answer_ids), answer)
+    return Example(tuple(ids), tuple(answer_ids), answer, end=end_of(data, tokenizer))
 
 
 def training_batch(
@@ -317,10 +379,12 @@ def _lay_out(
         for i in row:
             example, place = examples[i], slice(at, at + lengths[i])
             tokens = [*example.prompt, *example.answer]
+            if example.ended and example.end is not None:
+                tokens.append(example.end)
             ids_BT[r, at : at + len(tokens)] = torch.tensor(tokens)
             position_BT[r, place] = torch.arange(lengths[i])
             document_BT[r, place] = i
             prompt_BT[r, place] = len(example.prompt)
-            end_BT[r, place] = len(tokens)
+            end_BT[r, place] = len(example.prompt) + len(example.answer)
             at += lengths[i]
     return Batch(ids_BT, position_BT, document_BT, prompt_BT, end_BT, len(examples))

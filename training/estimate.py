@@ -56,7 +56,7 @@ def estimate(config: Config, stage: StageSection) -> Estimate:
         parameters = sum(p.numel() for p in model.parameters())
         targets: tuple[str, ...] = ()
         if stage.lora is not None:
-            loaded = Loaded(model, None, hub_config, section.family)
+            loaded = Loaded(None, hub_config, section.family, model=model)
             model = add_lora(loaded, stage.lora, 0)
             names = [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
             targets = tuple(sorted({n.rsplit(".", 1)[-1] for n in names}))

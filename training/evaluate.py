@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode held-out problems: autoregressive, vanilla diffusion, and D2F's reference loop.
 
-Exact match asks for the whole answer and its end token; final match for the last number.
+Exact match asks for the whole answer and its end token; final match for the last number. `ends` are
+the tokens that end an answer, first the one that fills what is behind it. Models are called with
+tensors on the CPU.
 
 Shapes: B problems, T tokens, A canvas positions, V vocabulary.
 """
@@ -46,12 +48,12 @@ def score(
     outputs: Sequence[Sequence[int]],
     forwards: Sequence[int],
     tokenizer,
-    end: int,
+    ends: Sequence[int],
 ) -> Score:
-    """Compare outputs (token ids up to the end token, it included where there is one)."""
+    """Compare outputs (token ids up to an end token, it included where there is one)."""
     exact = final = 0
     for example, ids in zip(examples, outputs, strict=True):
-        ended = bool(ids) and ids[-1] == end
+        ended = bool(ids) and ids[-1] in ends
         text = str(tokenizer.decode(ids[:-1] if ended else ids))
         exact += ended and text.strip() == example.text.strip()
         final += ended and final_number(text) == final_number(example.text)
@@ -59,8 +61,10 @@ def score(
     return Score(n, exact / n, final / n, tokens / max(sum(forwards), 1))
 
 
-def up_to_end(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """`ids` up to the first end token, it included."""
+    found = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: found + 1]
 
 
 def by_length(examples: Sequence[Example], most: int = 64) -> list[list[Example]]:
@@ -73,7 +77,7 @@ def by_length(examples: Sequence[Example], most: int = 64) -> list[list[Example]
 
 @torch.inference_mode()
 def autoregressive(
-    logits: Logits, examples: Sequence[Example], tokenizer, end: int, max_tokens: int
+    logits: Logits, examples: Sequence[Example], tokenizer, ends: Sequence[int], max_tokens: int
 ) -> Score:
     """Greedy, one token per forward."""
     outputs, order = [], []
@@ -82,28 +86,33 @@ def autoregressive(
         ended = [False] * len(group)
         for _ in range(max_tokens):
             # The place of the token to come holds an end token, which nobody attends to.
-            batch = _canvas(rows, len(rows[0]) + 1, end)
+            batch = _canvas(rows, len(rows[0]) + 1, ends[0])
             last_BT = batch.position_BT == len(rows[0])
             token_BV = logits(batch.ids_BT, batch.position_BT, allowed(batch, "causal"), last_BT)
             for b, token in enumerate(token_BV.argmax(-1).tolist()):
                 rows[b].append(token)
-                ended[b] |= token == end
+                ended[b] |= token in ends
             if all(ended):
                 break
-        outputs += [up_to_end(row[len(group[0].prompt) :], end) for row in rows]
+        outputs += [up_to_end(row[len(group[0].prompt) :], ends) for row in rows]
         order += group
-    return score(order, outputs, [len(ids) for ids in outputs], tokenizer, end)
+    return score(order, outputs, [len(ids) for ids in outputs], tokenizer, ends)
 
 
 @torch.inference_mode()
 def vanilla(
-    logits: Logits, examples: Sequence[Example], tokenizer, end: int, mask_id: int, canvas: int
+    logits: Logits,
+    examples: Sequence[Example],
+    tokenizer,
+    ends: Sequence[int],
+    mask_id: int,
+    canvas: int,
 ) -> Score:
     """A bidirectional model: every forward decides the surest of the canvas's masked positions."""
     outputs, order, forwards = [], [], []
     for group in by_length(examples):
         prompt = len(group[0].prompt)
-        batch = _canvas([list(example.prompt) for example in group], prompt + canvas, end)
+        batch = _canvas([list(example.prompt) for example in group], prompt + canvas, ends[0])
         ids_BT = batch.ids_BT.clone()
         ids_BT[:, prompt:] = mask_id
         open_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
@@ -119,17 +128,17 @@ def vanilla(
             best_B = sure_BA.where(open_BT[:, prompt:], -1.0).argmax(1)
             ids_BT[rows_B, prompt + best_B] = token_BA[rows_B, best_B]
             open_BT[rows_B, prompt + best_B] = False
-        outputs += [up_to_end(row, end) for row in ids_BT[:, prompt:].tolist()]
+        outputs += [up_to_end(row, ends) for row in ids_BT[:, prompt:].tolist()]
         order += group
         forwards += [canvas] * len(group)
-    return score(order, outputs, forwards, tokenizer, end)
+    return score(order, outputs, forwards, tokenizer, ends)
 
 
 def d2f(
     logits: Logits,
     examples: Sequence[Example],
     tokenizer,
-    end: int,
+    ends: Sequence[int],
     mask_id: int,
     decoding: DecodingSection,
     prompt_block: int | None = None,
@@ -154,13 +163,13 @@ def d2f(
             params,
             max_tokens=decoding.max_tokens,
             mask_id=mask_id,
-            ends=[end],
+            ends=ends,
             shift=False,  # `logits` has shifted already
             prompt_block=prompt_block,
         )
         outputs.append(ids)
         forwards.append(count)
-    return score(examples, outputs, forwards, tokenizer, end)
+    return score(examples, outputs, forwards, tokenizer, ends)
 
 
 def _canvas(rows: list[list[int]], length: int, end: int) -> Batch:

@@ -27,7 +27,7 @@ from training.attention import chosen_attention
 from training.config import Config, ConfigError, make_config, merged
 from training.data import encode_problems
 from training.evaluate import d2f
-from training.report import machine, read_log, versions
+from training.report import machine, read_lines, read_log, versions
 from training.train import fit, set_up
 
 
@@ -42,6 +42,7 @@ class Plan:
     seeds: tuple[int, ...]
     thresholds: tuple[float, ...]
     problems: int
+    title: str = "What the choices of D2F training do, on the tiny model"
 
     def of(self, name: str, seed: int) -> Config:
         changes = {"stages": {"student": {**self.variants[name], "seed": seed}}}
@@ -73,6 +74,7 @@ def load_plan(path: Path) -> Plan:
             tuple(values["seeds"]),
             tuple(values["thresholds"]),
             values["problems"],
+            values.get("title", Plan.title),
         )
     except KeyError as error:
         raise ConfigError(f"{path}: {error} is missing") from None
@@ -91,7 +93,8 @@ def run_one(plan: Plan, name: str, seed: int, teacher: Path, out: Path) -> dict[
     start = out / "teacher" / "final.safetensors"
     start.parent.mkdir(parents=True, exist_ok=True)
     if not start.exists():
-        shutil.copy(teacher, start)
+        shutil.copy(teacher, start.with_suffix(".part"))
+        start.with_suffix(".part").rename(start)
     accelerator = Accelerator()
     attention = chosen_attention(config.model.attention, accelerator.device)
     folder = out / f"{name}-{seed}"
@@ -113,7 +116,7 @@ def run_one(plan: Plan, name: str, seed: int, teacher: Path, out: Path) -> dict[
         for tau in plan.thresholds:
             decoding = config.decoding.model_copy(update={"block_size": block, "tau_conf": tau})
             figures = d2f(
-                run.predictor, examples, loaded.tokenizer, loaded.end, loaded.mask_id, decoding,
+                run.predictor, examples, loaded.tokenizer, run.ends, loaded.mask_id, decoding,
                 run.prompt_block,
             )  # fmt: skip
             scores.append({"block_size": block, "tau_conf": tau, **figures.as_dict()})
@@ -171,6 +174,7 @@ def write(
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
+        "plot": path.with_suffix(".png").name,
         "problems": plan.problems,
         "config": plan.config,
         "variants": plan.variants,
@@ -187,7 +191,7 @@ def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> 
     """A table per group, under the group's own words."""
     made = ", ".join(f"{n} {v}" for n, v in report["versions"].items())
     lines = [
-        "# What the choices of D2F training do, on the tiny model\n",
+        f"# {plan.title}\n",
         f"`{report['command']}`, {report['machine']}, {report['date']}, {made}.\n",
         (
             f"{plan.problems} held-out problems, seeds {', '.join(map(str, plan.seeds))}; mean "
@@ -196,7 +200,7 @@ def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> 
             + (f" {report['note']}" if report["note"] else "")
             + "\n"
         ),
-        "![score against speed](training_experiments.png)\n",
+        f"![score against speed]({report['plot']})\n",
     ]
     for title, group in plan.groups.items():
         lines += [f"## {title}\n", group.get("text", "").strip() + "\n"]
@@ -283,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     kept = args.out / "runs.jsonl"
-    results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    results = read_lines(kept) if kept.exists() else []
     done = {(r["variant"], r["seed"]) for r in results}
     # Seed by seed, so that an interrupted run has something about every variant.
     for seed in () if args.report_only else plan.seeds:
@@ -295,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             results.append(result)
             with kept.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-    command = "python -m training.experiments --teacher TEACHER --out DIR --results FILE"
+    command = f"python -m training.experiments --config {args.config} --teacher TEACHER"
     write(plan, results, args.results, command, args.note)
 
 

@@ -31,17 +31,29 @@ The shift of Dream is inside: the output at i - 1 predicts position i."""
 ACCEPT = 0.9
 """Probability above which `teacher_input: student` takes the student's own tokens."""
 
+TINY = 1e-9
+"""Keeps a batch whose positions all have weight 0 from being divided by it."""
+
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is what is minimised; `content` and `tail` are plain means, for the log.
+    """A weighted sum over positions, with what it is to be divided by.
 
-    Behind the end token everything is easy, so a mean over both says little.
+    What is minimised is the sum over all forwards and processes of an update divided by the
+    sum of their `whole`: an update does not depend on how its sequences are spread over them.
+    `content` and `tail` are plain means, for the log: behind the end token everything is easy, so a
+    mean over both says little.
     """
 
-    total: Tensor
+    summed: Tensor
+    whole: Tensor
     content: Tensor
     tail: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The loss of this batch alone."""
+        return self.summed / self.whole.clamp(min=TINY)
 
 
 def rand(*shape: int, generator: Generator) -> Tensor:
@@ -124,12 +136,6 @@ def divergence(student_MV: Tensor, teacher_MV: Tensor, options: LossSection) -> 
     return both * options.temperature**2 * (forward_M + reverse_M)
 
 
-def weighted_mean(loss_M: Tensor, weights_M: Tensor, options: LossSection) -> Tensor:
-    """sum(w l) / sum(w), or over the number of positions as the authors' code has it."""
-    whole = weights_M.sum() if options.normalise == "weights" else len(weights_M)
-    return (loss_M * weights_M).sum() / whole
-
-
 def d2f_loss(
     student: Logits,
     teacher: Logits,
@@ -179,15 +185,18 @@ def d2f_loss(
 def summed(
     loss_M: Tensor, batch: Batch, chosen_BT: Tensor, ratios_BT: Tensor | None, options: LossSection
 ) -> Loss:
-    """Weigh the positions' losses and take the means."""
+    """Weigh the positions' losses: sum(w l), to be divided by sum(w), or by the number of positions
+    as the authors' code does it."""
     plain_M = loss_M.detach()
     tail_M = batch.tail_BT[chosen_BT]
     weights_M = torch.ones_like(plain_M).masked_fill(tail_M, options.tail_weight)
     if options.weight == "inverse_ratio" and ratios_BT is not None:
         weights_M = weights_M / ratios_BT[chosen_BT]
     zero = plain_M.new_zeros(())
+    whole = weights_M if options.normalise == "weights" else torch.ones_like(weights_M)
     return Loss(
-        weighted_mean(loss_M, weights_M, options),
+        (loss_M * weights_M).sum(),
+        whole.sum(),
         plain_M[~tail_M].mean() if (~tail_M).any() else zero,
         plain_M[tail_M].mean() if tail_M.any() else zero,
     )

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, Q queries, K keys, C hidden size, M chosen positions, 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model with what belongs to it.
+class Base:
+    """What belongs to a model, without its weights.
 
     Attributes:
-        folder: what it was loaded from; None for a new model.
+        folder: where it lies; None for a new model.
     """
 
-    model: Any
     tokenizer: Any
     config: Any
     family: str
@@ -58,6 +57,13 @@ class Loaded:
         return self.config.mask_token_id
 
 
+@dataclass(frozen=True)
+class Loaded(Base):
+    """A model with what belongs to it."""
+
+    model: Any = None
+
+
 def new_config(section: ModelSection, tokenizer: Any = None) -> Any:
     """Config of a model of `section.sizes`; token ids are those of `tokenizer` if there is one."""
     assert section.sizes is not None
@@ -74,40 +80,87 @@ def new_config(section: ModelSection, tokenizer: Any = None) -> Any:
     return CONFIGS[section.family](**values)
 
 
+def open_base(section: ModelSection) -> Base:
+    """Config and tokenizer of the base, or of a new model; no weights are read or downloaded.
+
+    Raises:
+        ValueError: the base is not what the config says, or has no mask or end token.
+    """
+    register_configs()
+    if section.base is None:
+        tokenizer: Any = build_tokenizer()
+        return Base(tokenizer, new_config(section, tokenizer), section.family)
+    folder = local_folder(section, SMALL_FILES)
+    config = AutoConfig.from_pretrained(folder)
+    check_base(section, config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokens(section, config, tokenizer)
+    return Base(tokenizer, config, section.family, folder)
+
+
 def load(section: ModelSection, attention: str, seed: int = 0) -> Loaded:
     """The base of a run, or a new model.
 
     Raises:
         ValueError: the base is not what the config says, or has no mask token.
     """
-    register_configs()
-    dtype, folder = DTYPES[section.dtype], None
-    if section.base is None:
-        tokenizer: Any = build_tokenizer()
-        config = new_config(section, tokenizer)
+    base = open_base(section)
+    if base.folder is None:
         torch.manual_seed(seed)
-        config._attn_implementation = attention
-        model = MODELS[section.family](config).to(dtype)
+        base.config._attn_implementation = attention
+        model = MODELS[section.family](base.config).to(DTYPES[section.dtype])
     else:
-        folder = local_folder(section)
-        config = AutoConfig.from_pretrained(folder)
-        check_base(section, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if config.mask_token_id is None:
-            raise ValueError(f"model.base: {section.base} names no mask_token_id in config.json")
-        model = load_weights(folder, config, section, attention)
-    loaded = Loaded(model, tokenizer, config, section.family, folder)
+        folder = local_folder(section, ("*.safetensors", *SMALL_FILES))
+        model = load_weights(folder, base.config, section, attention)
+    loaded = Loaded(base.tokenizer, base.config, base.family, base.folder, model)
     prepare(loaded, section)
     return loaded
 
 
-def local_folder(section: ModelSection) -> Path:
-    """Where the base lies; downloaded first if it is a Hub id. No code and no pickles."""
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def local_folder(section: ModelSection, patterns: Sequence[str]) -> Path:
+    """Where the base lies; files are downloaded if it is a Hub id. No code and no pickles.
+
+    Raises:
+        FileNotFoundError: it looks like a folder, and there is none.
+    """
     assert section.base is not None
-    if Path(section.base).is_dir():
-        return Path(section.base)
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(section.base, revision=section.revision, allow_patterns=patterns))
+    path = Path(section.base).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") > 1:
+        raise FileNotFoundError(f"model.base: {section.base} does not exist")
+    found = snapshot_download(
+        section.base, revision=section.revision, allow_patterns=list(patterns)
+    )
+    return Path(found)
+
+
+def check_tokens(section: ModelSection, config: Any, tokenizer: Any) -> None:
+    """Mask and end token are there, and mean the same to config and tokenizer.
+
+    Raises:
+        ValueError: naming the field and the file.
+    """
+    where = f"model.base: {section.base}"
+    mask_id = config.mask_token_id
+    if mask_id is None:
+        raise ValueError(f"{where} names no mask_token_id in config.json")
+    if config.eos_token_id is None:
+        raise ValueError(f"{where} names no eos_token_id in config.json")
+    token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
+    if token is None:
+        raise ValueError(
+            f"{where}: the tokenizer has no mask token: mask_token_id {mask_id} of config.json is "
+            "none of its tokens; add it to tokenizer.json"
+        )
+    if tokenizer.mask_token_id not in (None, mask_id):
+        raise ValueError(
+            f"{where}: the tokenizer's mask_token is {tokenizer.mask_token_id}, and mask_token_id "
+            f"of config.json {mask_id}"
+        )
 
 
 def load_weights(folder: Path, config: Any, section: ModelSection, attention: str) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves to read: model cards, `report.json`, `report.md` and `report.png`."""
 
+import contextlib
 import json
 import os
 import platform
@@ -26,9 +27,13 @@ DECODED = {
 def card(config: Config, name: str, figures: str = "") -> str:
     """A short model card, generated from the run."""
     stage = config.stages[name]
-    base = f"base_model: {config.model.base}\n" if config.model.base else ""
+    # A base has a licence of its own; a folder of somebody's machine is no name for it.
+    own = config.model.base
+    about = "license: apache-2.0\n" if own is None else ""
+    if own is not None and not Path(own).is_dir():
+        about = f"base_model: {own}\n"
     lines = [
-        f"---\nlicense: apache-2.0\npipeline_tag: text-generation\n{base}---\n# {stage.export}\n",
+        f"---\n{about}pipeline_tag: text-generation\n---\n# {stage.export}\n",
         (
             f"{KINDS[stage.objective]} Trained with vllm-d2f (`training/`), config "
             f"`{config.name}`, stage `{name}`: {stage.steps} updates of "
@@ -78,17 +83,35 @@ def machine() -> str:
 
 
 def read_log(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return read_lines(directory / "log.jsonl")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The entries of a JSONL file, without one that a kill has cut off."""
+    entries = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def write_report(
-    config: Config, out: Path, figures: dict[str, dict[str, float]], seconds: float
+    config: Config,
+    out: Path,
+    figures: dict[str, dict[str, float]],
+    seconds: float,
+    command: str = "",
 ) -> None:
-    """`OUT/report.json`, `.md` and `.png`."""
-    logs = {name: read_log(out / name) for name in config.stages if (out / name).exists()}
-    logs = {name: log for name, log in logs.items() if log}
+    """`OUT/report.json`, `.md` and `.png`.
+
+    Args:
+        seconds: how long the evaluation took.
+        command: what was run.
+    """
+    begun = [name for name in config.stages if (out / name / "log.jsonl").exists()]
+    logs = {name: log for name in begun if (log := read_log(out / name))}
     report: dict[str, Any] = {
-        "command": f"python -m training.train --config training/configs/{config.name}.yaml",
+        "command": command,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),

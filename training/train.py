@@ -9,21 +9,24 @@ loaded. On several devices start it with `accelerate launch -m training.train ..
 import argparse
 import contextlib
 import copy
+import importlib.util
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 from tqdm import tqdm
 
 from training import checkpoint, evaluate
+from training.arithmetic import problems
 from training.attention import chosen_attention
 from training.config import Config, ConfigError, DataSection, StageSection, load_config
 from training.data import (
@@ -32,15 +35,25 @@ from training.data import (
     Source,
     check_source,
     encode_problems,
+    end_of,
     make_source,
     training_batch,
     validation,
 )
 from training.export import export, save_weights
-from training.loss import Loss, d2f_loss
-from training.model import Loaded, Predictor, add_lora, load, without_adapter
+from training.loss import TINY, Loss, d2f_loss
+from training.model import (
+    Base,
+    Loaded,
+    Predictor,
+    add_lora,
+    load,
+    open_base,
+    without_adapter,
+)
 from training.optim import learning_rate, make_optimizers, set_learning_rate
 from training.pretraining import diffusion_loss, next_token_loss
+from training.report import card, read_log, summary, write_report
 
 
 @dataclass
@@ -66,7 +79,14 @@ class Run:
 
     @property
     def data(self) -> DataSection:
-        return self.stage.data or self.config.data
+        return data_of(self.config, self.name)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer; the first one fills what is behind it."""
+        own = end_of(self.data, self.loaded.tokenizer)
+        ends = (self.loaded.end, *self.loaded.config.end_token_ids)
+        return tuple(dict.fromkeys(ends if own is None else (*ends, own)))
 
     @property
     def prompt_block(self) -> int | None:
@@ -87,35 +107,94 @@ def train(
         stages: some of them only.
         stop_after: leave each stage after this many updates, as an interruption would (for tests).
     """
-    for stage in config.stages.values():
-        check_source(stage.data or config.data)
-    accelerator = Accelerator(
-        log_with=list(config.trackers) or None,
-        project_dir=str(out),
-        dataloader_config=DataLoaderConfiguration(),
-    )
+    check_trackers(config)
+    chosen = []
+    for name in stages or config.stages:
+        if (out / name / "done.json").exists():
+            same_settings(out / name, config, name)
+        else:
+            check_source(data_of(config, name))
+            chosen.append(name)
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(out))
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        raise RuntimeError(
+            "DeepSpeed keeps gradients to itself, and an update here divides them by what all "
+            "forwards counted; shard with --config_file training/configs/accelerate-fsdp.yaml"
+        )
     attention = chosen_attention(attention or config.model.attention, accelerator.device)
+    base = open_base(config.model)
+    data = {name: Data.read(config, name, base) for name in chosen}
     if config.trackers:
-        accelerator.init_trackers(config.name)
-    for name in stages or tuple(config.stages):
-        run = set_up(config, name, out, accelerator, attention)
-        if not (run.directory / "done.json").exists():
-            fit(run, stop_after)
-            if stop_after is None:
-                finish(run, out)
+        accelerator.init_trackers(config.name, flat(config.model_dump(mode="json")))
+    for name in chosen:
+        run = set_up(config, name, out, accelerator, attention, data[name])
+        fit(run, stop_after)
+        if stop_after is None:
+            finish(run, out)
         accelerator.free_memory()
     if config.trackers:
         accelerator.end_training()
 
 
-def set_up(config: Config, name: str, out: Path, accelerator: Accelerator, attention: str) -> Run:
-    """Load the model a stage starts from, its teacher and its data."""
+def check_trackers(config: Config) -> None:
+    """A tracker that is not installed is no reason to train without.
+
+    Raises:
+        ConfigError: naming the package.
+    """
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"trackers: {name} is not installed; pip install {name}")
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings under dotted names, as trackers take them."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{before}{key}.")
+        else:
+            plain = isinstance(value, int | float | str | bool)
+            result[before + key] = value if plain else str(value)
+    return result
+
+
+def data_of(config: Config, name: str) -> DataSection:
+    return config.stages[name].data or config.data
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a stage."""
+
+    source: Source
+    held_out: list[Example]
+
+    @staticmethod
+    def read(config: Config, name: str, base: Base) -> "Data":
+        """Needs the base's tokenizer, and not its weights."""
+        stage, data = config.stages[name], data_of(config, name)
+        block = stage.loss.block_size
+        return Data(
+            make_source(data, base.tokenizer, block),
+            validation(data, base.tokenizer, block, stage.evaluate),
+        )
+
+
+def set_up(
+    config: Config,
+    name: str,
+    out: Path,
+    accelerator: Accelerator,
+    attention: str,
+    data: Data | None = None,
+) -> Run:
+    """Load the model a stage starts from, its teacher and, if they are not given, its data."""
     stage = config.stages[name]
     directory = out / name
     same_settings(directory, config, name)
     loaded = load(config.model, attention, stage.seed)
-    if loaded.mask_id is None or loaded.end is None:
-        raise ConfigError("model.base: the tokenizer needs a mask token and an end token")
+    data = data or Data.read(config, name, loaded)
     if stage.start is not None:
         weights = out / stage.start / "final.safetensors"
         if not weights.exists():
@@ -130,8 +209,6 @@ def set_up(config: Config, name: str, out: Path, accelerator: Accelerator, atten
     net = loaded.model if stage.lora is None else add_lora(loaded, stage.lora, stage.seed)
     if done.exists():
         net.load_state_dict(load_file(done), strict=stage.lora is None)
-    block = stage.loss.block_size
-    data = stage.data or config.data
     return Run(
         config,
         name,
@@ -140,8 +217,8 @@ def set_up(config: Config, name: str, out: Path, accelerator: Accelerator, atten
         loaded,
         Predictor(net, shift, attention),
         teacher,
-        make_source(data, loaded.tokenizer, block),
-        validation(data, loaded.tokenizer, block, stage.evaluate),
+        data.source,
+        data.held_out,
     )
 
 
@@ -153,7 +230,7 @@ def same_settings(directory: Path, config: Config, name: str) -> None:
     """
     values = {
         "model": config.model.model_dump(mode="json", exclude={"compile", "attention"}),
-        "data": (config.stages[name].data or config.data).model_dump(mode="json"),
+        "data": data_of(config, name).model_dump(mode="json"),
         "stage": config.stages[name].model_dump(mode="json", exclude={"export", "data"}),
     }
     file = directory / "settings.json"
@@ -165,21 +242,29 @@ def same_settings(directory: Path, config: Config, name: str) -> None:
                 f"{directory} was begun with other settings ({', '.join(other)}); delete it or "
                 "use another --out"
             )
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=1) + "\n")
+    checkpoint.write_whole(file, json.dumps(values, indent=1) + "\n")
 
 
 def fit(run: Run, stop_after: int | None = None) -> None:
     """The training loop, from the last checkpoint where there is one."""
     stage, accelerator = run.stage, run.accelerator
-    torch.manual_seed(stage.seed)
+    torch.manual_seed(stage.seed + accelerator.process_index)  # for dropout
     optimizers = make_optimizers(run.predictor, stage.optimizer)
     run.model, *run.optimizers = accelerator.prepare(run.predictor, *optimizers)
     if run.teacher is not None:
         run.teacher = run.teacher.to(accelerator.device)
     checkpoint.only_trained(accelerator)
     step, seconds = 0, 0.0
+    spread = {"processes": accelerator.num_processes}
     if found := checkpoint.find(run.directory):
+        before = checkpoint.progress_of(found).get("processes", accelerator.num_processes)
+        if before != accelerator.num_processes:
+            raise ValueError(
+                f"{run.directory} was begun with {before} processes, which decide the order of the "
+                f"data; go on with as many, not {accelerator.num_processes}, or use another --out"
+            )
         accelerator.load_state(str(found))
         progress = checkpoint.progress_of(found)
         step, seconds = progress["step"], progress["seconds"]
@@ -193,12 +278,15 @@ def fit(run: Run, stop_after: int | None = None) -> None:
     )
     while step < last:
         set_learning_rate(run.optimizers, learning_rate(step, stage.steps, stage.optimizer))
+        whole = torch.zeros((), device=accelerator.device)
         for micro in range(stage.accumulate):
             final = micro == stage.accumulate - 1
             with contextlib.nullcontext() if final else accelerator.no_sync(run.model):
                 loss = loss_of(run, step * stage.accumulate + micro)
-                accelerator.backward(loss.total / stage.accumulate)
+                accelerator.backward(loss.summed)
+            whole = whole + loss.whole
             log.add(loss)
+        divide_gradients(run, whole)
         norm = accelerator.clip_grad_norm_(run.model.parameters(), stage.optimizer.clip)
         for optimizer in run.optimizers:
             optimizer.step()
@@ -210,8 +298,18 @@ def fit(run: Run, stop_after: int | None = None) -> None:
             figures = evaluation(run) if evaluating or step == stage.steps else {}
             bar.set_postfix(log.write(step, norm, figures))
         if step % stage.save_every == 0 or step == last:
-            checkpoint.save(accelerator, run.directory, {"step": step, "seconds": log.seconds()})
+            progress = {"step": step, "seconds": log.seconds(), **spread}
+            checkpoint.save(accelerator, run.directory, progress)
     bar.close()
+
+
+def divide_gradients(run: Run, whole: Tensor) -> None:
+    """From gradients of sums, which processes have averaged, to those of the update's loss."""
+    processes = run.accelerator.num_processes
+    scale = processes / float(run.accelerator.reduce(whole, "sum").clamp(min=TINY))
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale)
 
 
 def loss_of(run: Run, index: int) -> Loss:
@@ -285,8 +383,8 @@ class Log:
         self.file = run.directory / "log.jsonl"
         if self.file.exists() and run.accelerator.is_main_process:
             # What was logged behind the checkpoint comes again.
-            kept = [x for x in self.file.read_text().splitlines() if json.loads(x)["step"] <= step]
-            self.file.write_text("".join(f"{line}\n" for line in kept))
+            kept = [json.dumps(entry) for entry in read_log(run.directory) if entry["step"] <= step]
+            checkpoint.write_whole(self.file, "".join(f"{line}\n" for line in kept))
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began
@@ -298,6 +396,11 @@ class Log:
         means = torch.stack(self.losses).mean(0)
         means = self.run.accelerator.reduce(means, "mean").tolist()
         self.losses = []
+        if not all(map(math.isfinite, (*means, float(norm)))):
+            raise ValueError(
+                f"{self.run.name}: at update {step} the loss is {means[0]}, its gradient's norm "
+                f"{float(norm)}; the last checkpoint is from before. Try a smaller optimizer.lr"
+            )
         stage, processes = self.run.stage, self.run.accelerator.num_processes
         entry = {
             "step": step,
@@ -331,18 +434,24 @@ def evaluation(run: Run) -> dict[str, float]:
 def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
     """Decode with the trained model: greedy, vanilla on a canvas, or D2F's reference loop."""
     decoding, loaded = run.config.decoding, run.loaded
-    tokenizer, end, mask_id = loaded.tokenizer, loaded.end, loaded.mask_id
-    logits = run.predictor
-    training = logits.training
-    logits.eval()
+    tokenizer, ends, mask_id = loaded.tokenizer, run.ends, loaded.mask_id
+    predictor = run.predictor
+    training = predictor.training
+    device = next(predictor.parameters()).device
+
+    def logits(*tensors: Tensor) -> Tensor:
+        """The decoders' tensors are on the CPU."""
+        return predictor(*(tensor.to(device) for tensor in tensors)).cpu()
+
+    predictor.eval()
     try:
         if run.stage.objective == "next_token":
-            return evaluate.autoregressive(logits, examples, tokenizer, end, decoding.max_tokens)
+            return evaluate.autoregressive(logits, examples, tokenizer, ends, decoding.max_tokens)
         if run.stage.objective == "diffusion":
-            return evaluate.vanilla(logits, examples, tokenizer, end, mask_id, canvas)
-        return evaluate.d2f(logits, examples, tokenizer, end, mask_id, decoding, run.prompt_block)
+            return evaluate.vanilla(logits, examples, tokenizer, ends, mask_id, canvas)
+        return evaluate.d2f(logits, examples, tokenizer, ends, mask_id, decoding, run.prompt_block)
     finally:
-        logits.train(training)
+        predictor.train(training)
 
 
 def finish(run: Run, out: Path) -> None:
@@ -355,8 +464,8 @@ def finish(run: Run, out: Path) -> None:
     if run.accelerator.is_main_process:
         save_weights(run.predictor.net, run.directory / "final.safetensors")
         export_stage(run, out)
-        log = (run.directory / "log.jsonl").read_text().splitlines()
-        (run.directory / "done.json").write_text(log[-1] + "\n")
+        last = json.dumps(read_log(run.directory)[-1])
+        checkpoint.write_whole(run.directory / "done.json", last + "\n")
     run.accelerator.wait_for_everyone()
 
 
@@ -371,8 +480,6 @@ def take_whole(run: Run, state: dict[str, Tensor]) -> None:
 
 def export_stage(run: Run, out: Path, figures: str = "") -> None:
     """Write `OUT/models/NAME`, if the stage has a name for it."""
-    from training.report import card
-
     stage, config = run.stage, run.config
     if stage.export is None:
         return
@@ -383,12 +490,14 @@ def export_stage(run: Run, out: Path, figures: str = "") -> None:
     )  # fmt: skip
 
 
-def final_evaluation(config: Config, out: Path, attention: str | None = None) -> dict[str, Any]:
-    """Decode held-out test problems with every exported model, and write the report."""
-    from training.arithmetic import problems
-    from training.report import summary, write_report
+def final_evaluation(
+    config: Config, out: Path, attention: str | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Decode held-out problems with every exported model, and write the report, in one process."""
 
     accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        return {}
     attention = chosen_attention(attention or config.model.attention, accelerator.device)
     figures: dict[str, Any] = {}
     began = time.monotonic()
@@ -397,13 +506,20 @@ def final_evaluation(config: Config, out: Path, attention: str | None = None) ->
             continue
         run = set_up(config, name, out, accelerator, attention)
         run.predictor.to(accelerator.device)
-        steps = config.data.step_counts
-        items = problems("test", config.final.problems, "evaluation", steps)
-        examples = encode_problems(items, run.loaded.tokenizer)
+        examples = held_out_problems(config, run)
         figures[name] = decoded(run, examples, config.final.canvas).as_dict()
         export_stage(run, out, summary(stage, figures[name]))
-    write_report(config, out, figures, time.monotonic() - began)
+    write_report(config, out, figures, time.monotonic() - began, command)
     return figures
+
+
+def held_out_problems(config: Config, run: Run) -> list[Example]:
+    """Arithmetic problems of the test numbers, or what `data.validation` names."""
+    data, count = config.data, config.final.problems
+    if data.source != "arithmetic":
+        return validation(data, run.loaded.tokenizer, run.stage.loss.block_size, count)
+    items = problems("test", count, "evaluation", data.step_counts)
+    return encode_problems(items, run.loaded.tokenizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -437,12 +553,15 @@ def main(argv: list[str] | None = None) -> None:
 
             print(dry_run(config))
             return
+        variant = "smoke" if args.smoke else args.variant
+        given = [*(["--variant", variant] if variant else []), *args.overrides]
         if args.threads:
             torch.set_num_threads(args.threads)
         out = args.out or Path("build") / config.name
         train(config, out, stages)
         if stages is None:
-            final_evaluation(config, out)
+            command = f"python -m training.train --config {args.config} {' '.join(given)}".strip()
+            final_evaluation(config, out, command=command)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

@@ -9,7 +9,15 @@ from torch import Generator
 
 from training.config import SCHEDULES, LossSection
 from training.data import Example, padded
-from training.loss import block_ratios, d2f_loss, divergence, draw_mask, in_loss, position_ratios
+from training.loss import (
+    block_ratios,
+    d2f_loss,
+    divergence,
+    draw_mask,
+    in_loss,
+    position_ratios,
+    summed,
+)
 from training.pretraining import decoding_ratios, diffusion_loss, next_token_loss
 
 MASK, END, VOCAB = 11, 10, 12
@@ -49,7 +57,7 @@ class Bag(torch.nn.Module):
         ]
 
 
-def by_hand(student, teacher, data, mask, options):
+def by_hand(student, teacher, data, mask, ratios, options):
     """The loss, position by position, in plain Python floats; gradients by autograd on scalars."""
     total, weight_sum, count = 0.0, 0.0, 0
     for b in range(len(data.ids_BT)):
@@ -58,6 +66,8 @@ def by_hand(student, teacher, data, mask, options):
         ids = [MASK if mask[b, t] else int(data.ids_BT[b, t]) for t in range(length)]
 
         def block(t, prompt=prompt):
+            if t < prompt and options.prompt_attention == "block_causal":
+                return t // options.block_size - prompt
             return -1 if t < prompt else (t - prompt) // options.block_size
 
         def log_probs(net, t, visible, ids=ids):
@@ -77,6 +87,8 @@ def by_hand(student, teacher, data, mask, options):
             reverse = sum(torch.exp(s[v]) * (s[v] - q[v]) for v in range(VOCAB))
             kl = {"forward": forward, "reverse": reverse, "mixed": (forward + reverse) / 2}
             w = options.tail_weight if t > end else 1.0
+            if options.weight == "inverse_ratio":
+                w = w / float(ratios[b, t])
             total = total + w * kl[options.kl] * options.temperature**2
             weight_sum, count = weight_sum + w, count + 1
     return total / (weight_sum if options.normalise == "weights" else count)
@@ -89,8 +101,18 @@ def by_hand(student, teacher, data, mask, options):
         LossSection(block_size=4, kl="reverse", normalise="tokens", temperature=2.0),
         LossSection(block_size=3, kl="mixed", schedule="monotone", full_tail=0, tail_weight=1.0),
         LossSection(block_size=4, schedule="random", end_padding="block"),
+        LossSection(block_size=2, weight="inverse_ratio", prompt_attention="block_causal"),
+        # As the authors' code: 1 / ratio, and the mean over the number of masked positions.
+        LossSection(
+            block_size=4,
+            schedule="monotone",
+            full_tail=0,
+            weight="inverse_ratio",
+            normalise="tokens",
+            tail_weight=1.0,
+        ),
     ],
-    ids=["default", "reverse", "mixed", "random"],
+    ids=["default", "reverse", "mixed", "random", "causal prompt", "authors"],
 )
 def test_loss_and_gradients_equal_the_formula(options):
     data, student, teacher = batch(), Bag(1), Bag(2)
@@ -101,11 +123,19 @@ def test_loss_and_gradients_equal_the_formula(options):
     mask = student.seen[0][2]
     assert mask.any() and loss.dtype == torch.float64
     student.zero_grad()
-    expected = by_hand(student, teacher, data, mask, options)
+    ratios = position_ratios(data, options, generator(5))  # what the loss has drawn first
+    expected = by_hand(student, teacher, data, mask, ratios, options)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for ours, theirs in zip(got, student.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_without_weight_costs_nothing():
+    """`tail_weight` 0, and nothing masked but what stands behind the end token."""
+    data, options = batch(), LossSection(block_size=4, tail_weight=0.0)
+    loss = summed(torch.ones(2), data, data.tail_BT & (data.position_BT == 11), None, options)
+    assert float(loss.total) == 0 and float(loss.tail) == 1
 
 
 def test_inverse_ratio_weights():
@@ -215,7 +245,7 @@ def test_next_token_loss_is_cross_entropy_of_answer_and_end():
             logits = mixed @ model.head
             total += (torch.log(torch.exp(logits).sum()) - logits[ids[t]]).item()
             count += 1
-    assert float(loss.total) == pytest.approx(total / count, rel=1e-6)
+    assert loss.total.item() == pytest.approx(total / count, rel=1e-6)
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "decoding"])
@@ -228,7 +258,9 @@ def test_diffusion_loss_compares_masked_positions_with_the_data(pattern):
     logits = model(ids, data.position_BT, seen, mask)
     nll = torch.nn.functional.cross_entropy(logits, data.ids_BT[mask], reduction="none")
     weights = torch.where(data.tail_BT[mask], 0.5, 1.0)
-    assert float(loss.total) == pytest.approx(float((nll * weights).sum() / weights.sum()), 1e-5)
+    assert loss.total.item() == pytest.approx(
+        ((nll * weights).sum() / weights.sum()).item(), rel=1e-5
+    )
 
 
 def test_decoding_ratios_are_high_and_tails_may_differ():

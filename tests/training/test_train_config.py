@@ -51,6 +51,24 @@ def test_experiments_are_valid_and_differ_from_the_default():
         ("decoding.tau_conf=1.5", "decoding.tau_conf"),
         ("stages.student.lora={r: 4}", "use adamw with lora"),
         ("stages.student.loss.block_size", "section.field=value"),
+        ("data.extra_blocks=[1", "not YAML"),
+        ("data.extra_blocks=[0, 0]", "data.extra_blocks: one of the weights"),
+        ("data.step_counts=[]", "data.step_counts"),
+        ("data.validation=held.jsonl", "data.validation: without effect with source: arithmetic"),
+        ("data.chat_template=true", "data.chat_template: without effect"),
+        ("data={source: a.jsonl, step_counts: [2]}", "data.step_counts: without effect"),
+        ("data={source: a.jsonl, validation: test}", "data.validation: 'test' must be a JSONL"),
+        ("data.source=a.jsonl", "final.problems: needs data.validation"),
+        ("stages.ar.loss.kl=reverse", "stages.ar.kl: without effect with objective: next_token"),
+        ("stages.student.loss.pattern=uniform", "stages.student.pattern: without effect"),
+        ("stages.student.merge=false", "stages.student.merge: without effect without lora"),
+        ("stages.ar.optimizer.betas=[1, 2]", "stages.ar.optimizer.betas"),
+        ("model.sizes.hidden_size=130", "model.sizes.hidden_size 130 is no multiple of num_att"),
+        ("trackers=[mlflow]", "trackers.0"),
+        (
+            "stages.student.loss={block_size: 8, prompt_attention: block_causal}",
+            "in blocks of decoding.block_size 16; make loss.block_size 8 the same",
+        ),
     ],
 )
 def test_bad_values_are_named(override, message):
@@ -66,10 +84,68 @@ def test_command_line_says_it_in_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit, match=r"unknown \['middle'\]"):
         main(["--config", str(TINY), "--stages", "middle"])
     with pytest.raises(SystemExit, match=r"data.source: .*missing.jsonl does not exist"):
-        main(["--config", str(TINY), "--out", str(tmp_path / "x"), "data.source=missing.jsonl"])
+        missing = ["data.source=missing.jsonl", "final.problems=0"]
+        main(["--config", str(TINY), "--out", str(tmp_path / "x"), *missing])
     assert not (tmp_path / "x" / "ar").exists()
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         main(["--config", str(TINY), "--out", str(tmp_path / "y"), "model.attention=xformers"])
+
+
+def test_scores_that_need_held_out_problems_ask_for_them():
+    """Nothing to decode is no reason to decode nothing, where it was asked for."""
+    with pytest.raises(ConfigError, match="stages.student.evaluate: needs data.validation"):
+        load_config(CONFIGS / "dream-7b.yaml", ["stages.student.evaluate=20"])
+    wanted = ["stages.student.evaluate=20", "data.validation=test"]
+    assert load_config(CONFIGS / "dream-7b.yaml", wanted).data.held_out
+
+
+def test_bad_data_is_found_before_anything_is_loaded(monkeypatch, tmp_path):
+    def open_base(section):
+        raise AssertionError("the base was opened")
+
+    monkeypatch.setattr("training.train.open_base", open_base)
+    for number, (content, message) in enumerate(
+        (
+            ('{"prompt": "a"}\n', r"record 1: field 'response' \(data.response\) is missing"),
+            ("", "data.source: .* has no usable record; it is empty"),
+            ('{"prompt": "a", "response": "b"}\n{oops', "line 2: not JSON"),
+        )
+    ):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(content)
+        overrides = [f"data.source={file}", "final.problems=0", "stages.student.evaluate=0"]
+        with pytest.raises(SystemExit, match=message):
+            main(["--config", str(TINY), "--out", str(tmp_path / "out"), *overrides])
+    assert not (tmp_path / "out").exists()
+
+
+def test_authors_variants_are_what_the_published_code_does():
+    """Not the paper's: schedule, direction, weight, length and rate; the same LoRA and AdamW."""
+    for name, rate in (("dream-7b", 5e-6), ("llada-8b", 1e-5)):
+        config = load_config(CONFIGS / f"{name}.yaml", variant="authors")
+        stage = config.stages["student"]
+        loss, optimizer, lora = stage.loss, stage.optimizer, stage.lora
+        assert (loss.schedule, loss.full_tail) == ("monotone", 0)
+        assert (loss.kl, loss.temperature, loss.data_weight) == ("forward", 1, 0)
+        assert (loss.weight, loss.normalise, loss.tail_weight) == ("inverse_ratio", "tokens", 1)
+        assert (loss.end_padding, loss.block_size) == ("all", 16)
+        assert (loss.teacher_input, loss.prompt_attention) == ("same", "bidirectional")
+        assert (optimizer.name, optimizer.lr, optimizer.schedule) == ("adamw", rate, "constant")
+        assert (optimizer.betas, optimizer.weight_decay, optimizer.clip) == ((0.9, 0.95), 0.05, 1)
+        assert (lora.r, lora.alpha, lora.dropout) == (32, 32, 0.1)
+        output = "attn_out" if name == "llada-8b" else "o_proj"
+        assert set(lora.targets) == {"q_proj", "k_proj", "v_proj", output}
+        data = config.data
+        assert (data.max_length, data.canvas, data.chat_template) == (1024, "max_length", True)
+        assert data.answer_end == ("<|eot_id|>" if name == "llada-8b" else None)
+
+
+def test_the_sharding_example_is_one_for_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / "accelerate-fsdp.yaml"))
+    assert config.distributed_type.value == "FSDP" and config.num_processes == 8
+    assert config.fsdp_config["fsdp_version"] == 2
 
 
 def test_overrides_reach_the_config():

@@ -92,6 +92,23 @@ def test_lengths_are_honoured_and_counted(tmp_path, tokenizer):
     assert not batch.tail_BT[cut].any()
 
 
+def test_an_answer_may_end_with_a_token_of_its_own(tmp_path):
+    """LLaDA's end of a turn, and end tokens behind it."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    turn, end = tokenizer.convert_tokens_to_ids("<|eot_id|>"), tokenizer.eos_token_id
+    file = write(tmp_path / "a.jsonl", [{"prompt": "1", "response": "2" * 5}])
+    data = DataSection(source=file, answer_end="<|eot_id|>")
+    source = make_source(data, tokenizer, 8)
+    batch = training_batch(source, data, 0, 1, 0, 8, end)
+    two = tokenizer("2").input_ids
+    assert batch.ids_BT[0].tolist() == [*tokenizer("1").input_ids, *two * 5, turn, end, end]
+    assert batch.end_BT[0, 0] == 6 and batch.tail_BT[0].tolist() == [False] * 7 + [True] * 2
+    unknown = data.model_copy(update={"answer_end": "<|eod|>"})
+    with pytest.raises(ValueError, match="data.answer_end: '<|eod|>' is no token"):
+        make_source(unknown, tokenizer, 8)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -106,6 +123,30 @@ def test_bad_records_are_named(tmp_path, tokenizer, record, message):
         make_source(DataSection(source=file), tokenizer, 16)
 
 
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, r"field 'messages' \(data.messages\) must be a list of messages"),
+        ([{"role": "user", "content": "a"}] * 2, "the last message must be the assistant's"),
+        (["a", "b"], "a message needs role and content, both text"),
+        ([{"role": "user"}, {"role": "assistant"}], "a message needs role and content"),
+    ],
+)
+def test_bad_messages_are_named(tmp_path, messages, message):
+    record = {} if messages is None else {"messages": messages}
+    file = write(tmp_path / "a.jsonl", [record])
+    with pytest.raises(ValueError, match=f"record 1: .*{message}"):
+        check_source(DataSection(source=file, messages="messages"))
+
+
+def test_a_chat_template_is_needed_where_it_is_asked_for(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    file = write(tmp_path / "a.jsonl", [{"prompt": "1", "response": "2"}])
+    with pytest.raises(ValueError, match="data.chat_template: the tokenizer has no chat template"):
+        make_source(DataSection(source=file, chat_template=True), tokenizer, 16)
+
+
 def test_empty_sets_and_missing_files_are_named(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", [])
     with pytest.raises(ValueError, match="no usable record"):
@@ -113,8 +154,9 @@ def test_empty_sets_and_missing_files_are_named(tmp_path, tokenizer):
     (tmp_path / "b.jsonl").write_text("{oops\n")
     with pytest.raises(ValueError, match="line 1: not JSON"):
         make_source(DataSection(source=str(tmp_path / "b.jsonl")), tokenizer, 16)
+    (tmp_path / "c.jsonl").write_text('{"prompt": "1", "response": "2"}\n')
     with pytest.raises(FileNotFoundError, match="data.validation"):
-        check_source(DataSection(validation="nowhere.jsonl"))
+        check_source(DataSection(source=str(tmp_path / "c.jsonl"), validation="nowhere.jsonl"))
 
 
 def test_order_is_a_function_of_seed_and_number(tmp_path, tokenizer):

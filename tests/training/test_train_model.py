@@ -6,16 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_dream, write_llada
+from checkpoints import write_dream, write_dream_tokenizer, write_llada
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.arithmetic import problems
 from training.attention import allowed
-from training.config import DecodingSection, LoraSection, ModelSection, Sizes, StageSection
+from training.config import (
+    DecodingSection,
+    LoraSection,
+    ModelSection,
+    Sizes,
+    StageSection,
+    make_config,
+    merged,
+)
 from training.data import Example, padded
 from training.export import export, merged_state
 from training.model import Predictor, add_lora, load, without_adapter
+from training.report import card
 from training.tokenizer import build_tokenizer
 from vllm_d2f.models import register_configs
 from vllm_d2f.models.hf import load_hf
@@ -83,6 +92,7 @@ def test_attention_implementations_agree(base):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "xformers"])
 def test_attention_gradients_agree_on_cuda(base, attention):
     from training.attention import chosen_attention
@@ -193,6 +203,32 @@ def test_a_base_of_other_sizes_or_family_is_refused(base):
     other = {"dream": "llada", "llada": "dream"}[base.family]
     with pytest.raises(ValueError, match="model.family says"):
         load(base.model_copy(update={"family": other}), "eager")
+
+
+def test_a_tokenizer_without_mask_token_is_refused_before_the_weights(tmp_path):
+    path = write_dream(tmp_path / "base")
+    (path / "model.safetensors").unlink()  # nobody gets as far as this
+    write_dream_tokenizer(path, 150)
+    with pytest.raises(ValueError, match="tokenizer has no mask token: mask_token_id 198"):
+        load(ModelSection(base=str(path)), "eager")
+    write_dream_tokenizer(path, 200)
+    with pytest.raises(FileNotFoundError, match="has no .safetensors files"):
+        load(ModelSection(base=str(path)), "eager")
+    with pytest.raises(FileNotFoundError, match="model.base: ./nowhere does not exist"):
+        load(ModelSection(base="./nowhere"), "eager")
+
+
+def test_cards_name_no_licence_of_a_base_and_no_folder(tmp_path):
+    values = {
+        "name": "x",
+        "model": {"sizes": {}},
+        "stages": {"s": {"objective": "d2f", "steps": 1}},
+    }
+    assert "license: apache-2.0" in card(make_config(values), "s")
+    for base, said in ((str(tmp_path), False), ("someone/model", True)):
+        text = card(make_config(merged(values, {"model": {"base": base}})), "s")
+        assert "license" not in text and str(tmp_path) not in text
+        assert ("base_model: someone/model" in text) == said
 
 
 @pytest.mark.parametrize("objective", ["next_token", "diffusion", "d2f"])
