@@ -8,8 +8,9 @@ Two engines in this process, one after the other: d2f-tiny as it is, whose promp
 whole, and with block-causal prompts, which are cut into chunks. Pages, slots and the token budget
 are too few for the requests, so that some wait, some are preempted and some windows are held back.
 Requests are aborted between steps and during a forward, twice, and after their end; new ones take
-their slots, some under the same id. Every request that ends by itself is compared with the
-reference (see `asks`). Now and then everything is drained and what the engine still holds is
+their slots, some under the same id. Between, the prefix cache is reset with all requests running,
+and the scheduler is paused and goes on. Every request that ends by itself is compared with the
+reference. Now and then everything is drained and what the engine still holds is
 counted (`inside.Inside.leaks`). Over HTTP (`--http`) clients close their connections instead.
 """
 
@@ -25,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.asks import WINDOW, Ask, Known, answer_of, known_answers, make_asks
+from benchmarks.reliability.asks import WINDOW, Ask, answer_of, known_answers, make_asks
 from benchmarks.reliability.inside import STAGES, Inside
+from benchmarks.reliability.truth import Known
 from benchmarks.workload import environment
 
 MAX_LEN = 320
@@ -92,6 +94,8 @@ class Tally:
     successors: int = 0
     reused_ids: int = 0
     drains: int = 0
+    resets: int = 0
+    pauses: int = 0
     wrong: list[dict[str, Any]] = field(default_factory=list)
     leaks: list[dict[str, int]] = field(default_factory=list)
 
@@ -109,6 +113,8 @@ class Tally:
             "completed_ties": self.ties,
             "completed_wrong": len(self.wrong),
             "in_a_slot_after_an_aborted_request": self.successors,
+            "resets_of_the_prefix_cache": self.resets,
+            "pauses": self.pauses,
             "drains": self.drains,
             "leaks": self.leaks,
             "differences": self.wrong[:10],
@@ -141,6 +147,7 @@ class Storm:
             for _ in range(self.rng.randint(0, 5)):
                 if self.tally.aborts < aborts:
                     self._abort_one()
+            self._disturb()
             for output in self.inside.engine.step():
                 self._take(output)
             since += self.tally.aborts - before
@@ -192,6 +199,19 @@ class Storm:
             self.inside.abort([request_id, "never heard of"])  # once more, and somebody else
         if not mid_step:
             self.aborted_ids = [request_id]
+
+    def _disturb(self) -> None:
+        """What an operator may do to a server at work, each in one step of a hundred."""
+        core, chance = self.inside.core, self.rng.random()
+        if chance < 0.01:
+            assert core.reset_prefix_cache(reset_running_requests=True)
+            self.tally.resets += 1
+        elif chance < 0.02:
+            core.pause_scheduler("keep", clear_cache=self.rng.random() < 0.5)
+            for _ in range(3):
+                self.inside.engine.step()
+            core.resume_scheduler()
+            self.tally.pauses += 1
 
     def _take(self, output: Any) -> None:
         if not output.finished:
@@ -249,12 +269,11 @@ class Storm:
 def storm(name: str, aborts: int, asks: int, seed: int, progress: Any = None) -> dict[str, Any]:
     """Aborts on one of `ENGINES`, from its start to its end."""
     from benchmarks.parity import shut_down
-    from vllm_d2f.names import resolve
 
     llm = start_engine(name)
     try:
         requests = make_asks(asks, seed, MAX_LEN, ruled=0.4)
-        known = known_answers(requests, llm, resolve("d2f-tiny"), MAX_LEN, PROMPT_BLOCK[name])
+        known = known_answers(requests, llm.llm_engine.vllm_config, PROMPT_BLOCK[name])
         run = Storm(llm, requests, known, seed)
         started = time.perf_counter()
         tally = run.run(aborts, progress=progress)

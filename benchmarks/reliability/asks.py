@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of many kinds for an engine in this process, and what they must be answered.
-
-Greedy requests are held to the reference loop. Those with rules of their own (draws, penalties,
-log-probabilities, grammars) are held to their answer when each was alone in the engine, which the
-tests of these features hold to the reference.
-"""
+"""Requests of many kinds for an engine in this process, and what the reference answers them."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.parity import TIE, Answer, Case, reference_answers, sampling_params
+from benchmarks.parity import Answer, Case, sampling_params
+from benchmarks.reliability.truth import Known, load_truth
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 
@@ -44,9 +40,10 @@ RULES: dict[str, dict[str, Any]] = {
         }
     },
 }
-"""Kinds of requests. Greedy ones, traced or not, are compared with the reference."""
+"""Kinds of requests."""
 
-BY_REFERENCE = ("greedy", "traced")
+PLAIN = ("greedy", "traced")
+"""Those without rules of their own."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def make_asks(count: int, seed: int, max_len: int, *, ruled: float) -> list[Ask]
     tokenizer = AutoTokenizer.from_pretrained(resolve("d2f-tiny"))
     questions = [tokenizer(p.question).input_ids for p in problems("test", count, seed)]
     # Long answers are what fills pages.
-    others = [kind for kind in RULES if kind not in BY_REFERENCE] + 5 * ["endless"]
+    others = [kind for kind in RULES if kind not in PLAIN] + 5 * ["endless"]
     asks = []
     for question in questions:
         # A third are questions, which are answered in few forwards. Random tokens are not.
@@ -100,7 +97,7 @@ def make_asks(count: int, seed: int, max_len: int, *, ruled: float) -> list[Ask]
             prompt = [rng.randrange(2, 448) for _ in range(rng.randint(1, length))]
         params = rng.choice(SETTINGS)
         max_tokens = rng.choice((1, 7, 16, 40, 90, 160))
-        kind = rng.choice(others) if rng.random() < ruled else rng.choice(BY_REFERENCE)
+        kind = rng.choice(others) if rng.random() < ruled else rng.choice(PLAIN)
         if kind in ("regex", "choice", "schema"):
             max_tokens = 40
         elif kind == "endless":
@@ -110,34 +107,17 @@ def make_asks(count: int, seed: int, max_len: int, *, ruled: float) -> list[Ask]
     return asks
 
 
-@dataclass(frozen=True)
-class Known:
-    """What an ask must be answered; `tie` if rounding may decide otherwise."""
-
-    answer: Answer
-    tie: bool = False
-
-
 def known_answers(
-    asks: Sequence[Ask], llm: Any, model: str, max_len: int, prompt_block: int | None = None
+    asks: Sequence[Ask], vllm_config: Any, prompt_block: int | None = None
 ) -> list[Known]:
-    """By the reference, or alone in the idle engine `llm`."""
-    greedy = [i for i, ask in enumerate(asks) if ask.kind in BY_REFERENCE]
-    known: dict[int, Known] = {}
-    cases = [asks[i].case for i in greedy]
-    expected = reference_answers(model, cases, max_len, prompt_block)
-    for i, reference in zip(greedy, expected, strict=True):
-        known[i] = Known(reference.answer, reference.margin < TIE)
-    for i, ask in enumerate(asks):
-        if i not in known:
-            known[i] = Known(answer_of(alone(llm, ask)))
-    return [known[i] for i in range(len(asks))]
+    """By the reference, on the model of an engine's configuration."""
+    from tqdm import tqdm
 
-
-def alone(llm: Any, ask: Ask) -> Any:
-    """The output of a request that has the engine to itself."""
-    prompt = {"prompt_token_ids": list(ask.case.prompt)}
-    return llm.generate([prompt], [ask.sampling_params()], use_tqdm=False)[0]
+    truth = load_truth(vllm_config, window=WINDOW, prompt_block=prompt_block)
+    return [
+        truth.answer(ask.case.prompt, ask.case.params, ask.sampling_params())
+        for ask in tqdm(asks, desc="reference", disable=None)
+    ]
 
 
 def answer_of(output: Any) -> Answer:
