@@ -64,7 +64,7 @@ def start_engine(name: str) -> Any:
         "d2f-tiny",
         window=WINDOW,
         max_model_len=MAX_LEN,
-        max_num_seqs=16,
+        max_num_seqs=24,
         # Room for the longest request and a few short ones.
         num_gpu_blocks_override=-(-MAX_LEN // PAGE) + 14,
         enable_prefix_caching=True,
@@ -272,7 +272,7 @@ def storm(name: str, aborts: int, asks: int, seed: int, progress: Any = None) ->
 
     llm = start_engine(name)
     try:
-        requests = make_asks(asks, seed, MAX_LEN, ruled=0.4)
+        requests = make_asks(asks, seed, MAX_LEN, ruled=0.6)
         known = known_answers(requests, llm.llm_engine.vllm_config, PROMPT_BLOCK[name])
         run = Storm(llm, requests, known, seed)
         started = time.perf_counter()

@@ -38,6 +38,7 @@ class Inside:
     llm: Any
     held: set[str] = field(default_factory=set)
     held_back: int = 0
+    prefix_hits: int = 0
 
     def __post_init__(self) -> None:
         self.engine = self.llm.llm_engine
@@ -49,6 +50,7 @@ class Inside:
         self.free_pages = self._free_pages()
         self.free_slots = len(self.runner.req_states.free_indices)
         self._watch_held()
+        self._watch_hits()
 
     def internal_id(self, request_id: str) -> str | None:
         """vLLM's own id of a request of ours; None once it is over."""
@@ -134,6 +136,18 @@ class Inside:
 
     def _free_pages(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _watch_hits(self) -> None:
+        """Count pages that new requests find in the prefix cache."""
+        manager = self.scheduler.kv_cache_manager
+        get_computed_blocks = manager.get_computed_blocks
+
+        def watched(request: Any) -> Any:
+            found = get_computed_blocks(request)
+            self.prefix_hits += sum(map(len, found[0].blocks))
+            return found
+
+        manager.get_computed_blocks = watched
 
     def _watch_held(self) -> None:
         """Note whom each step holds back."""

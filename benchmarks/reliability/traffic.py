@@ -124,7 +124,8 @@ class _Maker:
             return HttpAsk(kind, body | change, status=status)
         xargs: dict[str, Any] = {}
         if kind == "long prompt":
-            shots = [f"{p.question} {p.answer}" for p in rng.sample(self.problems, 8)]
+            count = rng.randint(2, 5)
+            shots = [f"{p.question} {p.answer}" for p in rng.sample(self.problems, count)]
             body["prompt"] = " ".join([*shots, problem.question])
         elif kind == "preset":
             xargs["d2f_preset"] = rng.choice([n for n in PRESETS if n.startswith("dream-")])
@@ -175,6 +176,7 @@ class _Maker:
         options = {name: body[name] for name in (*same, "ignore_eos") if name in body}
         if "structured_outputs" in body:
             options["structured_outputs"] = StructuredOutputsParams(**body["structured_outputs"])
+        assert len(ids) + body["max_tokens"] <= MAX_LEN
         params = request_params(self.settings, body.get("vllm_xargs"))
         known, texts = [], []
         for index in range(body.get("n", 1)):
@@ -237,9 +239,7 @@ class Client:
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         timeout = httpx.Timeout(ANSWER_SECONDS, pool=None)
         # A proxy of the environment is not between us and our own server.
-        self.http = httpx.AsyncClient(
-            base_url=url, limits=limits, timeout=timeout, trust_env=False
-        )
+        self.http = httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout, trust_env=False)
 
     async def __aenter__(self) -> "Client":
         return self
