@@ -42,7 +42,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """Kinds of requests."""
 
-PLAIN = ("greedy", "traced")
+PLAIN = ("greedy", "traced", "endless")
 """Those without rules of their own."""
 
 
@@ -86,22 +86,20 @@ def make_asks(count: int, seed: int, max_len: int, *, ruled: float) -> list[Ask]
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(resolve("d2f-tiny"))
     questions = [tokenizer(p.question).input_ids for p in problems("test", count, seed)]
-    # Long answers are what fills pages.
-    others = [kind for kind in RULES if kind not in PLAIN] + 5 * ["endless"]
+    others = [kind for kind in RULES if kind not in PLAIN]
     asks = []
     for question in questions:
-        # A third are questions, which are answered in few forwards. Random tokens are not.
-        prompt = question
-        if rng.random() < 0.67:
+        kind = rng.choice(others if rng.random() < ruled else PLAIN)
+        prompt, max_tokens = question, rng.choice((1, 7, 16, 40, 90, 160))
+        if rng.random() < 0.6:
+            # A question is answered in few forwards. Random tokens are not, but many end at once.
             length = rng.choice((3, 20, 60, 130))
             prompt = [rng.randrange(2, 448) for _ in range(rng.randint(1, length))]
+            if kind in PLAIN and rng.random() < 0.8:
+                kind = "endless"
         params = rng.choice(SETTINGS)
-        max_tokens = rng.choice((1, 7, 16, 40, 90, 160))
-        kind = rng.choice(others) if rng.random() < ruled else rng.choice(PLAIN)
         if kind in ("regex", "choice", "schema"):
             max_tokens = 40
-        elif kind == "endless":
-            max_tokens = 160
         assert len(prompt) + max_tokens <= max_len
         asks.append(Ask(Case(tuple(prompt), params, max_tokens), kind, rng.randrange(1 << 31)))
     return asks

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parity import Answer, engine_answers, shut_down, start_engine
-from benchmarks.reliability.asks import PLAIN, WINDOW, Ask, answer_of, known_answers, make_asks
+from benchmarks.parity import Answer, shut_down, start_engine
+from benchmarks.reliability.asks import WINDOW, Ask, answer_of, known_answers, make_asks
 from benchmarks.reliability.inside import Inside
 from benchmarks.reliability.truth import Known
 from benchmarks.workload import environment
@@ -49,10 +49,9 @@ ENGINE_OF = {"narrow": "narrow", "again": "cached", "preempt": "few pages"}
 
 
 def plain_asks(count: int, seed: int) -> list[Ask]:
-    """Distinct greedy requests."""
+    """Distinct greedy requests, end tokens ignored or not."""
     asks = make_asks(count, seed, MAX_LEN, ruled=0.0)
-    assert all(ask.kind in PLAIN for ask in asks)
-    return [Ask(ask.case) for ask in asks]
+    return [Ask(ask.case, "endless" if ask.kind == "endless" else "greedy") for ask in asks]
 
 
 def start(prompts: str, engine: str) -> Any:
@@ -71,42 +70,48 @@ def start(prompts: str, engine: str) -> Any:
 
 def answers(llm: Any, asks: Sequence[Ask], way: str, seed: int) -> list[Answer]:
     """All requests in one of `WAYS`."""
-    cases = [ask.case for ask in asks]
+    rng = random.Random(seed)
     if way == "alone":
-        return engine_answers(llm, cases, "single")
+        return [_together(llm, [ask])[0] for ask in asks]
     if way == "arrivals":
-        return engine_answers(llm, cases, "arrivals", seed)
+        return _arriving(llm, asks, [], rng)
     if way == "crowd":
-        return _in_a_crowd(llm, asks, random.Random(seed))
+        crowd = make_asks(len(asks), rng.randrange(1 << 31), MAX_LEN, ruled=0.8)
+        return _arriving(llm, asks, crowd, rng)
     if way == "again":
-        engine_answers(llm, cases, "batch")
-    if way != "shuffled":
-        return engine_answers(llm, cases, "batch")
-    order = list(range(len(cases)))
-    random.Random(seed).shuffle(order)
-    got = engine_answers(llm, [cases[i] for i in order], "batch")
-    by_index = dict(zip(order, got, strict=True))
-    return [by_index[i] for i in range(len(cases))]
+        _together(llm, asks)
+    order = list(range(len(asks)))
+    if way == "shuffled":
+        rng.shuffle(order)
+    by_index = dict(zip(order, _together(llm, [asks[i] for i in order]), strict=True))
+    return [by_index[i] for i in range(len(asks))]
 
 
-def _in_a_crowd(llm: Any, asks: Sequence[Ask], rng: random.Random) -> list[Answer]:
-    """Beside as many requests of other kinds, half of which are aborted."""
+def _together(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
+    prompts = [{"prompt_token_ids": list(ask.case.prompt)} for ask in asks]
+    params = [ask.sampling_params() for ask in asks]
+    return [answer_of(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def _arriving(
+    llm: Any, asks: Sequence[Ask], crowd: Sequence[Ask], rng: random.Random
+) -> list[Answer]:
+    """Shuffled, some before every step, beside a crowd of which half is aborted."""
     engine = llm.llm_engine
-    crowd = make_asks(len(asks), rng.randrange(1 << 31), MAX_LEN, ruled=0.8)
     waiting = [(f"case-{i}", ask) for i, ask in enumerate(asks)]
     waiting += [(f"other-{i}", ask) for i, ask in enumerate(crowd)]
     rng.shuffle(waiting)
     found: dict[int, Answer] = {}
-    others: list[str] = []
+    to_abort: list[str] = []
     while waiting or engine.has_unfinished_requests():
-        for _ in range(min(rng.randint(0, 12), len(waiting))):
+        for _ in range(min(rng.choice((0, 1, 2, 12)), len(waiting))):
             request_id, ask = waiting.pop()
             prompt: Any = {"prompt_token_ids": list(ask.case.prompt)}
             engine.add_request(request_id, prompt, ask.sampling_params())
             if request_id.startswith("other") and rng.random() < 0.5:
-                others.append(request_id)
-        if others and rng.random() < 0.5:
-            engine.abort_request([others.pop(rng.randrange(len(others)))])
+                to_abort.append(request_id)
+        if to_abort and rng.random() < 0.5:
+            engine.abort_request([to_abort.pop(rng.randrange(len(to_abort)))])
         if not engine.has_unfinished_requests():
             continue
         for output in engine.step():

@@ -127,6 +127,7 @@ class _Maker:
             count = rng.randint(2, 5)
             shots = [f"{p.question} {p.answer}" for p in rng.sample(self.problems, count)]
             body["prompt"] = " ".join([*shots, problem.question])
+            body["ignore_eos"] = rng.random() < 0.7  # d2f-tiny has seldom more than a word to say
         elif kind == "preset":
             xargs["d2f_preset"] = rng.choice([n for n in PRESETS if n.startswith("dream-")])
         elif kind == "block size":
@@ -141,6 +142,7 @@ class _Maker:
             }
         elif kind == "random tokens":
             body["prompt"] = [rng.randrange(2, 448) for _ in range(rng.randint(1, 200))]
+            body["ignore_eos"] = rng.random() < 0.7
         elif kind in ("drawn", "n"):
             body |= {"temperature": rng.choice((0.5, 1.0)), "seed": rng.randrange(1 << 31)}
             if kind == "n":

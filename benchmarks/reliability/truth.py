@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
 from benchmarks.parity import TIE, Answer, load_forward
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.grammar import Grammars
@@ -61,6 +63,7 @@ class Truth:
         own.seed_R[0] = sampling.seed or 0
         grammar = None
         if sampling.structured_outputs is not None:
+            validate_xgrammar_grammar(sampling)  # also writes a choice as a grammar
             sampling.structured_outputs._backend = "xgrammar"
             grammar = self.grammars.constraint(sampling)
         proposer = make_proposer(
