@@ -249,8 +249,15 @@ class Client:
     async def __aexit__(self, *_: Any) -> None:
         await self.http.aclose()
 
-    async def ask(self, ask: HttpAsk, *, stream: bool) -> Any:
-        """Send one request to its end; what came, or None where nothing was to come."""
+    async def ask(self, ask: HttpAsk, *, stream: bool, may_refuse: int | None = None) -> str:
+        """Send one request to its end.
+
+        Args:
+            may_refuse: a status that counts as refused, whatever the request.
+
+        Returns:
+            "answered", "refused", or "broken": no answer at all came.
+        """
         body = ask.body | {"return_token_ids": True}
         if not stream and ask.known is not None and len(ask.known) == 1:
             body["vllm_xargs"] = body.get("vllm_xargs", {}) | {"d2f_trace": 1}
@@ -261,9 +268,12 @@ class Client:
                 got = await self._whole(body)
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             self._wrong(ask, stream, error=repr(error))
-            return None
+            return "broken"
+        if got.status == may_refuse:
+            self.tally.refused[got.status] += 1
+            return "refused"
         self.compare(ask, stream, got)
-        return got
+        return "answered"
 
     async def abort(self, ask: HttpAsk, rng: random.Random) -> None:
         """Send a request and close the connection: at once, while it waits, between chunks."""
