@@ -15,6 +15,7 @@ counted (`inside.Inside.leaks`). Over HTTP (`--http`) clients close their connec
 """
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -28,7 +29,16 @@ from typing import Any
 
 from benchmarks.reliability.asks import WINDOW, Ask, answer_of, known_answers, make_asks
 from benchmarks.reliability.inside import STAGES, Inside
-from benchmarks.reliability.truth import Known
+from benchmarks.reliability.server import log_errors, settle
+from benchmarks.reliability.traffic import (
+    MODEL,
+    SERVER_OPTIONS,
+    Client,
+    make_http_asks,
+    server_config,
+)
+from benchmarks.reliability.truth import Known, load_truth
+from benchmarks.serving_server import launch
 from benchmarks.workload import environment
 
 MAX_LEN = 320
@@ -286,6 +296,34 @@ def storm(name: str, aborts: int, asks: int, seed: int, progress: Any = None) ->
         shut_down(llm)
 
 
+async def _http_storm(url: str, aborts: int, seed: int) -> dict[str, Any]:
+    """Clients of which most close their connection, until so many did."""
+    asks = make_http_asks(80, seed, load_truth(server_config(), window=256))
+    asks = [ask for ask in asks if ask.known is not None]
+    async with Client(url, 24) as client:
+
+        async def one_client(rng: random.Random) -> None:
+            while sum(client.tally.aborted.values()) < aborts:
+                if rng.random() < 0.7:
+                    await client.abort(rng.choice(asks), rng)
+                else:
+                    await client.ask(rng.choice(asks), stream=rng.random() < 0.5)
+
+        await asyncio.gather(*(one_client(random.Random(seed + i)) for i in range(24)))
+        return {"traffic": client.tally.as_dict(), "left": await settle(url, 60)}
+
+
+def http_storm(aborts: int, seed: int) -> dict[str, Any]:
+    """The same over HTTP, on a server with few pages."""
+    options = (*SERVER_OPTIONS, "--kv-cache-memory-bytes", str(1 << 27), "--max-num-seqs", "8")
+    with launch(MODEL, options, timeout=600) as server:
+        report = asyncio.run(_http_storm(server.url, aborts, seed))
+        report["log_errors"] = log_errors(server.read_log())[:20]
+    report["server"] = f"vllm serve {MODEL} {' '.join(options)}"
+    report["passed"] = not (report["left"] or report["log_errors"] or report["traffic"]["wrong"])
+    return report
+
+
 def passed(report: dict[str, Any]) -> bool:
     """Every stage was hit, nothing leaked, every answer was right."""
     runs = report["engines"].values()
@@ -303,6 +341,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--aborts", type=int, default=10_000, help="in all, over both engines")
     parser.add_argument("--asks", type=int, default=200, help="distinct requests")
+    parser.add_argument("--http", type=int, default=500, help="aborts over HTTP; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the result here")
     return parser.parse_args(argv)
@@ -324,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=share * len(ENGINES), desc="aborts", disable=None) as bar:
         for name in ENGINES:
             report["engines"][name] = storm(name, share, args.asks, args.seed, bar)
+    if args.http:
+        report["http"] = http_storm(args.http, args.seed)
     report["passed"] = passed(report)
     for name, run in report["engines"].items():
         shown = {key: value for key, value in run.items() if key != "differences"}
