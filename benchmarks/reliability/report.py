@@ -24,7 +24,7 @@ def render(folder: Path) -> str:
             "# Reliability under load\n\n"
             "Written by `python -m benchmarks.reliability.report` from the JSON files beside it. "
             "Engine in float32; every answer is compared token by token with the reference loop "
-            "(`vllm_d2f/reference.py`), and outside streams forward by forward. A *tie* is an answer "
+            "(`vllm_d2f/reference.py`), where not streamed by forwards too. A *tie* is an answer "
             "that differs after a decision closer than float32's rounding; ties are not equal."
         )
     ]
