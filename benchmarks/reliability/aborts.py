@@ -37,6 +37,7 @@ from benchmarks.reliability.traffic import (
     make_http_asks,
     server_config,
 )
+from benchmarks.reliability.traffic import WINDOW as HTTP_WINDOW
 from benchmarks.reliability.truth import Known, load_truth
 from benchmarks.serving_server import launch
 from benchmarks.workload import environment
@@ -298,7 +299,7 @@ def storm(name: str, aborts: int, asks: int, seed: int, progress: Any = None) ->
 
 async def _http_storm(url: str, aborts: int, seed: int) -> dict[str, Any]:
     """Clients of which most close their connection, until so many did."""
-    asks = make_http_asks(80, seed, load_truth(server_config(), window=256))
+    asks = make_http_asks(80, seed, load_truth(server_config(), window=HTTP_WINDOW))
     asks = [ask for ask in asks if ask.known is not None]
     async with Client(url, 24) as client:
 

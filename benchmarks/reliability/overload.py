@@ -33,6 +33,7 @@ from benchmarks.reliability.traffic import (
     ANSWER_SECONDS,
     MODEL,
     SERVER_OPTIONS,
+    WINDOW,
     Client,
     HttpAsk,
     make_http_asks,
@@ -214,7 +215,7 @@ async def over_http(
 def http_part(args: argparse.Namespace) -> dict[str, Any]:
     """One server, levels of load one after the other."""
     asks = make_http_asks(
-        args.asks, args.seed, load_truth(server_config(), window=256), kinds=HTTP_KINDS
+        args.asks, args.seed, load_truth(server_config(), window=WINDOW), kinds=HTTP_KINDS
     )
     queued = 4 * FIT
     options = (

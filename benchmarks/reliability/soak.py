@@ -28,6 +28,7 @@ from benchmarks.reliability.traffic import (
     ANSWER_SECONDS,
     MODEL,
     SERVER_OPTIONS,
+    WINDOW,
     Client,
     HttpAsk,
     make_http_asks,
@@ -43,7 +44,8 @@ SLACK_MIB = 16.0
 
 OPTIONS = (
     *SERVER_OPTIONS,
-    *("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 27)),
+    # Few pages: all of them are touched in the warm-up, and do not look like growth later.
+    *("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 25)),
 )
 
 
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     register()
     config = server_config()
-    asks = make_http_asks(args.asks, args.seed, load_truth(config, window=256))
+    asks = make_http_asks(args.asks, args.seed, load_truth(config, window=WINDOW))
     report = environment(
         args.seed, sys.argv[1:] if argv is None else argv, "benchmarks.reliability.soak"
     )

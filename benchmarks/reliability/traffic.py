@@ -107,7 +107,7 @@ class _Maker:
         self.rng, self.truth = rng, truth
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
         self.problems = problems("test", 400, rng.randrange(1 << 31))
-        section = settings_from_dict(truth.config.d2f, {"window": WINDOW})
+        section = settings_from_dict(truth.config.d2f, {"window": truth.window})
         self.settings = Settings(section.params, section.window, family="dream")
 
     def make(self, kind: str) -> HttpAsk:
