@@ -265,7 +265,8 @@ class Storm:
 
     def _watch_slots(self) -> None:
         """Note who had a request's slot before it."""
-        state, last = self.inside.state, {}
+        state = self.inside.state
+        last: dict[int, str] = {}
         add_request = state.add_request
 
         def watched(slot: int, data: Any) -> None:

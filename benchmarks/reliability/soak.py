@@ -137,6 +137,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=24, help="connections at once")
     parser.add_argument("--asks", type=int, default=400, help="distinct requests")
+    parser.add_argument("--kinds", nargs="+", help="of requests (see `traffic`); default: all")
     parser.add_argument("--aborts", type=float, default=0.15, help="share of connections closed")
     parser.add_argument("--growth", type=float, default=3.0, help="memory may grow, per cent")
     parser.add_argument("--quiet-every", type=float, help="seconds; default: 20 quiet moments")
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     register()
     config = server_config()
-    asks = make_http_asks(args.asks, args.seed, load_truth(config, window=WINDOW))
+    asks = make_http_asks(args.asks, args.seed, load_truth(config, window=WINDOW), kinds=args.kinds)
     report = environment(
         args.seed, sys.argv[1:] if argv is None else argv, "benchmarks.reliability.soak"
     )

@@ -185,7 +185,7 @@ class _Maker:
             # vLLM gives each of n answers a seed of its own.
             seed = body["seed"] + index if "seed" in body else None
             answer = self.truth.answer(ids, params, SamplingParams(seed=seed, **options))
-            text = self.tokenizer.decode(answer.answer.tokens, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(list(answer.answer.tokens), skip_special_tokens=True))
             cuts = [text.find(stop) for stop in body.get("stop", ()) if stop in text]
             known.append(answer)
             texts.append(text[: min(cuts)] if cuts else text)
@@ -396,6 +396,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 def server_config() -> Any:
     """vLLM's configuration of the server, made here for the reference. Starts no engine."""
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_d2f.names import resolve
@@ -406,5 +407,7 @@ def server_config() -> Any:
         enforce_eager=True,
         max_model_len=MAX_LEN,
         additional_config={"d2f": {"window": WINDOW}},
-        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        structured_outputs_config=StructuredOutputsConfig(
+            backend="xgrammar", disable_any_whitespace=True
+        ),
     ).create_engine_config()
