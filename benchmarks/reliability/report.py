@@ -4,7 +4,7 @@
     python -m benchmarks.reliability.report
 
 Figures are taken from the files, so the text cannot say what was not measured. A file that is
-missing leaves its section out.
+missing leaves its section out. What `reliability_faults.md` says about faults follows as it is.
 """
 
 import json
@@ -33,6 +33,9 @@ def render(folder: Path) -> str:
         if path.exists():
             report = json.loads(path.read_text(encoding="utf-8"))
             parts.append(section(report) + "\n\n" + _where(report))
+    faults = folder / "reliability_faults.md"
+    if faults.exists():
+        parts.append(faults.read_text(encoding="utf-8").strip())
     return "\n\n".join(parts) + "\n"
 
 
