@@ -84,10 +84,10 @@ def _soak(report: Report) -> str:
 def _overload(report: Report) -> str:
     rows = [
         [
-            f"{level['requests']} ({level['times_fit']:g}x)",
+            f"{level['requests']}{' identical' * level['identical']} ({level['times_fit']:g}x)",
             level["wrong"],
             level["ties"],
-            level["first_tokens_out_of_order"],
+            level["out_of_order"],
             level["preemptions"],
             level["positions_per_token"],
             level["tokens_per_cpu_second"],
@@ -97,13 +97,14 @@ def _overload(report: Report) -> str:
     text = (
         "## Overload\n\n"
         f"{report['pages']} pages of {report['page_tokens']} tokens, enough for {report['fit']} of "
-        "these equal requests. All at once, in this process:\n\n"
+        "these requests of equal lengths. All at once, in this process; order counted by first "
+        "forwards, of identical requests by first tokens:\n\n"
         + _table(
             [
                 "requests",
                 "wrong",
                 "ties",
-                "first tokens out of order",
+                "out of order",
                 "preemptions",
                 "positions per token",
                 "tokens per CPU second",
