@@ -3,11 +3,11 @@
 
     python -m benchmarks.reliability.overload --json benchmarks/results/reliability_overload.json
 
-In this process: equal requests (prompts of one length, answers of one length) all at once, as many
-as fit and up to ten times more. Each is compared with the reference; first forwards must come in
-the order of arrival, and first tokens too where all ask the same (else a first token may take one
-request more forwards than another); requests must have been preempted. What a token costs is counted in positions that
-go through the model, which repeats exactly, and in CPU time, which does not.
+In this process: requests of equal lengths all at once, as many as fit and up to ten times more.
+Each is compared with the reference, and requests must have been preempted. First forwards must come
+in the order of arrival; where all ask the same, first tokens too (else one may take more forwards
+to its first token than another). What a token costs is counted in positions that go through the
+model, which repeats exactly, and in CPU time, which does not.
 
 Over HTTP: a server with few pages and a bounded queue (`--max-num-queued-reqs`) under ten times as
 many clients as fit. Each request is answered right or refused with status 503 and asked again;
@@ -133,6 +133,7 @@ def burst(llm: Any, asks: Sequence[Ask], known: Sequence[Known]) -> Level:
             if output.finished:
                 got[index] = answer_of(output)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    vars(inside.scheduler).pop("schedule")
     inside.drain(lambda output: None)
     first = first_token if identical else denoised
     pairs = [(got[i], known[i]) for i in range(len(asks))]

@@ -7,9 +7,10 @@ Figures are taken from the files, so the text cannot say what was not measured. 
 missing leaves its section out. What `reliability_faults.md` says about faults follows as it is.
 """
 
+import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +232,20 @@ SECTIONS: dict[str, Callable[[Report], str]] = {
 }
 
 
-def main() -> int:
-    path = RESULTS / "reliability.md"
-    path.write_text(render(RESULTS), encoding="utf-8")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reliability.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="with the JSON files")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    path = args.folder / "reliability.md"
+    path.write_text(render(args.folder), encoding="utf-8")
     print(f"wrote {path.name}")
     return 0
 
