@@ -13,8 +13,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 VLLM = Path(sys.executable).with_name("vllm")
 STOP_SECONDS = 30
@@ -30,6 +31,19 @@ COUNTERS = {
 SIMULATED = "vllm:d2f_simulated_tokens_per_forward"
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A server of ours: its address, its process, and its log so far."""
+
+    url: str
+    process: subprocess.Popen
+    log: IO[str]
+
+    def read_log(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+
 @contextlib.contextmanager
 def serve(
     model: str, options: Sequence[str], base_url: str | None, timeout: float
@@ -38,10 +52,17 @@ def serve(
     if base_url:
         yield base_url.rstrip("/")
         return
+    with launch(model, options, timeout) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def launch(model: str, options: Sequence[str], timeout: float) -> Iterator[Launched]:
+    """A new server, ready; it ends with the block."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(VLLM), "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -50,13 +71,13 @@ def serve(
             # A group of its own: Ctrl-C ends this benchmark, and this benchmark ends the server.
             start_new_session=True,
         )
+        server = Launched(url, process, log)
         try:
             if not _ready(process, url, timeout):
-                log.seek(0)
                 raise subprocess.SubprocessError(
-                    f"vllm serve {model} did not start. Its log ends:\n{log.read()[-3000:]}"
+                    f"vllm serve {model} did not start. Its log ends:\n{server.read_log()[-3000:]}"
                 )
-            yield url
+            yield server
         finally:
             _stop(process)
 

@@ -34,6 +34,7 @@ class D2FScheduler(Scheduler):
         self.streams: dict[str, Stream] = {}
         self.traces: dict[str, Trace] = {}
         self.counts = StepCounts()
+        self._open_blocks_told = 0
         # The worker keeps a window in step with its grammar (`grammar`); cut short at the first
         # mask token it would be none.
         self.structured_output_manager.validate_tokens = (  # type: ignore[method-assign]
@@ -46,6 +47,7 @@ class D2FScheduler(Scheduler):
         super().add_request(request)
         sampling = request.sampling_params
         self.streams[request.request_id] = Stream(self._params(request).block_size)
+        self.traces.pop(request.request_id, None)  # of an aborted one that had the same id
         if wants_trace(sampling.extra_args if sampling else None):
             self.traces[request.request_id] = Trace()
         # vLLM offers these counters with a speculative config only; they cost one list.
@@ -154,8 +156,15 @@ class D2FScheduler(Scheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             self.counts = StepCounts()  # nobody asks for them
-        elif stats.spec_decoding_stats is not None:
-            self.counts.open_blocks = sum(s.open_blocks for s in self.streams.values())
+            return stats
+        self.counts.open_blocks = sum(s.open_blocks for s in self.streams.values())
+        if self.counts.finished or self.counts.open_blocks != self._open_blocks_told:
+            # After an abort nothing may be denoised for long, and still it is news.
+            stats.spec_decoding_stats = stats.spec_decoding_stats or SpecDecodingStats(
+                self.num_spec_tokens
+            )
+        if stats.spec_decoding_stats is not None:
+            self._open_blocks_told = self.counts.open_blocks
             self.counts.put(stats.spec_decoding_stats)
             self.counts = StepCounts()
         return stats

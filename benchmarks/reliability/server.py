@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server at work holds: memory of its processes, pages, and errors in its log."""
+
+import asyncio
+import re
+import urllib.request
+from dataclasses import dataclass
+
+import psutil
+
+GAUGES = {
+    "vllm:kv_cache_usage_perc": "pages_in_use",
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:d2f_open_blocks": "open_blocks",
+}
+PREEMPTIONS = "vllm:num_preemptions_total"
+
+
+def memory(pid: int) -> dict[str, float]:
+    """Resident MiB of a process and all its descendants, by name."""
+    found: dict[str, float] = {}
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            name = "API server" if process.pid == pid else _name(process)
+            found[name] = found.get(name, 0.0) + process.memory_info().rss / 2**20
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _name(process: psutil.Process) -> str:
+    """vLLM names its processes; Python's own helpers are told by their command."""
+    title = " ".join(process.cmdline())
+    for word, name in (("EngineCore", "engine"), ("resource_tracker", "resource tracker")):
+        if word in title or word in process.name():
+            return name
+    return process.name()
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Gauges by our names, summed over labels; preemptions so far."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+        return parse_metrics(response.read().decode())
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """The same from the text of /metrics."""
+    names = GAUGES | {PREEMPTIONS: "preemptions"}
+    found = dict.fromkeys(names.values(), 0.0)
+    for line in text.splitlines():
+        name = names.get(re.split(r"[{ ]", line, maxsplit=1)[0])
+        if name is not None:
+            found[name] += float(line.rsplit(" ", 1)[1])
+    return found
+
+
+async def settle(url: str, seconds: float) -> dict[str, float]:
+    """What is still in use though nobody asks any more, after at most `seconds`: empty is good."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        metrics = await asyncio.to_thread(read_metrics, url)
+        left = {name: metrics[name] for name in GAUGES.values() if metrics[name]}
+        if not left or asyncio.get_running_loop().time() > deadline:
+            return left
+        await asyncio.sleep(0.5)
+
+
+def log_errors(log: str) -> list[str]:
+    """Lines of a server's log that tell of a failure."""
+    pattern = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|EngineDeadError|Segmentation fault")
+    return [line[:300] for line in log.splitlines() if pattern.search(line)]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How one process's memory went over quiet moments.
+
+    Attributes:
+        first, last: MiB at the first moment after the warm-up and at the last.
+        slope: MiB per hour of the straight line through the moments in between.
+    """
+
+    first: float
+    last: float
+    slope: float
+
+
+def growth(samples: list[tuple[float, float]], warm_up: float) -> Growth:
+    """Memory over time after a warm-up.
+
+    Args:
+        samples: (seconds, MiB) at quiet moments, two at least behind the warm-up.
+    """
+    import numpy as np
+
+    late = [(at, mib) for at, mib in samples if at >= warm_up]
+    if len(late) < 2:
+        raise ValueError(f"{len(late)} moments after a warm-up of {warm_up:.0f} s; run for longer")
+    at, mib = np.array(late).T
+    slope = float(np.polyfit(at / 3600, mib, 1)[0])
+    return Growth(round(float(mib[0]), 1), round(float(mib[-1]), 1), round(slope, 1))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the tools of `benchmarks/reliability` judge what they saw."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reliability import aborts, overload, report, soak
+from benchmarks.reliability.inside import STAGES
+from benchmarks.reliability.server import growth, log_errors, memory, parse_metrics
+
+METRICS = """
+# HELP vllm:kv_cache_usage_perc KV-cache usage.
+vllm:kv_cache_usage_perc{engine="0",model_name="d2f-tiny"} 0.25
+vllm:num_requests_running{engine="0"} 2.0
+vllm:num_requests_running{engine="1"} 1.0
+vllm:num_requests_waiting{engine="0"} 0.0
+vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0
+vllm:num_preemptions_total{engine="0"} 3.0
+vllm:d2f_open_blocks{engine="0"} 4.0
+"""
+
+
+def test_metrics_by_name_and_summed():
+    assert parse_metrics(METRICS) == {
+        "pages_in_use": 0.25,
+        "running": 3.0,
+        "waiting": 0.0,
+        "open_blocks": 4.0,
+        "preemptions": 3.0,
+    }
+
+
+def test_growth_after_the_warm_up():
+    samples = [(0.0, 10.0), (900.0, 100.0), (1800.0, 101.0), (2700.0, 102.0)]
+    grown = growth(samples, warm_up=600)
+    assert (grown.first, grown.last, grown.slope) == (100.0, 102.0, 4.0)
+    with pytest.raises(ValueError, match="run for longer"):
+        growth(samples, warm_up=2000)
+
+
+def test_memory_of_a_process():
+    assert memory(os.getpid())["API server"] > 10
+
+
+def test_errors_in_a_log():
+    log = "INFO all is well\n(EngineCore) ERROR 01-01 no\nTraceback (most recent call last):\n"
+    assert len(log_errors(log)) == 2
+
+
+def good_soak():
+    return {
+        "memory_mib": {"engine": {"last": 100.0, "allowed": 110.0}},
+        "left_at_quiet_moments": [],
+        "log_errors": [],
+        "traffic": {"wrong": 0, "equal_to_the_reference": 5},
+        "alive": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory_mib": {"engine": {"last": 111.0, "allowed": 110.0}}},
+        {"left_at_quiet_moments": [{"pages_in_use": 0.1}]},
+        {"log_errors": ["ERROR"]},
+        {"traffic": {"wrong": 1, "equal_to_the_reference": 5}},
+        {"traffic": {"wrong": 0, "equal_to_the_reference": 0}},
+        {"alive": False},
+    ],
+)
+def test_a_soak_passes_only_if_all_is_well(change):
+    assert soak.passed(good_soak())
+    assert not soak.passed(good_soak() | change)
+
+
+def test_aborts_pass_only_if_every_stage_was_hit():
+    run = {"by_stage": dict.fromkeys(STAGES, 1), "leaks": [], "completed_wrong": 0}
+    assert aborts.passed({"engines": {"a": run}})
+    missed = run | {"by_stage": run["by_stage"] | {"preempted": 0}}
+    assert not aborts.passed({"engines": {"a": missed}})
+    assert aborts.passed({"engines": {"a": missed, "b": run}})
+    assert not aborts.passed({"engines": {"a": run, "b": run | {"leaks": [{"pages": 1}]}}})
+    assert not aborts.passed({"engines": {"a": run}, "http": {"passed": False}})
+
+
+def test_what_is_left_of_the_throughput():
+    levels = [{"speed": 50.0}, {"speed": 100.0}, {"speed": 75.0}]
+    assert overload.ratio(levels, "speed") == 0.75
+
+
+def test_the_document_says_what_the_files_say():
+    """`python -m benchmarks.reliability.report` renews it."""
+    written = Path(report.RESULTS / "reliability.md").read_text(encoding="utf-8")
+    assert written == report.render(report.RESULTS)
+    for name in report.SECTIONS:
+        assert (report.RESULTS / f"reliability_{name}.json").exists()
