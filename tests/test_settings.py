@@ -64,7 +64,7 @@ SERVED = Settings(D2FParams(16, 4), window=64)
     ("options", "expected"),
     [
         (None, D2FParams(16, 4)),
-        ({"unrelated": 1}, D2FParams(16, 4)),
+        ({}, D2FParams(16, 4)),
         ({"d2f_block_size": 8}, D2FParams(8, 4)),
         ({"d2f_block_size": 32}, D2FParams(32, 2)),
         ({"d2f_block_size": 64}, D2FParams(64, 1)),
@@ -82,6 +82,8 @@ def test_request_options(options, expected):
     [
         ({"d2f_tau": 0.5}, "unknown option 'd2f_tau'; D2F options are d2f_block_size"),
         ({"diffusion_max_steps": 4}, "unknown option 'diffusion_max_steps'"),
+        ({"tau_conf": 0.5}, "unknown option 'tau_conf'; D2F options are .*d2f_tau_conf"),
+        ({"kv_transfer_params": {"a": 1}}, "no connector that takes it, remove it"),
         ({"d2f_block_size": 0}, r"d2f_block_size must be an integer in \[1, 64\], got 0"),
         ({"d2f_block_size": 65}, r"d2f_block_size must be an integer in \[1, 64\], got 65"),
         ({"d2f_block_size": 8.0}, r"d2f_block_size must be an integer in \[1, 64\]"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up: turn a Dream or LLaDA checkpoint into a D2F deployment, or refuse with the remedy."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
@@ -14,6 +14,7 @@ from vllm_d2f.models import ARCHITECTURES
 from vllm_d2f.settings import Settings, settings_from_dict
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 logger = init_logger(__name__)
@@ -40,6 +41,8 @@ class D2FConfigHook(VerifyAndUpdateConfig):
 
         if current_platform.is_cuda():
             prepare_attention(vllm_config)
+        if current_platform.is_cpu():
+            _bound_cpu_cache(vllm_config)
         _set_prefill(settings, model_config.max_model_len, scheduler_config)
 
         # The published setting is greedy. A request or the user's own default still decides.
@@ -82,6 +85,50 @@ def _set_prefill(
             max_model_len,
         )
         scheduler_config.max_num_batched_tokens = max_model_len
+
+
+CPU_PAGE = 128
+"""Tokens in a page of vLLM's CPU cache, unless the user says otherwise."""
+
+LEAST_CPU_CACHE = 1 << 28
+"""Bytes. Few requests at once still want room for the prompts of earlier ones."""
+
+
+def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
+    """Reserve no more of a CPU's memory than all requests at their longest can fill.
+
+    vLLM takes 92 % of the memory whatever the model, and does not start where less is free: too
+    much to ask for a model of some megabytes. What the user said about memory stands.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    default = type(cache).gpu_memory_utilization
+    if (
+        cache.kv_cache_memory_bytes is not None
+        or cache.num_gpu_blocks_override is not None
+        or cache.gpu_memory_utilization != default
+    ):
+        return
+    page = cache.block_size if cache.user_specified_block_size else CPU_PAGE
+    bytes_per_token = (
+        2  # keys and values
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+        * cast("torch.dtype", model.dtype).itemsize
+    )
+    # One page more: the last one of a request is seldom full, and one of all is nobody's.
+    tokens = (-(-model.max_model_len // page) + 1) * page * (scheduler.max_num_seqs + 1)
+    enough = max(tokens * bytes_per_token, LEAST_CPU_CACHE)
+    if enough < default * current_platform.get_device_total_memory():
+        logger.info(
+            "Reserving %.2f GiB for the KV cache, enough for %d requests of %d tokens. "
+            "--kv-cache-memory-bytes or --gpu-memory-utilization change that.",
+            enough / (1 << 30),
+            scheduler.max_num_seqs,
+            model.max_model_len,
+        )
+        cache.kv_cache_memory_bytes = enough
 
 
 def _resolve(vllm_config: "VllmConfig") -> Settings:
@@ -128,6 +175,21 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
         f"--base {vllm_config.model_config.model} --adapter DIR --out FOLDER`, then `vllm serve "
         "FOLDER`": vllm_config.lora_config is not None,
+        "--async-scheduling: the widths of the windows come back from the worker every step; "
+        "remove it": vllm_config.scheduler_config.async_scheduling is True,
+        "--enable-prompt-embeds: a prompt is token ids; remove it": (
+            vllm_config.model_config.enable_prompt_embeds
+        ),
+        "--kv-transfer-config: not supported; remove it": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "--ec-transfer-config: not supported; remove it": (
+            vllm_config.ec_transfer_config is not None
+        ),
+        "--watermark-config: not supported; remove it": vllm_config.watermark_config is not None,
+        "--kv-sharing-fast-prefill: not supported; remove it": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
         "--runner pooling: D2F models generate text; remove it": (
             vllm_config.model_config.runner_type != "generate"
         ),

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+logger = init_logger(__name__)
 
 BACKENDS = {
     "XgrammarBackend": "xgrammar",
@@ -58,9 +61,13 @@ class GrammarConstraint:
                 the detokenizer drops them, and what is left may not match any more.
             min_tokens, stops: no stop token before so many tokens.
 
-        Special and early stop tokens give way to the grammar where nothing else is allowed.
+        Special and early stop tokens give way to the grammar where nothing else is allowed. Where
+        it allows nothing at all (`root ::= root`, or an alternative that leads nowhere), a stop
+        token is proposed: the scheduler's grammar rejects it, and vLLM ends that request, and no
+        other, with an error.
         """
         self.grammar, self.bitmask_1B, self.mask_id = grammar, bitmask_1B, mask_id
+        self.lost = False
         self.stops, self.min_tokens, self.accepted = sorted(stops), min_tokens, 0
         self.specials = sorted(set(specials) - set(self.stops))
 
@@ -73,6 +80,10 @@ class GrammarConstraint:
         bits = bits[: len(allowed_V)]
         allowed_V[: len(bits)] = bits
         allowed_V[self.mask_id] = False
+        if self.lost or not allowed_V.any():
+            self.lost = True
+            allowed_V[:] = False
+            allowed_V[self.stops[:1] or 0] = True
         allowed_V = _without(allowed_V, self.specials)
         if self.accepted < self.min_tokens:
             allowed_V = _without(allowed_V, self.stops)
@@ -81,11 +92,14 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         self.accepted += 1
-        if not self.grammar.accept_tokens("", [token]):
-            raise RuntimeError(
-                f"vllm-d2f: the grammar allowed token {token} and then did not accept it. This is "
-                "a bug; please report it with the request's structured_outputs."
+        # Never an exception: it would end the engine, and with it the requests of everybody.
+        if not self.lost and not self.grammar.accept_tokens("", [token]):
+            logger.error(
+                "vllm-d2f: the grammar allowed token %d and then did not accept it. This is a bug; "
+                "please report it with the request's structured_outputs.",
+                token,
             )
+            self.lost = True
 
 
 class Grammars:

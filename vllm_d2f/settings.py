@@ -152,11 +152,11 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     Raises:
         ValueError: an unknown option, a value out of range, a product that does not fit the window.
     """
-    given = {k: v for k, v in (extra_args or {}).items() if k.startswith(("d2f_", "diffusion_"))}
+    given = dict(extra_args or {})
     options = {f"d2f_{name}": name for name in _PARAM_NAMES}
     if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE}):
         known = ", ".join(sorted({*options, _PRESET, _TRACE}))
-        raise ValueError(f"unknown option {unknown[0]!r:.80}; D2F options are {known}")
+        raise ValueError(f"unknown option {unknown[0]!r:.80}; {_remedy(unknown[0])} are {known}")
     wants_trace(given)
     base, window = settings.params, settings.window
     preset = _preset(settings, given.pop(_PRESET)) if _PRESET in given else {}
@@ -179,6 +179,51 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
         if not 0 <= chosen[name] <= 1:
             raise ValueError(f"d2f_{name} must be a number in [0, 1], got {chosen[name]!r}")
     return D2FParams(**chosen)
+
+
+def _remedy(option: str) -> str:
+    """What to say of an option that a D2F model does not have, before the list of those it has."""
+    if option.endswith("_transfer_params"):
+        return "a D2F server has no connector that takes it, remove it; D2F options"
+    return "D2F options"
+
+
+REMOVED_FIELDS = {
+    "guided_json": 'structured_outputs {"json": ...} or response_format',
+    "guided_regex": 'structured_outputs {"regex": ...}',
+    "guided_choice": 'structured_outputs {"choice": [...]}',
+    "guided_grammar": 'structured_outputs {"grammar": ...}',
+    "guided_decoding_backend": "the server's --structured-outputs-config",
+    "guided_whitespace_pattern": 'structured_outputs {"whitespace_pattern": ...}',
+}
+"""Fields of a request that vLLM had once and ignores now, and what took their place."""
+
+
+def add_request_fields(params: "SamplingParams", fields: Mapping[str, Any]) -> None:
+    """Take D2F's options from a request's fields that vLLM does not know (`patches/p08`).
+
+    Args:
+        params: of this request; its `extra_args` get the options that are not null.
+        fields: the unknown fields.
+
+    Raises:
+        VLLMValidationError: a field that vLLM removed, or an option given twice.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    for name, successor in REMOVED_FIELDS.items():
+        if fields.get(name) is not None:
+            raise VLLMValidationError(
+                f"{name} is not supported any more; use {successor}.", parameter=name
+            )
+    options = {k: v for k, v in fields.items() if k.startswith("d2f_") and v is not None}
+    given = params.extra_args or {}
+    for name in sorted(options.keys() & given.keys()):
+        raise VLLMValidationError(
+            f"{name} stands in vllm_xargs and beside it; remove one of them.", parameter=name
+        )
+    if options:
+        params.extra_args = {**given, **options}
 
 
 def _preset(settings: Settings, name: Any) -> dict[str, Any]:
@@ -322,7 +367,8 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
     """Parameters that D2F decoding cannot honour, and why."""
     no_prompt = (
         "not supported for D2F models. A prompt is one bidirectional block, so its tokens have no "
-        "probability given those before them. Remove it (with `echo`, remove `logprobs`)."
+        "probability given those before them. Remove it; `echo` asks for it too, in a chat always "
+        "and in a completion with `logprobs`: remove one of them."
     )
     mode, modes = model_config.logprobs_mode, " or ".join(LOGPROB_MODES)
     simulated = served_settings(model_config).simulate_tokens_per_forward is not None
@@ -347,6 +393,10 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
         ),
         "thinking_token_budget": (
             params.thinking_token_budget is not None,
+            "not supported for D2F models; remove it.",
+        ),
+        "watermarking": (
+            params.watermarking is True,
             "not supported for D2F models; remove it.",
         ),
         "trace_decode_token_ids": (

@@ -88,6 +88,13 @@ def test_wrong_settings_are_named(plain, section, message):
         ),
         ({"logits_processors": ["some.module:Class"]}, "--logits-processors"),
         ({"scheduler_cls": "some.module.Class"}, "--scheduler-cls"),
+        ({"async_scheduling": True}, "--async-scheduling"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+        ({"watermark_config": {"algorithm": "gumbel", "key": 7}}, "--watermark-config"),
     ],
 )
 def test_options_d2f_cannot_honour_are_refused_by_their_flag(dream, options, flag):
@@ -112,6 +119,34 @@ def test_prompts_prefill_whole(dream):
     served = config(dream, max_model_len=700, max_num_batched_tokens=128, max_num_seqs=4)
     assert not served.scheduler_config.enable_chunked_prefill
     assert served.scheduler_config.max_num_batched_tokens >= 700
+
+
+def test_a_cpu_reserves_what_the_requests_can_fill(dream, monkeypatch):
+    """vLLM's 92 % of the memory would not even start where others use some of it."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    cache = config(dream, max_model_len=512, max_num_seqs=64).cache_config
+    model = config(dream).model_config
+    token = 2 * model.get_num_kv_heads(config(dream).parallel_config) * model.get_head_size() * 4
+    pages = 65 * (512 // 128 + 1)
+    layers = model.hf_config.num_hidden_layers
+    assert cache.kv_cache_memory_bytes == max(pages * 128 * token * layers, 1 << 28)
+    assert cache.kv_cache_memory_bytes < 1 << 30
+    wide = config(dream, max_num_seqs=4096, max_num_batched_tokens=1 << 20).cache_config
+    assert wide.kv_cache_memory_bytes > cache.kv_cache_memory_bytes
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"kv_cache_memory_bytes": 1 << 25},
+        {"gpu_memory_utilization": 0.5},
+        {"num_gpu_blocks_override": 32},
+    ],
+)
+def test_what_the_user_says_about_memory_stands(dream, option):
+    cache = config(dream, **option).cache_config
+    assert cache.kv_cache_memory_bytes == option.get("kv_cache_memory_bytes")
+    assert cache.gpu_memory_utilization == option.get("gpu_memory_utilization", 0.92)
 
 
 def test_the_command_shows_the_reason_and_ends(plain):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""p08: D2F options beside a request's other fields; removed vLLM fields are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_d2f.patches.patch import Patch, check_sources, replace
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+NAME = "p08_request_fields"
+COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params"
+CHAT = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params"
+RESPONSES = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params"
+
+
+def _make(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
+    def to_sampling_params(
+        self: Any, max_tokens: int, default_sampling_params: dict[str, Any] | None = None
+    ) -> SamplingParams:
+        return _with_fields(self, original(self, max_tokens, default_sampling_params))
+
+    return to_sampling_params
+
+
+def _make_responses(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
+    def to_sampling_params(
+        self: Any, default_max_tokens: int, default_sampling_params: dict[str, Any] | None = None
+    ) -> SamplingParams:
+        return _with_fields(self, original(self, default_max_tokens, default_sampling_params))
+
+    return to_sampling_params
+
+
+def _with_fields(request: Any, params: SamplingParams) -> SamplingParams:
+    from vllm_d2f.settings import add_request_fields
+
+    add_request_fields(params, request.model_extra or {})
+    return params
+
+
+def install() -> None:
+    """Install the patch; a second call does nothing. `D2FStatLogger` of a D2F model calls it."""
+    check_sources(NAME, PATCH.source_sha256)
+    replace(NAME, COMPLETION, _make)
+    replace(NAME, CHAT, _make)
+    replace(NAME, RESPONSES, _make_responses)
+
+
+def apply() -> None:
+    """Nothing yet: only the server's process has requests, and their modules are slow to import."""
+
+
+def needed() -> bool:
+    """Always: vLLM takes fields that it does not know, and does nothing with them."""
+    return True
+
+
+PATCH = Patch(
+    name=NAME,
+    target=(COMPLETION, CHAT, RESPONSES),
+    why="vLLM ignores fields that it does not know. A `d2f_preset` beside `max_tokens`, where "
+    "everybody puts it first, would do nothing without a word, and so would `guided_json` and its "
+    "like, which vLLM removed: the answer would come without the constraint.",
+    how="Wraps the methods that make sampling parameters of a request: a `d2f_*` field is taken as "
+    "if it stood in `vllm_xargs`, a removed one is an error that names its successor. All other "
+    "fields go vLLM's way.",
+    upstream="vLLM logs a warning for the removed fields, once",
+    remove_when="vLLM lets a plugin declare fields of requests, and refuses those it removed",
+    when="always, in servers of a D2F model",
+    source_sha256={
+        COMPLETION: "b846652987d728d72790b03d1e351e00608a59fc5b48238be0e6c0cc877652c6",
+        CHAT: "4b72575d8302d5740225bd858b7616d5830d7f23e004289d4d8074bde319ebdd",
+        RESPONSES: "66bf1733912693f2d562a3837e4cf1f7ac5ef6b5bc759127db1393b7ba549ab1",
+    },
+    apply=apply,
+    needed=needed,
+    checked_late=True,
+)
