@@ -119,9 +119,7 @@ def advance_and_grow(
         new_D[d], commit_D[d] = new, commit
         tokens_DW[d, :new] = tokens_W[lead_in : lead_in + new]
         dropped = (was_open + size - 1) // size - (open_ + size - 1) // size
-        tally_D[d] = (
-            in_active | in_semi << BITS | dropped << (2 * BITS) | nonfinite << (3 * BITS)
-        )
+        tally_D[d] = in_active | in_semi << BITS | dropped << (2 * BITS) | nonfinite << (3 * BITS)
 
         # Move over what was committed, then add.
         open_ = max(open_ - commit, 0)

@@ -6,9 +6,10 @@ that temperature, min_p, top_k and top_p leave (in vLLM's order), and the confid
 probability in that distribution. Draws depend on (seed, position, forward) alone, so they are the
 same whatever else is in the batch.
 
-A row with a NaN or +inf, or without a finite logit, has no distribution: its proposal has confidence
-0, and every other one more. So it is never accepted for its confidence, and a fully activated block
-still decides one position per forward: the number of forwards stays bounded whatever a model says.
+A row with a NaN or +inf, or without a finite logit, has no distribution: its proposal has
+confidence 0, and every other one more. So it is never accepted for its confidence, and a fully
+activated block still decides one position per forward: the number of forwards stays bounded
+whatever a model says.
 Greedy, its token is the first NaN, else the first largest; drawn, it is token 0.
 
 Shape suffixes: N rows (one undecided position each), V vocabulary, R requests.

@@ -35,7 +35,7 @@ COUNTERS = {
     "dropped": ("vllm:d2f_dropped_blocks", "Open blocks given up behind an end token."),
     "nonfinite": (
         "vllm:d2f_nonfinite_proposals",
-        "Proposals from logits with a NaN or infinity; above 0 the model or its weights are broken.",
+        "Proposals from logits with a NaN or infinity: the model or its weights are broken.",
     ),
 }
 """Field of `StepCounts` -> name and documentation; Prometheus appends `_total`."""

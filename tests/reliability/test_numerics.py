@@ -67,7 +67,9 @@ class Engine:
     def load(self, folder: str) -> None:
         """Take over the two matrices in which the models differ; the others are packed away."""
         weights = load_file(Path(folder) / "model.safetensors")
-        changed = {n: t for n, t in weights.items() if t is head(weights) or t is embedding(weights)}
+        changed = {
+            n: t for n, t in weights.items() if t is head(weights) or t is embedding(weights)
+        }
         assert len(changed) == 2
 
         def take(model) -> None:
