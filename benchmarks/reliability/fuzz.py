@@ -198,7 +198,7 @@ def extremes(model: str, vocabulary: int, mask: int, longest: int) -> Iterator[A
         text = b'{"model":"%s","prompt":"a","%s":%s}' % (model.encode(), name, nested)
         yield raw(f"deep {name.decode()}", text)
     yield raw("same key twice", body_of(model)[:-1] + b',"max_tokens":-1}')
-    yield one("unknown model", **{"model": "no" * 500})
+    yield raw("unknown model", body_of("no" * 500))
     yield one("unknown field", EITHER, nonsense={"a": [1, None]})
 
     # Numbers
@@ -222,6 +222,8 @@ def extremes(model: str, vocabulary: int, mask: int, longest: int) -> Iterator[A
         yield one(f"allowed token {value}", allowed_token_ids=[value])
         yield one(f"logprob_token_ids {value}", logprobs=1, logprob_token_ids=[value])
     yield one("stop token -5", EITHER, stop_token_ids=[-5])
+    beyond = dict(stop_token_ids=[vocabulary + 5], min_tokens=4)
+    yield one("stop token beyond the vocabulary, min_tokens", EITHER, **beyond)
     yield one("allowed token -1", allowed_token_ids=[-1])
     yield one("no allowed tokens", allowed_token_ids=[])
     yield one("10,000 stop tokens", EITHER, stop_token_ids=list(range(10_000)))
