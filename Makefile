@@ -21,13 +21,14 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow lint models clean
+.PHONY: help setup demo serve test test-slow test-next lint models clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
 	@echo 'make serve      the OpenAI-compatible server with d2f-tiny, PORT=8000'
 	@echo 'make test       all tests that need neither a GPU nor minutes each'
 	@echo 'make test-slow  the rest of the tests that need no GPU'
+	@echo 'make test-next  tests of what touches vLLM, on the next version'"'"'s Python sources'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make models     train the embedded models again, about an hour'
 	@echo 'make setup      only install, EXTRA=cpu or EXTRA=gpu (here: $(EXTRA))'
@@ -71,6 +72,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-next: setup
+	$(BIN)/python tests/compat/next_vllm.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ confidence 1 / vocab_size, and a decoder could be wrong without a test noticing.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,15 @@ def write_llada(
     if tokenizer:
         write_llada_tokenizer(path, vocab_size)
     return path
+
+
+def change_weights(path: str | Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Let `change` edit the tensors of a folder with one weight file, in place."""
+    file = Path(path) / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file({n: t.contiguous() for n, t in weights.items()}, file, metadata={"format": "pt"})
+    return Path(path)
 
 
 def hf_twin(path: str | Path) -> Any:

@@ -93,7 +93,8 @@ def test_equals_d2f(seed):
         assert torch.equal(commit, step.commit_R)
         active = step.accepted_RW & step.active_RW
         semi = step.accepted_RW & ~step.active_RW
-        assert torch.equal(tally, pack(active.sum(1), semi.sum(1), step.dropped_R))
+        zero = (masked & (confidence == 0)).sum(1)
+        assert torch.equal(tally, pack(active.sum(1), semi.sum(1), step.dropped_R, zero))
         assert [unpack(t).dropped for t in tally.tolist()] == step.dropped_R.tolist()
         for d, (sent, count) in enumerate(zip(step.sent_R.tolist(), new.tolist(), strict=True)):
             assert torch.equal(tokens[d, :count], step.tokens_RW[d, sent : sent + count])

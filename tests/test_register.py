@@ -64,7 +64,10 @@ def test_versions_it_was_written_against_are_accepted(version):
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", "0.9.2", "dev", ""])
+OTHERS = ["0.31.0", "0.31.9", "0.34.0", "0.34.0rc1", "0.34.0.dev7+gabc", "1.0.0", "0.9.2", "dev"]
+
+
+@pytest.mark.parametrize("version", [*OTHERS, "", None])
 def test_other_versions_are_refused_with_the_command_that_helps(version):
     low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
     with pytest.raises(RuntimeError, match="VLLM_PLUGINS=") as refusal:
@@ -77,4 +80,10 @@ def test_a_wrong_version_stops_the_registration(monkeypatch):
 
     monkeypatch.setattr(vllm, "__version__", "0.20.0")
     with pytest.raises(RuntimeError, match=r"found 0\.20\.0"):
+        vllm_d2f.register()
+
+
+def test_without_vllm_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'vllm-d2f\[cpu\]'"):
         vllm_d2f.register()

@@ -11,7 +11,9 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_d2f.attention.select import prepare as prepare_attention
 from vllm_d2f.models import ARCHITECTURES
+from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
 from vllm_d2f.settings import Settings, settings_from_dict
+from vllm_d2f.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +27,18 @@ class D2FConfigHook(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        _check_model_type(vllm_config.model_config)
         settings = _resolve(vllm_config)
         _refuse(vllm_config)
+        check_weight_files(vllm_config)
 
         model_config = vllm_config.model_config
+        if model_config.trust_remote_code:
+            logger.warning(
+                "--trust-remote-code is switched off: D2F models need none. Config, tokenizer and "
+                "model are classes of vllm-d2f and transformers, and no code of a checkpoint runs."
+            )
+            model_config.trust_remote_code = False
         scheduler_config = vllm_config.scheduler_config
         # Both travel to the engine and worker processes inside the model's config.
         model_config.hf_config.d2f = settings.as_dict()
@@ -129,6 +139,17 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
             model.max_model_len,
         )
         cache.kv_cache_memory_bytes = enough
+
+
+def _check_model_type(model_config: "ModelConfig") -> None:
+    """A config of another class would not have had its values checked."""
+    config = model_config.hf_config
+    if not isinstance(config, (DreamConfig, LLaDAConfig)):
+        raise ValueError(
+            f"{model_config.model}: config.json says architecture {model_config.architecture} with "
+            f"model_type {config.model_type!r:.80}; D2F models have DreamModel with 'Dream' or "
+            "LLaDAModelLM with 'llada'"
+        )
 
 
 def _resolve(vllm_config: "VllmConfig") -> Settings:

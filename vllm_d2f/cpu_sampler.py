@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_d2f.cpu_step import advance_and_grow, list_masked
 from vllm_d2f.sampler import D2FSampler
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
     from vllm_d2f.model_state import D2FModelState
 
 
@@ -34,6 +37,17 @@ class CpuSampler(D2FSampler):
         # Compile now, not in the first request; the result is kept on disk.
         none = torch.zeros(0, dtype=torch.int64)
         self._denoise(torch.zeros(1, state.last_hidden_SH.shape[1]), none, none, none)
+
+    def __call__(
+        self, hidden_TH: Tensor, input_batch: "InputBatch", draft_logits: Any = None
+    ) -> SamplerOutput:
+        stale = self.state.stale_pages
+        if stale is not None and not stale.seen and input_batch.num_reqs <= self.state.max_num_reqs:
+            # A request's last position sees all others: what is wrong in one of its pages is wrong
+            # there too, also in a prompt that no window follows yet.
+            last_R = input_batch.query_start_loc_np[1 : input_batch.num_reqs + 1] - 1
+            stale.seen = not bool(hidden_TH[torch.from_numpy(last_R).long()].isfinite().all())
+        return super().__call__(hidden_TH, input_batch, draft_logits)
 
     def _denoise(
         self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor

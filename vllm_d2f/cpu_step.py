@@ -69,14 +69,15 @@ def advance_and_grow(
         size, max_open, add, act = number[6], number[7], number[8], number[9]
         tau_conf = tau_conf_S1[slot, 0]
 
+        previous, in_active, in_semi, nonfinite = 0, 0, 0, 0
         # Proposals go straight into the window; they count once the position is decided.
         while n < len(request_N) and request_N[n] == d:
             column = column_N[n]
             confidence_W[column] = confidence_N[n]
+            nonfinite += confidence_N[n] == 0
             tokens_W[column] = token_N[n]
             n += 1
 
-        previous, in_active, in_semi = 0, 0, 0
         for begin in range(0, open_, size):
             end = min(begin + size, open_)
             decided, best, best_column = 0, np.float32(-1.0), -1
@@ -118,7 +119,7 @@ def advance_and_grow(
         new_D[d], commit_D[d] = new, commit
         tokens_DW[d, :new] = tokens_W[lead_in : lead_in + new]
         dropped = (was_open + size - 1) // size - (open_ + size - 1) // size
-        tally_D[d] = in_active | in_semi << BITS | dropped << (2 * BITS)
+        tally_D[d] = in_active | in_semi << BITS | dropped << (2 * BITS) | nonfinite << (3 * BITS)
 
         # Move over what was committed, then add.
         open_ = max(open_ - commit, 0)

@@ -59,6 +59,9 @@ class LogprobStore:
         """
         if self.normalise:
             logits_NV = logits_NV.log_softmax(-1)
+        # JSON has neither NaN nor infinity, and vLLM raises -inf only: else an answer with one
+        # could not be written.
+        logits_NV = logits_NV.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         chosen_N1 = logits_NV.gather(1, token_N[:, None])
         if self.token_ids is not None:
             other_NK = self.token_ids.expand(len(token_N), -1)

@@ -68,6 +68,7 @@ class StepCounts:
         active: positions decided in fully activated blocks.
         semi: positions decided in the other open blocks.
         dropped: blocks given up behind an end token.
+        nonfinite: proposals without a probability, as logits had a NaN or infinity.
         open_blocks: blocks open now, of all requests.
         finished: of each finished request its tokens and its forwards.
     """
@@ -79,6 +80,7 @@ class StepCounts:
     active: int = 0
     semi: int = 0
     dropped: int = 0
+    nonfinite: int = 0
     open_blocks: int = 0
     finished: list[tuple[int, int]] = field(default_factory=list)
 
@@ -90,6 +92,7 @@ class StepCounts:
         self.active += tally.active
         self.semi += tally.semi
         self.dropped += tally.dropped
+        self.nonfinite += tally.nonfinite
 
     def finish(self, tokens: int, forwards: int) -> None:
         """A request is over; one that was never denoised does not count."""
@@ -120,5 +123,6 @@ _NUMBERS = (
     "active",
     "semi",
     "dropped",
+    "nonfinite",
     "open_blocks",
 )

@@ -32,6 +32,7 @@ from vllm_d2f.proposal import Sampling
 from vllm_d2f.proposer import Proposer, make_proposer
 from vllm_d2f.sampler import D2FSampler
 from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
+from vllm_d2f.stale_pages import StalePages
 
 
 class D2FModelState(ModelState):
@@ -70,6 +71,9 @@ class D2FModelState(ModelState):
         self._proposers_aside: dict[str, Proposer] = {}
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
+        self.stale_pages = (
+            StalePages(vllm_config, self.max_num_reqs) if self.device.type == "cpu" else None
+        )
         self._slots: dict[str, int] = {}
         self._aside: dict[str, Window] = {}
 
@@ -81,6 +85,8 @@ class D2FModelState(ModelState):
         req_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
         params = request_params(self.settings, sampling.extra_args)
         self._slots[req_id] = req_index
+        if self.stale_pages is not None:
+            self.stale_pages.start(req_index)
         self.prompt_len_S[req_index] = prompt_len
         self.block_size_S[req_index] = params.block_size
         self._set_sampling(req_index, sampling)
@@ -188,6 +194,8 @@ class D2FModelState(ModelState):
         query_start_R1 = input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
         length_R = query_start_R1[1:] - query_start_R1[:-1]
         block_size_R = self.block_size_S[slot_R]
+        if self.stale_pages is not None and not for_capture:
+            self.stale_pages.clear(slot_R, start_R + length_R, block_tables, kv_cache_config)
         sequences = virtual_sequences(
             start_R,
             start_R + length_R,

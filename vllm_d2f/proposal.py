@@ -6,6 +6,12 @@ that temperature, min_p, top_k and top_p leave (in vLLM's order), and the confid
 probability in that distribution. Draws depend on (seed, position, forward) alone, so they are the
 same whatever else is in the batch.
 
+A row with a NaN or +inf, or without a finite logit, has no distribution: its proposal has
+confidence 0, and every other one more. So it is never accepted for its confidence, and a fully
+activated block still decides one position per forward: the number of forwards stays bounded
+whatever a model says.
+Greedy, its token is the first NaN, else the first largest; drawn, it is token 0.
+
 Shape suffixes: N rows (one undecided position each), V vocabulary, R requests.
 """
 
@@ -65,7 +71,7 @@ def propose_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     mask column of `logits_NV`.
 
     Returns:
-        token_N (int64) and confidence_N (float32, 0 where the logits have a NaN).
+        token_N (int64) and confidence_N (float32, 0 where there is no distribution).
     """
     logits_NV[:, mask_id] = -torch.inf
     top_N, token_N = logits_NV.max(dim=-1)
@@ -86,7 +92,7 @@ def propose_drawn(
             its request has had: what makes a draw different from every other of the same seed.
 
     Returns:
-        token_N (int64) and confidence_N (float32).
+        token_N (int64) and confidence_N (float32, 0 where there is no distribution).
     """
     logits_NV = logits_NV.float().clone()
     logits_NV[:, mask_id] = -torch.inf

@@ -38,6 +38,7 @@ class Frame:
         margin: by how much a probability would have had to be different for this forward to
             decide otherwise. Below float32's rounding error it is a tie, and another order of
             summation may decide it the other way. Infinite for drawn tokens and own proposers.
+        nonfinite: proposals of this forward that had no distribution (`proposal`).
         block_size: positions per block.
         done: this is the last frame, and `tokens` is cut where the answer ends.
     """
@@ -51,6 +52,7 @@ class Frame:
     activated: list[bool]
     committed: int
     margin: float
+    nonfinite: int
     block_size: int
     done: bool
 
@@ -161,6 +163,7 @@ def decode(
         margin = math.inf
         if proposer is None and (sampling is None or float(sampling.temperature_R) == 0):
             margin = _margin(window, logits_WV, confidence_W)
+        nonfinite = int((confidence_W[~window.decided_RW[0, :open_]] == 0).sum())
         pad = params.window - open_
         active = activated(window)[0, : open_ : params.block_size].tolist()
         step = advance(
@@ -190,6 +193,7 @@ def decode(
             activated=active,
             committed=len(committed),
             margin=margin,
+            nonfinite=nonfinite,
             block_size=params.block_size,
             done=done,
         )

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_d2f.d2f import Window, advance, grow
 from vllm_d2f.logprobs import take_all
 from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
-from vllm_d2f.tally import pack
+from vllm_d2f.tally import BITS, pack
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
@@ -44,8 +44,8 @@ class D2FSampler:
         self.penalties_state = base.penalties_state
         self.sampling_states = base.sampling_states
         self.compute_nans = False
-        # With this variable set vLLM ends the engine where it finds a number in the tally's place.
-        self.tallies = not envs.VLLM_RAISE_ON_LOGIT_NANS
+        # With this variable vLLM ends the engine where it finds a number in the tally's place.
+        self.raise_on_nans = envs.VLLM_RAISE_ON_LOGIT_NANS
         self._resent: list[tuple[int, Tensor]] = []
         self.simulate = state.settings.simulate_tokens_per_forward
         self.project: Callable[[Tensor], Tensor] = state.project
@@ -104,7 +104,9 @@ class D2FSampler:
                 logprobs_tensors=(
                     self._logprobs(slot_R, _pad_rows(new_D, num_reqs)) if state.proposers else None
                 ),
-                num_nans=_pad_rows(tally_D, num_reqs) if self.tallies else None,
+                num_nans=_pad_rows(
+                    tally_D >> (3 * BITS) if self.raise_on_nans else tally_D, num_reqs
+                ),
                 num_sampled=_pad_rows(new_D.int(), num_reqs),
                 num_rejected=_pad_rows((width_D - commit_D).int(), num_reqs),
             )
@@ -145,7 +147,8 @@ class D2FSampler:
         column_DW = window.column_W + step.sent_R[:, None]
         new_DW = step.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
         active_D = (step.accepted_RW & step.active_RW).sum(1)
-        tally_D = pack(active_D, step.accepted_RW.sum(1) - active_D, step.dropped_R)
+        nonfinite_D = (masked_DW & (confidence_DW == 0)).sum(1)
+        tally_D = pack(active_D, step.accepted_RW.sum(1) - active_D, step.dropped_R, nonfinite_D)
         return new_DW, step.output_R - step.sent_R, step.commit_R, tally_D
 
     def _proposals(

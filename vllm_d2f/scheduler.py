@@ -20,7 +20,7 @@ from vllm_d2f.metrics import StepCounts
 from vllm_d2f.page_hashes import mark_answers
 from vllm_d2f.settings import request_params, served_settings, wants_trace
 from vllm_d2f.streaming import Stream, Trace
-from vllm_d2f.tally import unpack
+from vllm_d2f.tally import NOTHING, unpack
 
 
 class D2FScheduler(Scheduler):
@@ -100,8 +100,13 @@ class D2FScheduler(Scheduler):
         count of computed tokens by the difference beforehand makes it right.
         """
         windows = scheduler_output.scheduled_spec_decode_tokens
-        tallies = model_runner_output.num_nans_in_logits or {}
-        model_runner_output.num_nans_in_logits = None
+        packed = model_runner_output.num_nans_in_logits or {}
+        tallies = {req_id: unpack(tally) for req_id, tally in packed.items()}
+        if self.settings.simulate_tokens_per_forward is not None:
+            # A confidence of 0 says nothing about the logits there.
+            tallies = {r: tally._replace(nonfinite=0) for r, tally in tallies.items()}
+        # vLLM's own metric of corrupted requests (VLLM_COMPUTE_NANS_IN_LOGITS) reads this.
+        model_runner_output.num_nans_in_logits = {r: t.nonfinite for r, t in tallies.items()}
         counts = self.counts
         counts.processed += scheduler_output.total_num_scheduled_tokens
         for req_id, window in windows.items():
@@ -109,7 +114,7 @@ class D2FScheduler(Scheduler):
             if request is None or request.is_finished():
                 continue
             index = model_runner_output.req_id_to_index[req_id]
-            stream, tally = self.streams[req_id], unpack(tallies.get(req_id, 0))
+            stream, tally = self.streams[req_id], tallies.get(req_id, NOTHING)
             committed = stream.commit(request)
             leaving = len(model_runner_output.sampled_token_ids[index])
             request.num_computed_tokens += committed - leaving

@@ -7,6 +7,7 @@ what is unknown or out of range is an error that names the allowed range.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,9 @@ HINT = (
     '--additional-config \'{"d2f": {"preset": "dream-gsm8k"}}\' '
     f"(presets: {', '.join(PRESETS)})"
 )
+
+_NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
+_FLOAT32_MAX = 3.4e38
 
 _PRESET, _TRACE = "d2f_preset", "d2f_trace"
 _SIMULATE = "simulate_tokens_per_forward"
@@ -260,11 +264,9 @@ def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
 
 def _number(name: str, value: Any) -> int | float:
     """A number as JSON or a form carries it; vLLM passes strings through as they are."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if any(c in value for c in ".eE") else int(value)
-        except ValueError:
-            raise ValueError(f"{name} must be a number, got {value!r:.80}") from None
+    # Python's own reading is wider: other digits, "1_000", "nan".
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value) if any(c in value for c in ".eE") else int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r:.80}")
     return value
@@ -315,6 +317,13 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
         params.stop_token_ids = list(dict.fromkeys([*stops, *model_config.hf_config.end_token_ids]))
         # min_tokens and grammars go by this set.
         params.all_stop_token_ids.update(params.stop_token_ids)
+    vocabulary = model_config.get_vocab_size()
+    # A token that does not exist never ends an answer, and no tensor has a place for it.
+    params.stop_token_ids = [t for t in params.stop_token_ids or () if t < vocabulary]
+    there = {token for token in params.all_stop_token_ids if token < vocabulary}
+    params.all_stop_token_ids.intersection_update(there)
+    # More than the vocabulary is no limit, and beyond 64 bits no number for a tensor.
+    params.top_k = min(params.top_k, vocabulary)
     _check_something_is_allowed(params, model_config)
 
 
@@ -372,7 +381,32 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
     )
     mode, modes = model_config.logprobs_mode, " or ".join(LOGPROB_MODES)
     simulated = served_settings(model_config).simulate_tokens_per_forward is not None
+    vocabulary = model_config.get_vocab_size()
+
+    def outside(tokens: Sequence[int] | None, end: int) -> bool:
+        return not all(0 <= token < end for token in tokens or ())
+
     cases = {
+        "stop_token_ids": (
+            outside(params.stop_token_ids, 1 << 31),
+            "must be token ids, integers in [0, 2**31 - 1].",
+        ),
+        "logprob_token_ids": (
+            outside(params.logprob_token_ids, vocabulary),
+            f"must be tokens of the vocabulary, integers in [0, {vocabulary - 1}].",
+        ),
+        "temperature": (
+            not 0 <= params.temperature <= _FLOAT32_MAX,
+            f"must be a finite number in [0, {_FLOAT32_MAX}].",
+        ),
+        "repetition_penalty": (
+            not 0 < params.repetition_penalty <= _FLOAT32_MAX,
+            f"must be a finite number above 0 and at most {_FLOAT32_MAX}.",
+        ),
+        "vllm_xargs": (
+            not all(map(_fits_64_bits, (params.extra_args or {}).values())),
+            "integers must be in [-2**63, 2**63 - 1].",
+        ),
         "prompt_logprobs": (params.prompt_logprobs is not None, no_prompt),
         "prompt_logprob_token_ids": (params.prompt_logprob_token_ids is not None, no_prompt),
         "logprobs": (
@@ -405,6 +439,15 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
         ),
     }
     return {name: reason for name, (hit, reason) in cases.items() if hit}
+
+
+def _fits_64_bits(value: Any) -> bool:
+    """Whether a value's integers can be sent to the engine."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_fits_64_bits, value))
+    if isinstance(value, Mapping):
+        return all(map(_fits_64_bits, value.values()))
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
 
 
 def _check_something_is_allowed(params: "SamplingParams", model_config: "ModelConfig") -> None:

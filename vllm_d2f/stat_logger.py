@@ -34,6 +34,10 @@ COUNTERS = {
     ),
     "semi": ("vllm:d2f_semi_activated_accepts", "Positions decided in semi-activated blocks."),
     "dropped": ("vllm:d2f_dropped_blocks", "Open blocks given up behind an end token."),
+    "nonfinite": (
+        "vllm:d2f_nonfinite_proposals",
+        "Proposals from logits with a NaN or infinity: the model or its weights are broken.",
+    ),
 }
 """Field of `StepCounts` -> name and documentation; Prometheus appends `_total`."""
 

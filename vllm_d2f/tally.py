@@ -23,19 +23,24 @@ class Tally(NamedTuple):
         active: positions decided in fully activated blocks.
         semi: positions decided in the other open blocks.
         dropped: open blocks that were given up behind an end token.
+        nonfinite: proposals without a probability (`proposal`: NaN or infinity in the logits).
     """
 
     active: int
     semi: int
     dropped: int
+    nonfinite: int
 
 
-def pack(active: Count, semi: Count, dropped: Count) -> Count:
-    """One integer (or an int64 tensor of them) for three counts."""
-    return active + (semi << BITS) + (dropped << (2 * BITS))
+NOTHING = Tally(0, 0, 0, 0)
+
+
+def pack(active: Count, semi: Count, dropped: Count, nonfinite: Count) -> Count:
+    """One integer (or an int64 tensor of them) for four counts."""
+    return active + (semi << BITS) + (dropped << (2 * BITS)) + (nonfinite << (3 * BITS))
 
 
 def unpack(packed: int) -> Tally:
     """The counts in an integer of `pack`."""
     mask = (1 << BITS) - 1
-    return Tally(packed & mask, packed >> BITS & mask, packed >> (2 * BITS))
+    return Tally(*(packed >> (at * BITS) & mask for at in range(len(Tally._fields))))
