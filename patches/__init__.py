@@ -14,6 +14,7 @@ from vllm_d2f.patches import (
     p05_model_names,
     p06_cpu_package_name,
     p07_beam_search,
+    p08_cpu_async,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -27,6 +28,7 @@ PATCHES: tuple[Patch, ...] = (
     p05_model_names.PATCH,
     p06_cpu_package_name.PATCH,
     p07_beam_search.PATCH,
+    p08_cpu_async.PATCH,
 )
 
 _applied: dict[str, str] = {}

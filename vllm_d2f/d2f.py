@@ -391,6 +391,19 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
     return step
 
 
+def close(window: Window, done_R: Tensor) -> None:
+    """Open nothing any more in rows whose answer is complete, in place, after `advance`.
+
+    For an engine that starts the next forward before it knows of the last one: what comes after a
+    complete answer then proposes nothing, sends nothing and commits nothing.
+    """
+    state = window.numbers[:, :_STATE]
+    keep_R1 = ~done_R[:, None]
+    for column in (0, 1, 5):  # open_R, rest_R, lead_R
+        state[:, column : column + 1] *= keep_R1
+    window.decided_RW &= keep_R1
+
+
 def _fixed(window: Window) -> tuple[Tensor, ...]:
     """block_size_R1, max_open_R1, add_R1, act_R1."""
     return window.numbers[:, _STATE : _STATE + _FIXED].split(1, dim=1)

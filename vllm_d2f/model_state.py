@@ -31,7 +31,13 @@ from vllm_d2f.patches import p04_forget_finished
 from vllm_d2f.proposal import Sampling
 from vllm_d2f.proposer import Proposer, make_proposer
 from vllm_d2f.sampler import D2FSampler
-from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
+from vllm_d2f.settings import (
+    MAX_END_TOKENS,
+    end_tokens,
+    request_params,
+    served_settings,
+    wants_trace,
+)
 
 
 class D2FModelState(ModelState):
@@ -68,6 +74,10 @@ class D2FModelState(ModelState):
         self.proposers: dict[int, Proposer] = {}
         self.grammars = Grammars(vllm_config, self.mask_id)
         self._proposers_aside: dict[str, Proposer] = {}
+        # Requests that ask for a trace, by slot.
+        self.traced: set[int] = set()
+        # See `sampler`.
+        self.lagging: bool = vllm_config.scheduler_config.async_scheduling
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
         self._slots: dict[str, int] = {}
@@ -84,6 +94,8 @@ class D2FModelState(ModelState):
         self.prompt_len_S[req_index] = prompt_len
         self.block_size_S[req_index] = params.block_size
         self._set_sampling(req_index, sampling)
+        if wants_trace(sampling.extra_args):
+            self.traced.add(req_index)
         self.window.start(
             req_index,
             params,
@@ -155,6 +167,7 @@ class D2FModelState(ModelState):
     def _free(self, slot: int) -> None:
         self.prompt_len_S[slot] = NO_PROMPT_END
         self.drawing.discard(slot)
+        self.traced.discard(slot)
         self.proposers.pop(slot, None)
 
     # Inputs
@@ -165,8 +178,9 @@ class D2FModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         # The sampler picks its rows from all of them, see D2FModel.compute_logits.
         input_batch.logits_indices = slice(0, input_batch.num_tokens)  # type: ignore[assignment]
-        # Bring the new windows back to the scheduler as they are, for their widths.
-        input_batch.has_structured_output_reqs = True
+        # Bring the new windows back to the scheduler as they are, for their widths. One that
+        # schedules ahead does not wait for them.
+        input_batch.has_structured_output_reqs = not self.lagging
         return {}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:

@@ -7,6 +7,13 @@ have nothing undecided before them, and the positions that the next forward comp
 
 Shape suffixes: T tokens of the forward, H hidden, D requests that denoise in this step (they lead
 the batch), P that prefill, R = D + P, W window positions, N masked rows, V vocabulary.
+
+With asynchronous scheduling a step is scheduled before the result of the one before it is known,
+so the host cannot know where a window has moved to. Therefore it moves one step later for vLLM
+(`lagging`): a forward begins where the window of the forward before it began. Blocks that were
+committed there are computed once more, and positions behind the open blocks, which the scheduler
+adds for those that may have been opened, hold masks and are not read. The window itself, and with
+it every decision, is the same.
 """
 
 from collections.abc import Callable
@@ -20,7 +27,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_d2f.d2f import Window, advance, grow
+from vllm_d2f.d2f import Window, advance, close, grow
 from vllm_d2f.logprobs import take_all
 from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
 from vllm_d2f.tally import pack
@@ -47,6 +54,11 @@ class D2FSampler:
         # With this variable set vLLM ends the engine where it finds a number in the tally's place.
         self.tallies = not envs.VLLM_RAISE_ON_LOGIT_NANS
         self._resent: list[tuple[int, Tensor]] = []
+        # Positions by which a request's next query begins before its window.
+        self.lagging: bool = state.lagging
+        self.lag_S = torch.zeros(state.max_num_reqs, dtype=torch.int64, device=state.device)
+        if self.lagging:
+            self.req_states.draft_tokens.fill_(state.mask_id)
         self.simulate = state.settings.simulate_tokens_per_forward
         self.project: Callable[[Tensor], Tensor] = state.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
@@ -55,7 +67,8 @@ class D2FSampler:
         """`D2FModelState.add_request` made the window; its first forward may come at once."""
         slot = torch.tensor([req_index], device=self.state.device)
         rows = self.state.window.rows(slot)
-        self._publish(slot, rows)
+        self.lag_S[req_index] = 0
+        self._publish(slot, rows, rows.tokens_RW)
         sent = int(rows.lead_R)
         if sent:
             self._resent.append((req_index, rows.tokens_RW[0, :sent]))
@@ -94,19 +107,32 @@ class D2FSampler:
         if num_denoising:
             drafts = torch.from_numpy(drafts_np[:num_denoising])
             width_D = drafts.to(device, torch.int64, non_blocking=True)
+            slot_D = slot_R[:num_denoising]
             # The window is the end of the query: a prompt may ride along before it.
             first_D = end_R[:num_denoising] - width_D
+            if self.lagging:
+                lag_D = self.lag_S[slot_D]
+                first_D += lag_D
             tokens_DW, new_D, commit_D, tally_D = self._denoise(
-                hidden_TH, slot_R[:num_denoising], begin_R[:num_denoising], first_D
+                hidden_TH, slot_D, begin_R[:num_denoising], first_D
             )
+            if self.lagging:
+                stays_D = lag_D
+                self.lag_S.index_copy_(0, slot_D, commit_D)
+            else:
+                stays_D = commit_D
             output = SamplerOutput(
                 sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
                 logprobs_tensors=(
                     self._logprobs(slot_R, _pad_rows(new_D, num_reqs)) if state.proposers else None
                 ),
-                num_nans=_pad_rows(tally_D, num_reqs) if self.tallies else None,
+                num_nans=(
+                    _pad_rows(self._with_traces(tally_D, slot_D), num_reqs)
+                    if self.tallies
+                    else None
+                ),
                 num_sampled=_pad_rows(new_D.int(), num_reqs),
-                num_rejected=_pad_rows((width_D - commit_D).int(), num_reqs),
+                num_rejected=_pad_rows((width_D - stays_D).int(), num_reqs),
             )
             keep_R[:num_denoising] = first_D + commit_D - 1
         else:
@@ -140,12 +166,15 @@ class D2FSampler:
         proposal_DW, confidence_DW = self._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
         step = advance(window, proposal_DW, confidence_DW, state.mask_id)
         grow(window)
+        if self.lagging:
+            close(window, step.done_R)
         state.window.put(slot_D, window)
-        self._publish(slot_D, window)
+        self._publish(slot_D, window, step.tokens_RW)
         column_DW = window.column_W + step.sent_R[:, None]
         new_DW = step.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
         active_D = (step.accepted_RW & step.active_RW).sum(1)
-        tally_D = pack(active_D, step.accepted_RW.sum(1) - active_D, step.dropped_R)
+        semi_D = step.accepted_RW.sum(1) - active_D
+        tally_D = pack(active_D, semi_D, step.dropped_R, window.open_R)
         return new_DW, step.output_R - step.sent_R, step.commit_R, tally_D
 
     def _proposals(
@@ -266,12 +295,28 @@ class D2FSampler:
             return None
         return LogprobsTensors(*take_all(stores, new_R.tolist()))
 
-    def _publish(self, slot_D: Tensor, window: Window) -> None:
-        """The next forward's window, where vLLM keeps draft tokens; -1 beyond the open blocks."""
+    def _publish(self, slot_D: Tensor, window: Window, decided_DW: Tensor) -> None:
+        """The next forward's query, where vLLM keeps draft tokens.
+
+        The window, -1 beyond the open blocks; if `lagging`, the window before it moved, as the last
+        forward decided it: what it has opened since are masks, and masks are all that follows.
+        """
+        drafts = self.req_states.draft_tokens
+        if self.lagging:
+            drafts[:, : decided_DW.shape[1]].index_copy_(0, slot_D, decided_DW)
+            return
         open_DW = window.column_W < window.open_R[:, None]
-        self.req_states.draft_tokens.index_copy_(
-            0, slot_D, torch.where(open_DW, window.tokens_RW, -1)
-        )
+        drafts.index_copy_(0, slot_D, torch.where(open_DW, window.tokens_RW, -1))
+
+    def _with_traces(self, tally_D: Tensor, slot_D: Tensor) -> Tensor:
+        """The tallies, [D]; with a request that is traced behind each the window's start and its
+        tokens, [D, 2 + W]. Synchronous scheduling gets these with the next query.
+        """
+        window, traced = self.state.window, self.state.traced
+        if not (self.lagging and traced):
+            return tally_D
+        rows = (tally_D[:, None], window.start_R[slot_D, None], window.tokens_RW[slot_D])
+        return torch.cat(rows, dim=1)
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:

@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 BITS = 16
-"""Each count takes so many bits: a window has at most `settings.MAX_WINDOW` positions."""
+"""Each count takes so many bits: a window has at most `settings.MAX_WINDOW` positions, so four of
+them fit into an int64."""
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -23,19 +24,21 @@ class Tally(NamedTuple):
         active: positions decided in fully activated blocks.
         semi: positions decided in the other open blocks.
         dropped: open blocks that were given up behind an end token.
+        open: positions of the window that goes into the next forward.
     """
 
     active: int
     semi: int
     dropped: int
+    open: int
 
 
-def pack(active: Count, semi: Count, dropped: Count) -> Count:
-    """One integer (or an int64 tensor of them) for three counts."""
-    return active + (semi << BITS) + (dropped << (2 * BITS))
+def pack(active: Count, semi: Count, dropped: Count, open_: Count) -> Count:
+    """One integer (or an int64 tensor of them) for the counts."""
+    return active + (semi << BITS) + (dropped << (2 * BITS)) + (open_ << (3 * BITS))
 
 
 def unpack(packed: int) -> Tally:
     """The counts in an integer of `pack`."""
     mask = (1 << BITS) - 1
-    return Tally(packed & mask, packed >> BITS & mask, packed >> (2 * BITS))
+    return Tally(*(packed >> shift & mask for shift in range(0, 4 * BITS, BITS)))
