@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import vllm.envs as envs
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -51,35 +52,43 @@ class D2FSampler:
         self.penalties_state = base.penalties_state
         self.sampling_states = base.sampling_states
         self.compute_nans = False
+        # Of the step at hand, on the host: the slots of its requests, and the positions that those
+        # that denoise have in it without their prompt.
+        self.slots: list[int] = []
+        self.width_D = np.zeros(0, dtype=np.int32)
         # With this variable set vLLM ends the engine where it finds a number in the tally's place.
         self.tallies = not envs.VLLM_RAISE_ON_LOGIT_NANS
-        self._resent: list[tuple[int, Tensor]] = []
+        self._resumed: list[int] = []
         # Positions by which a request's next query begins before its window.
         self.lagging: bool = state.lagging
         self.lag_S = torch.zeros(state.max_num_reqs, dtype=torch.int64, device=state.device)
-        if self.lagging:
-            self.req_states.draft_tokens.fill_(state.mask_id)
         self.simulate = state.settings.simulate_tokens_per_forward
         self.project: Callable[[Tensor], Tensor] = state.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """`D2FModelState.add_request` made the window; its first forward may come at once."""
-        slot = torch.tensor([req_index], device=self.state.device)
+        slot = torch.full((1,), req_index, dtype=torch.int64, device=self.state.device)
         rows = self.state.window.rows(slot)
         self.lag_S[req_index] = 0
+        if self.lagging:
+            self.req_states.draft_tokens[req_index] = self.state.mask_id  # vLLM wrote zeros
         self._publish(slot, rows, rows.tokens_RW)
-        sent = int(rows.lead_R)
-        if sent:
-            self._resent.append((req_index, rows.tokens_RW[0, :sent]))
+        if req_index in self.state.resumed:
+            self._resumed.append(req_index)
 
     def apply_staged_writes(self) -> None:
         """A request that was preempted comes back with its committed tokens; more have left."""
-        for slot, token_N in self._resent:
-            end = int(self.state.prompt_len_S[slot] + self.state.window.start_R[slot])
-            self.req_states.all_token_ids.gpu[slot, end : end + len(token_N)] = token_N.int()
-            self.req_states.total_len.gpu[slot] += len(token_N)
-        self._resent.clear()
+        window = self.state.window
+        for slot in self._resumed:
+            known_T = self.req_states.all_token_ids.gpu[slot]
+            end = window.start_R[slot] + int(self.state.prompt_len_S[slot])
+            column_T = torch.arange(len(known_T), device=known_T.device) - end
+            ahead_T = (column_T >= 0) & (column_T < window.lead_R[slot])
+            token_T = window.tokens_RW[slot][column_T.clamp_(0, len(window.column_W) - 1)]
+            known_T.copy_(torch.where(ahead_T, token_T.to(known_T.dtype), known_T))
+            self.req_states.total_len.gpu[slot] += window.lead_R[slot]
+        self._resumed.clear()
 
     def __call__(
         self, hidden_TH: Tensor, input_batch: InputBatch, draft_logits: Any = None
@@ -100,13 +109,14 @@ class D2FSampler:
         lengths = np.empty((2, num_reqs), dtype=np.int64)
         lengths[0] = input_batch.query_start_loc_np[:num_reqs]
         lengths[1] = input_batch.query_start_loc_np[1 : num_reqs + 1]
-        begin_R, end_R = torch.from_numpy(lengths).to(device, non_blocking=True)
+        begin_R, end_R = async_tensor_h2d(lengths, device=device)
         slot_R = input_batch.idx_mapping
 
         keep_R = end_R - 1  # a prompt alone leaves the output at its last position
         if num_denoising:
-            drafts = torch.from_numpy(drafts_np[:num_denoising])
-            width_D = drafts.to(device, torch.int64, non_blocking=True)
+            self.width_D = drafts_np[:num_denoising]
+            self.slots = input_batch.idx_mapping_np.tolist()
+            width_D = async_tensor_h2d(self.width_D.astype(np.int64), device=device)
             slot_D = slot_R[:num_denoising]
             # The window is the end of the query: a prompt may ride along before it.
             first_D = end_R[:num_denoising] - width_D
@@ -124,7 +134,7 @@ class D2FSampler:
             output = SamplerOutput(
                 sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
                 logprobs_tensors=(
-                    self._logprobs(slot_R, _pad_rows(new_D, num_reqs)) if state.proposers else None
+                    self._logprobs(_pad_rows(new_D, num_reqs)) if state.proposers else None
                 ),
                 num_nans=(
                     _pad_rows(self._with_traces(tally_D, slot_D), num_reqs)
@@ -220,7 +230,7 @@ class D2FSampler:
             hidden_NH = hidden_TH[source_N]
         token_N = torch.empty_like(column_N)
         confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
-        own = self._own_rows(request_N, slot_D) if state.proposers else []
+        own = self._own_rows(request_N) if state.proposers else []
         for at in range(0, len(hidden_NH), self.rows_per_chunk):
             chunk = slice(at, at + self.rows_per_chunk)
             logits_NV = self.project(hidden_NH[chunk])
@@ -258,9 +268,15 @@ class D2FSampler:
             )
         return token_N, confidence_N
 
-    def _own_rows(self, request_N: Tensor, slot_D: Tensor) -> list[tuple[int, int, int]]:
-        """Of requests with a proposer of their own: slot, and rows from begin to end."""
-        slots = slot_D.tolist()
+    def _own_rows(self, request_N: Tensor) -> list[tuple[int, int, int]]:
+        """Of requests with a proposer of their own: slot, and rows from begin to end.
+
+        What such a request asks for is worked out row by row on the host, which waits for the
+        device here.
+        """
+        slots = self.slots[: len(self.width_D)]
+        if not any(slot in self.state.proposers for slot in slots):
+            return []
         bounds = torch.arange(len(slots) + 1, device=request_N.device)
         bound = torch.searchsorted(request_N, bounds).tolist()
         own = []
@@ -286,11 +302,10 @@ class D2FSampler:
             )
         )
 
-    def _logprobs(self, slot_R: Tensor, new_R: Tensor) -> LogprobsTensors | None:
+    def _logprobs(self, new_R: Tensor) -> LogprobsTensors | None:
         """Log-probabilities of the tokens that leave in this step, for who asked."""
         proposers = self.state.proposers
-        slots = slot_R.tolist()
-        stores = [proposers[slot].logprobs if slot in proposers else None for slot in slots]
+        stores = [proposers[slot].logprobs if slot in proposers else None for slot in self.slots]
         if not any(stores):
             return None
         return LogprobsTensors(*take_all(stores, new_R.tolist()))
