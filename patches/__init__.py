@@ -15,6 +15,7 @@ from vllm_d2f.patches import (
     p06_cpu_package_name,
     p07_beam_search,
     p08_request_fields,
+    p09_cpu_async,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -29,6 +30,7 @@ PATCHES: tuple[Patch, ...] = (
     p06_cpu_package_name.PATCH,
     p07_beam_search.PATCH,
     p08_request_fields.PATCH,
+    p09_cpu_async.PATCH,
 )
 
 _applied: dict[str, str] = {}

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_d2f.d2f import D2FParams, Window, advance, grow
+from vllm_d2f.d2f import D2FParams, Window, advance, close, grow
 
 numba = pytest.importorskip("numba", reason="vLLM's CPU build brings Numba")
 from vllm_d2f.cpu_step import advance_and_grow, list_masked  # noqa: E402
@@ -33,8 +33,9 @@ def start_random(windows, row, generator):
         window.start(row, params, mask_id=MASK, **arguments)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_equals_d2f(seed):
+@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("seed", range(15))
+def test_equals_d2f(seed, lagging):
     generator = torch.Generator().manual_seed(seed)
     plain, compiled = (Window.empty(SLOTS, WIDTH, ENDS, MASK) for _ in range(2))
     for row in range(SLOTS):
@@ -58,6 +59,8 @@ def test_equals_d2f(seed):
         confidence = torch.randint(-3, 11, (len(slot_D), WIDTH), generator=generator).float() / 10
         step = advance(rows, proposal, confidence, MASK)
         grow(rows)
+        if lagging:
+            close(rows, step.done_R)
         plain.put(slot_D, rows)
 
         count = list_masked(
@@ -84,6 +87,7 @@ def test_equals_d2f(seed):
             compiled.numbers.numpy(),
             compiled.tau_conf_R1.numpy(),
             draft.numpy(),
+            lagging,
             tokens.numpy(),
             new.numpy(),
             commit.numpy(),
@@ -94,16 +98,24 @@ def test_equals_d2f(seed):
         active = step.accepted_RW & step.active_RW
         semi = step.accepted_RW & ~step.active_RW
         zero = (masked & (confidence == 0)).sum(1)
-        assert torch.equal(tally, pack(active.sum(1), semi.sum(1), step.dropped_R, zero))
+        counts = (active.sum(1), semi.sum(1), step.dropped_R, rows.open_R, zero)
+        assert torch.equal(tally, pack(*counts))
         assert [unpack(t).dropped for t in tally.tolist()] == step.dropped_R.tolist()
+        assert [unpack(t).open for t in tally.tolist()] == rows.open_R.tolist()
         for d, (sent, count) in enumerate(zip(step.sent_R.tolist(), new.tolist(), strict=True)):
             assert torch.equal(tokens[d, :count], step.tokens_RW[d, sent : sent + count])
         for name in ("tokens_RW", "decided_RW", "numbers"):
             assert torch.equal(getattr(compiled, name), getattr(plain, name)), name
         open_RW = rows.column_W < rows.open_R[:, None]
-        assert torch.equal(draft[slot_D], torch.where(open_RW, rows.tokens_RW, -1))
-        # Finished rows make room for new requests, as slots do.
-        for slot in slot_D[step.done_R].tolist():
+        query = step.tokens_RW if lagging else torch.where(open_RW, rows.tokens_RW, -1)
+        assert torch.equal(draft[slot_D], query)
+        # Finished rows make room for new requests, as slots do. Scheduled ahead, some of them see
+        # another forward first, in which nothing happens.
+        finished = slot_D[step.done_R].tolist()
+        if lagging:
+            assert not (step.output_R - step.sent_R < 0).any()
+            finished = finished[1:]
+        for slot in finished:
             start_random((plain, compiled), slot, generator)
             row = torch.tensor([slot])
             for window in (plain, compiled):

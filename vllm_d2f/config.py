@@ -3,6 +3,7 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
+import vllm.envs as envs
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -42,12 +43,12 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         scheduler_config = vllm_config.scheduler_config
         # Both travel to the engine and worker processes inside the model's config.
         model_config.hf_config.d2f = settings.as_dict()
-        # vLLM takes a model with a canvas for a diffusion model; ours is the widest window.
-        model_config.hf_config.canvas_length = settings.window
-        vllm_config.diffusion_config = DiffusionConfig(canvas_length=settings.window)
         scheduler_config.scheduler_cls = "vllm_d2f.scheduler.D2FScheduler"
-        # Window widths come back from the worker every step.
-        scheduler_config.async_scheduling = False
+        _set_async(vllm_config)
+        # vLLM takes a model with a canvas for a diffusion model; ours is the widest query.
+        canvas = widest_query(settings, scheduler_config)
+        model_config.hf_config.canvas_length = canvas
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas)
 
         if current_platform.is_cuda():
             prepare_attention(vllm_config)
@@ -73,17 +74,49 @@ def register_hook() -> None:
         MODELS_CONFIG_MAP[architecture] = D2FConfigHook
 
 
+def widest_query(settings: Settings, scheduler_config: "SchedulerConfig") -> int:
+    """Positions of a request's widest query without its prompt.
+
+    Scheduled ahead it is a window and what the forward before it committed: at most what was open
+    and one block, and a block is at most a window.
+    """
+    return settings.window * (2 if scheduler_config.async_scheduling else 1)
+
+
+def _set_async(vllm_config: "VllmConfig") -> None:
+    """Whether a step is scheduled while the one before it runs.
+
+    Raises:
+        ValueError: asked for where it cannot be had.
+    """
+    scheduler_config = vllm_config.scheduler_config
+    reason = ""
+    if envs.VLLM_RAISE_ON_LOGIT_NANS:
+        reason = "VLLM_RAISE_ON_LOGIT_NANS takes the place in which widths come back; unset it"
+    if reason and scheduler_config.async_scheduling:
+        raise ValueError(f"--async-scheduling: {reason}, or give --no-async-scheduling")
+    if scheduler_config.async_scheduling is None:
+        scheduler_config.async_scheduling = not reason and async_by_default()
+
+
+def async_by_default() -> bool:
+    """On CUDA, where the host's work would otherwise be waited for; a CPU has nothing to overlap
+    it with and would pay for the wider queries.
+    """
+    return current_platform.is_cuda()
+
+
 def _set_prefill(
     settings: Settings, max_model_len: int, scheduler_config: "SchedulerConfig"
 ) -> None:
     """Prompts are prefilled whole, unless they may be cut between their attention blocks."""
     budget = scheduler_config.max_num_batched_tokens
     if settings.prompt_attention == "block_causal":
-        least = min(settings.window, max_model_len)
+        least = min(widest_query(settings, scheduler_config), max_model_len)
         if budget < least:
             raise ValueError(
                 f"--max-num-batched-tokens {budget} must be at least {least}: a step holds at "
-                "least one request's widest window"
+                "least one request's widest query"
             )
         return
     scheduler_config.enable_chunked_prefill = False

@@ -78,6 +78,7 @@ class CpuSampler(D2FSampler):
             self.numbers,
             self.tau_conf_S1,
             self.draft_SW,
+            self.lagging,
             tokens_DW.numpy(),
             new_D.numpy(),
             commit_D.numpy(),

@@ -12,7 +12,7 @@ slots, D rows that denoise, W window positions, N masked positions in row order,
 import numba
 import numpy as np
 
-from vllm_d2f.tally import BITS
+from vllm_d2f.tally import BITS, MOST_NONFINITE, NONFINITE
 
 
 @numba.njit(cache=True, nogil=True)
@@ -43,6 +43,7 @@ def advance_and_grow(
     numbers,
     tau_conf_S1,
     draft_SW,
+    lagging,
     tokens_DW,
     new_D,
     commit_D,
@@ -53,7 +54,9 @@ def advance_and_grow(
     Args:
         request_N, column_N: what `list_masked` wrote.
         token_N, confidence_N: the proposals at these positions.
-        draft_SW: receives the next window, -1 beyond the open blocks.
+        draft_SW: receives the next window, -1 beyond the open blocks; if `lagging`, the window
+            as this forward decided it, before it moves (`D2FSampler.lagging`), and what is done is
+            closed (`d2f.close`).
         tokens_DW, new_D: receive the tokens that leave now, those of `Step.tokens_RW` between
             `Step.sent_R` and `Step.output_R`, and how many they are.
         commit_D: receives `Step.commit_R`.
@@ -119,7 +122,8 @@ def advance_and_grow(
         new_D[d], commit_D[d] = new, commit
         tokens_DW[d, :new] = tokens_W[lead_in : lead_in + new]
         dropped = (was_open + size - 1) // size - (open_ + size - 1) // size
-        tally_D[d] = in_active | in_semi << BITS | dropped << (2 * BITS) | nonfinite << (3 * BITS)
+        if lagging:
+            draft_SW[slot, :width] = tokens_W
 
         # Move over what was committed, then add.
         open_ = max(open_ - commit, 0)
@@ -143,6 +147,17 @@ def advance_and_grow(
         number[3] += commit
         number[4] += 1
         number[5] = lead - commit
-
-        for column in range(width):
-            draft_SW[slot, column] = tokens_W[column] if column < open_ else -1
+        if lagging:
+            if lead >= need:  # `d2f.close`
+                number[0] = number[1] = number[5] = 0
+                decided_W[:] = False
+        else:
+            for column in range(width):
+                draft_SW[slot, column] = tokens_W[column] if column < open_ else -1
+        tally_D[d] = (
+            in_active
+            | in_semi << BITS
+            | dropped << (2 * BITS)
+            | number[0] << (3 * BITS)
+            | min(nonfinite, MOST_NONFINITE) << NONFINITE
+        )

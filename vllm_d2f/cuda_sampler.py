@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`D2FSampler` on CUDA: one kernel proposes, and small batches are not waited for.
+"""`D2FSampler` on CUDA: one kernel proposes, and the host waits for nothing.
 
 Shape suffixes as in `sampler`.
 """
@@ -11,31 +11,52 @@ from torch import Tensor
 
 from vllm_d2f.kernels import confidence, missing
 from vllm_d2f.kernels.rows import masked_rows, scatter
+from vllm_d2f.kernels.undecided import UndecidedBounds
 from vllm_d2f.sampler import D2FSampler
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
 
-PADDED_ROWS = 256
-"""Up to so many window positions all of them go through the language-model head, decided ones too.
-
-The list of undecided ones alone has a length that the host must wait for. So few rows take the head
-no longer than reading its weights does.
-"""
+ROWS = 16
+"""The list of undecided positions is filled up to a multiple of this."""
 
 LOGIT_BYTES = 512 << 20
 """Float32 logits of a chunk. Each chunk reads the weights of the head again."""
 
 
 class CudaSampler(D2FSampler):
-    """Same results as `D2FSampler`, without a softmax, a sort or, in small batches, a wait."""
+    """Same results as `D2FSampler`, without a softmax, a sort or a wait.
+
+    Only a request with a `Proposer` of its own (penalties, log-probabilities, a grammar ...) waits:
+    what it asks for is worked out on the host.
+    """
 
     def __init__(self, state: "D2FModelState", base: Any) -> None:
         super().__init__(state, base)
         if reason := missing(state.device):
             raise RuntimeError(reason)
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
-        self.rows_N = torch.empty(PADDED_ROWS + 1, dtype=torch.int64, device=state.device)
+        positions = state.max_num_reqs * state.settings.window
+        self.rows_N = torch.empty(positions + ROWS + 1, dtype=torch.int64, device=state.device)
+        self.undecided = UndecidedBounds(
+            state.max_num_reqs, under_way=int(self.lagging), event=torch.cuda.Event
+        )
+
+    def add_request(self, req_index: int, sampling_params: Any) -> None:
+        super().add_request(req_index, sampling_params)
+        state, block_size = self.state, int(self.state.block_size_S[req_index])
+        known = state.settings.window if req_index in state.resumed else block_size
+        self.undecided.start(req_index, known, block_size)
+
+    def _denoise(
+        self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out = super()._denoise(hidden_TH, slot_D, begin_D, first_D)
+        window = self.state.window
+        open_DW = window.column_W < window.open_R[slot_D][:, None]
+        undecided_D = (open_DW & ~window.decided_RW[slot_D]).sum(1)
+        self.undecided.note(self.slots[: len(self.width_D)], undecided_D)
+        return out
 
     def _proposals(
         self,
@@ -45,10 +66,11 @@ class CudaSampler(D2FSampler):
         begin_D: Tensor,
         first_D: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        positions = masked_DW.numel()
-        if positions > PADDED_ROWS or self.state.proposers:
+        slots = self.slots[: len(self.width_D)]
+        bound = int(self.undecided.bound(slots, self.width_D).sum())
+        if any(slot in self.state.proposers for slot in slots):
             return super()._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
-        rows = masked_rows(masked_DW, positions, self.rows_N)
+        rows = masked_rows(masked_DW, -(-max(bound, 1) // ROWS) * ROWS, self.rows_N)
         token_N, confidence_N = self._propose(
             hidden_TH, rows.request_N, rows.column_N, slot_D, begin_D, first_D
         )

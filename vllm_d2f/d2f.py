@@ -169,8 +169,8 @@ class Window:
         fixed = [size, min(params.window, width)]
         fixed += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
         unused = [-1] * (room - len(ends))
-        self.numbers[row] = torch.tensor([*state, *fixed, *ends, *unused])
-        start_W = torch.arange(width) // size * size
+        _copy_in(self.numbers[row], torch.tensor([*state, *fixed, *ends, *unused]))
+        start_W = torch.div(self.column_W, size, rounding_mode="floor") * size
         self.layout[row] = torch.cat((start_W, (start_W - size).clamp(min=0)))
         self.tau_conf_R1[row] = params.tau_conf
         self.num_ends = max(self.num_ends, len(ends))
@@ -196,6 +196,13 @@ class Window:
 
 # Columns of `Window.numbers` that change, and that do not (the end tokens come behind them).
 _STATE, _FIXED = 6, 4
+
+
+def _copy_in(row: Tensor, values: Tensor) -> None:
+    """Write host values to a row; a device is not waited for."""
+    if row.is_cuda:
+        values = values.pin_memory()  # PyTorch reuses the memory only once the copy is done
+    row.copy_(values, non_blocking=True)
 
 
 def _fewest(fraction: float, size: int) -> int:
@@ -389,6 +396,19 @@ def advance(window: Window, proposal_RW: Tensor, confidence_RW: Tensor, mask_id:
         dim=1,
     )
     return step
+
+
+def close(window: Window, done_R: Tensor) -> None:
+    """Open nothing any more in rows whose answer is complete, in place, after `advance`.
+
+    For an engine that starts the next forward before it knows of the last one: what comes after a
+    complete answer then proposes nothing, sends nothing and commits nothing.
+    """
+    state = window.numbers[:, :_STATE]
+    keep_R1 = ~done_R[:, None]
+    for column in (0, 1, 5):  # open_R, rest_R, lead_R
+        state[:, column : column + 1] *= keep_R1
+    window.decided_RW &= keep_R1
 
 
 def _fixed(window: Window) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -31,7 +32,13 @@ from vllm_d2f.patches import p04_forget_finished
 from vllm_d2f.proposal import Sampling
 from vllm_d2f.proposer import Proposer, make_proposer
 from vllm_d2f.sampler import D2FSampler
-from vllm_d2f.settings import MAX_END_TOKENS, end_tokens, request_params, served_settings
+from vllm_d2f.settings import (
+    MAX_END_TOKENS,
+    end_tokens,
+    request_params,
+    served_settings,
+    wants_trace,
+)
 from vllm_d2f.stale_pages import StalePages
 
 
@@ -69,6 +76,12 @@ class D2FModelState(ModelState):
         self.proposers: dict[int, Proposer] = {}
         self.grammars = Grammars(vllm_config, self.mask_id)
         self._proposers_aside: dict[str, Proposer] = {}
+        # Slots of requests that have come back from a preemption.
+        self.resumed: set[int] = set()
+        # Requests that ask for a trace, by slot.
+        self.traced: set[int] = set()
+        # See `sampler`.
+        self.lagging = bool(vllm_config.scheduler_config.async_scheduling)
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
         self.stale_pages = (
@@ -90,6 +103,8 @@ class D2FModelState(ModelState):
         self.prompt_len_S[req_index] = prompt_len
         self.block_size_S[req_index] = params.block_size
         self._set_sampling(req_index, sampling)
+        if wants_trace(sampling.extra_args):
+            self.traced.add(req_index)
         self.window.start(
             req_index,
             params,
@@ -99,11 +114,13 @@ class D2FModelState(ModelState):
             mask_id=self.mask_id,
         )
         self._set_proposer(req_index, new_req_data, params.tau_conf)
-        row = torch.tensor([req_index], device=self.device)
+        row = self._row(req_index)
         rows = self._aside.pop(req_id, None)
         if rows is None:
             rows = self.window.rows(row)
             grow(rows)
+        else:
+            self.resumed.add(req_index)
         self.window.put(row, rows)
 
     def _set_sampling(self, slot: int, params: SamplingParams) -> None:
@@ -114,8 +131,12 @@ class D2FModelState(ModelState):
         self.sampling.top_p_R[slot] = params.top_p
         self.sampling.min_p_R[slot] = params.min_p
         # Without a seed of its own a request takes the next of the engine's (same on every rank).
-        seed = torch.randint(1 << 62, ()) if params.seed is None else params.seed
+        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
         self.sampling.seed_R[slot] = seed
+
+    def _row(self, slot: int) -> torch.Tensor:
+        """A slot as an index tensor; filled on the device, where a copy would wait for it."""
+        return torch.full((1,), slot, dtype=torch.int64, device=self.device)
 
     def _set_proposer(self, slot: int, data: NewRequestData, tau_conf: float) -> None:
         params = data.sampling_params
@@ -126,7 +147,7 @@ class D2FModelState(ModelState):
             proposer = make_proposer(
                 params,
                 prompt=data.prompt_token_ids or (),
-                sampling=self.sampling.rows(torch.tensor([slot], device=self.device)),
+                sampling=self.sampling.rows(self._row(slot)),
                 ends=end_tokens(params),
                 tau_conf=tau_conf,
                 mask_id=self.mask_id,
@@ -146,7 +167,7 @@ class D2FModelState(ModelState):
             return
         if slot in self.proposers:
             self._proposers_aside[req_id] = self.proposers[slot]
-        self._aside[req_id] = self.window.rows(torch.tensor([slot], device=self.device))
+        self._aside[req_id] = self.window.rows(self._row(slot))
         self._free(slot)
 
     def forget_requests(self, req_ids: set[str]) -> None:
@@ -161,6 +182,8 @@ class D2FModelState(ModelState):
     def _free(self, slot: int) -> None:
         self.prompt_len_S[slot] = NO_PROMPT_END
         self.drawing.discard(slot)
+        self.traced.discard(slot)
+        self.resumed.discard(slot)
         self.proposers.pop(slot, None)
 
     # Inputs
@@ -171,8 +194,9 @@ class D2FModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         # The sampler picks its rows from all of them, see D2FModel.compute_logits.
         input_batch.logits_indices = slice(0, input_batch.num_tokens)  # type: ignore[assignment]
-        # Bring the new windows back to the scheduler as they are, for their widths.
-        input_batch.has_structured_output_reqs = True
+        # Bring the new windows back to the scheduler as they are, for their widths. One that
+        # schedules ahead does not wait for them.
+        input_batch.has_structured_output_reqs = not self.lagging
         return {}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -207,20 +231,20 @@ class D2FModelState(ModelState):
         )
         query_start = torch.from_numpy(sequences.query_start_S1)
         kv_len = torch.from_numpy(sequences.kv_len_S)
-        request = torch.from_numpy(sequences.request_S)
+        request_S = async_tensor_h2d(sequences.request_S, device=self.device)
         max_kv_len = int(sequences.kv_len_S.max())
         tables = []
         for table, group in zip(block_tables, kv_cache_config.kv_cache_groups, strict=True):
             pages = -(-max_kv_len // group.kv_cache_spec.block_size)
-            tables.append(table[:, :pages].index_select(0, request.to(table.device)))
+            tables.append(table[:, :pages].index_select(0, request_S))
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=len(sequences.request_S),
             num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=query_start.to(self.device, non_blocking=True),
+            query_start_loc_gpu=async_tensor_h2d(query_start, device=self.device),
             query_start_loc_cpu=query_start,
             max_query_len=int((sequences.query_start_S1[1:] - sequences.query_start_S1[:-1]).max()),
-            seq_lens=kv_len.to(self.device, non_blocking=True),
+            seq_lens=async_tensor_h2d(kv_len, device=self.device),
             max_seq_len=max_kv_len,
             block_tables=tables,
             slot_mappings=slot_mappings,

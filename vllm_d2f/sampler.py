@@ -7,6 +7,13 @@ have nothing undecided before them, and the positions that the next forward comp
 
 Shape suffixes: T tokens of the forward, H hidden, D requests that denoise in this step (they lead
 the batch), P that prefill, R = D + P, W window positions, N masked rows, V vocabulary.
+
+With asynchronous scheduling a step is scheduled before the result of the one before it is known,
+so the host cannot know where a window has moved to. Therefore it moves one step later for vLLM
+(`lagging`): a forward begins where the window of the forward before it began. Blocks that were
+committed there are computed once more, and positions behind the open blocks, which the scheduler
+adds for those that may have been opened, hold masks and are not read. The window itself, and with
+it every decision, is the same.
 """
 
 from collections.abc import Callable
@@ -16,14 +23,15 @@ import numpy as np
 import torch
 import vllm.envs as envs
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_d2f.d2f import Window, advance, grow
+from vllm_d2f.d2f import Window, advance, close, grow
 from vllm_d2f.logprobs import take_all
 from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
-from vllm_d2f.tally import BITS, pack
+from vllm_d2f.tally import NONFINITE, pack
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
@@ -44,29 +52,43 @@ class D2FSampler:
         self.penalties_state = base.penalties_state
         self.sampling_states = base.sampling_states
         self.compute_nans = False
+        # Of the step at hand, on the host: the slots of its requests, and the positions that those
+        # that denoise have in it without their prompt.
+        self.slots: list[int] = []
+        self.width_D = np.zeros(0, dtype=np.int32)
         # With this variable vLLM ends the engine where it finds a number in the tally's place.
         self.raise_on_nans = envs.VLLM_RAISE_ON_LOGIT_NANS
-        self._resent: list[tuple[int, Tensor]] = []
+        self._resumed: list[int] = []
+        # Positions by which a request's next query begins before its window.
+        self.lagging: bool = state.lagging
+        self.lag_S = torch.zeros(state.max_num_reqs, dtype=torch.int64, device=state.device)
         self.simulate = state.settings.simulate_tokens_per_forward
         self.project: Callable[[Tensor], Tensor] = state.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """`D2FModelState.add_request` made the window; its first forward may come at once."""
-        slot = torch.tensor([req_index], device=self.state.device)
+        slot = torch.full((1,), req_index, dtype=torch.int64, device=self.state.device)
         rows = self.state.window.rows(slot)
-        self._publish(slot, rows)
-        sent = int(rows.lead_R)
-        if sent:
-            self._resent.append((req_index, rows.tokens_RW[0, :sent]))
+        self.lag_S[req_index] = 0
+        if self.lagging:
+            self.req_states.draft_tokens[req_index] = self.state.mask_id  # vLLM wrote zeros
+        self._publish(slot, rows, rows.tokens_RW)
+        if req_index in self.state.resumed:
+            self._resumed.append(req_index)
 
     def apply_staged_writes(self) -> None:
         """A request that was preempted comes back with its committed tokens; more have left."""
-        for slot, token_N in self._resent:
-            end = int(self.state.prompt_len_S[slot] + self.state.window.start_R[slot])
-            self.req_states.all_token_ids.gpu[slot, end : end + len(token_N)] = token_N.int()
-            self.req_states.total_len.gpu[slot] += len(token_N)
-        self._resent.clear()
+        window = self.state.window
+        for slot in self._resumed:
+            known_T = self.req_states.all_token_ids.gpu[slot]
+            end = window.start_R[slot] + int(self.state.prompt_len_S[slot])
+            column_T = torch.arange(len(known_T), device=known_T.device) - end
+            ahead_T = (column_T >= 0) & (column_T < window.lead_R[slot])
+            token_T = window.tokens_RW[slot][column_T.clamp_(0, len(window.column_W) - 1)]
+            known_T.copy_(torch.where(ahead_T, token_T.to(known_T.dtype), known_T))
+            self.req_states.total_len.gpu[slot] += window.lead_R[slot]
+        self._resumed.clear()
 
     def __call__(
         self, hidden_TH: Tensor, input_batch: InputBatch, draft_logits: Any = None
@@ -87,28 +109,41 @@ class D2FSampler:
         lengths = np.empty((2, num_reqs), dtype=np.int64)
         lengths[0] = input_batch.query_start_loc_np[:num_reqs]
         lengths[1] = input_batch.query_start_loc_np[1 : num_reqs + 1]
-        begin_R, end_R = torch.from_numpy(lengths).to(device, non_blocking=True)
+        begin_R, end_R = async_tensor_h2d(lengths, device=device)
         slot_R = input_batch.idx_mapping
 
         keep_R = end_R - 1  # a prompt alone leaves the output at its last position
         if num_denoising:
-            drafts = torch.from_numpy(drafts_np[:num_denoising])
-            width_D = drafts.to(device, torch.int64, non_blocking=True)
+            self.width_D = drafts_np[:num_denoising]
+            self.slots = input_batch.idx_mapping_np.tolist()
+            width_D = async_tensor_h2d(self.width_D.astype(np.int64), device=device)
+            slot_D = slot_R[:num_denoising]
             # The window is the end of the query: a prompt may ride along before it.
             first_D = end_R[:num_denoising] - width_D
+            if self.lagging:
+                lag_D = self.lag_S[slot_D]
+                first_D += lag_D
             tokens_DW, new_D, commit_D, tally_D = self._denoise(
-                hidden_TH, slot_R[:num_denoising], begin_R[:num_denoising], first_D
+                hidden_TH, slot_D, begin_R[:num_denoising], first_D
             )
+            if self.lagging:
+                stays_D = lag_D
+                self.lag_S.index_copy_(0, slot_D, commit_D)
+            else:
+                stays_D = commit_D
             output = SamplerOutput(
                 sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
                 logprobs_tensors=(
-                    self._logprobs(slot_R, _pad_rows(new_D, num_reqs)) if state.proposers else None
+                    self._logprobs(_pad_rows(new_D, num_reqs)) if state.proposers else None
                 ),
                 num_nans=_pad_rows(
-                    tally_D >> (3 * BITS) if self.raise_on_nans else tally_D, num_reqs
+                    tally_D >> NONFINITE
+                    if self.raise_on_nans
+                    else self._with_traces(tally_D, slot_D),
+                    num_reqs,
                 ),
                 num_sampled=_pad_rows(new_D.int(), num_reqs),
-                num_rejected=_pad_rows((width_D - commit_D).int(), num_reqs),
+                num_rejected=_pad_rows((width_D - stays_D).int(), num_reqs),
             )
             keep_R[:num_denoising] = first_D + commit_D - 1
         else:
@@ -142,13 +177,16 @@ class D2FSampler:
         proposal_DW, confidence_DW = self._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
         step = advance(window, proposal_DW, confidence_DW, state.mask_id)
         grow(window)
+        if self.lagging:
+            close(window, step.done_R)
         state.window.put(slot_D, window)
-        self._publish(slot_D, window)
+        self._publish(slot_D, window, step.tokens_RW)
         column_DW = window.column_W + step.sent_R[:, None]
         new_DW = step.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
         active_D = (step.accepted_RW & step.active_RW).sum(1)
         nonfinite_D = (masked_DW & (confidence_DW == 0)).sum(1)
-        tally_D = pack(active_D, step.accepted_RW.sum(1) - active_D, step.dropped_R, nonfinite_D)
+        semi_D = step.accepted_RW.sum(1) - active_D
+        tally_D = pack(active_D, semi_D, step.dropped_R, window.open_R, nonfinite_D)
         return new_DW, step.output_R - step.sent_R, step.commit_R, tally_D
 
     def _proposals(
@@ -194,7 +232,7 @@ class D2FSampler:
             hidden_NH = hidden_TH[source_N]
         token_N = torch.empty_like(column_N)
         confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
-        own = self._own_rows(request_N, slot_D) if state.proposers else []
+        own = self._own_rows(request_N) if state.proposers else []
         for at in range(0, len(hidden_NH), self.rows_per_chunk):
             chunk = slice(at, at + self.rows_per_chunk)
             logits_NV = self.project(hidden_NH[chunk])
@@ -232,9 +270,15 @@ class D2FSampler:
             )
         return token_N, confidence_N
 
-    def _own_rows(self, request_N: Tensor, slot_D: Tensor) -> list[tuple[int, int, int]]:
-        """Of requests with a proposer of their own: slot, and rows from begin to end."""
-        slots = slot_D.tolist()
+    def _own_rows(self, request_N: Tensor) -> list[tuple[int, int, int]]:
+        """Of requests with a proposer of their own: slot, and rows from begin to end.
+
+        What such a request asks for is worked out row by row on the host, which waits for the
+        device here.
+        """
+        slots = self.slots[: len(self.width_D)]
+        if not any(slot in self.state.proposers for slot in slots):
+            return []
         bounds = torch.arange(len(slots) + 1, device=request_N.device)
         bound = torch.searchsorted(request_N, bounds).tolist()
         own = []
@@ -260,21 +304,36 @@ class D2FSampler:
             )
         )
 
-    def _logprobs(self, slot_R: Tensor, new_R: Tensor) -> LogprobsTensors | None:
+    def _logprobs(self, new_R: Tensor) -> LogprobsTensors | None:
         """Log-probabilities of the tokens that leave in this step, for who asked."""
         proposers = self.state.proposers
-        slots = slot_R.tolist()
-        stores = [proposers[slot].logprobs if slot in proposers else None for slot in slots]
+        stores = [proposers[slot].logprobs if slot in proposers else None for slot in self.slots]
         if not any(stores):
             return None
         return LogprobsTensors(*take_all(stores, new_R.tolist()))
 
-    def _publish(self, slot_D: Tensor, window: Window) -> None:
-        """The next forward's window, where vLLM keeps draft tokens; -1 beyond the open blocks."""
+    def _publish(self, slot_D: Tensor, window: Window, decided_DW: Tensor) -> None:
+        """The next forward's query, where vLLM keeps draft tokens.
+
+        The window, -1 beyond the open blocks; if `lagging`, the window before it moved, as the last
+        forward decided it: what it has opened since are masks, and masks are all that follows.
+        """
+        drafts = self.req_states.draft_tokens
+        if self.lagging:
+            drafts[:, : decided_DW.shape[1]].index_copy_(0, slot_D, decided_DW)
+            return
         open_DW = window.column_W < window.open_R[:, None]
-        self.req_states.draft_tokens.index_copy_(
-            0, slot_D, torch.where(open_DW, window.tokens_RW, -1)
-        )
+        drafts.index_copy_(0, slot_D, torch.where(open_DW, window.tokens_RW, -1))
+
+    def _with_traces(self, tally_D: Tensor, slot_D: Tensor) -> Tensor:
+        """The tallies, [D]; with a request that is traced behind each the window's start and its
+        tokens, [D, 2 + W]. Synchronous scheduling gets these with the next query.
+        """
+        window, traced = self.state.window, self.state.traced
+        if not (self.lagging and traced):
+            return tally_D
+        rows = (tally_D[:, None], window.start_R[slot_D, None], window.tokens_RW[slot_D])
+        return torch.cat(rows, dim=1)
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler with D2F's differences: window widths, the first block beside the prompt, tokens
 that leave before they are committed, and which prompts may share pages.
+
+With asynchronous scheduling vLLM schedules a step while the one before it runs. The scheduler then
+does not know which blocks that one opens or commits. It schedules a query wide enough for either
+(`Stream.width`), which begins where the running one's window began; `sampler` makes the same of it
+on the device. So positions, pages and attention lengths are exact on the host in both modes.
 """
 
 import hashlib
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -20,7 +26,7 @@ from vllm_d2f.metrics import StepCounts
 from vllm_d2f.page_hashes import mark_answers
 from vllm_d2f.settings import request_params, served_settings, wants_trace
 from vllm_d2f.streaming import Stream, Trace
-from vllm_d2f.tally import NOTHING, unpack
+from vllm_d2f.tally import NOTHING, Tally, unpack
 
 
 class D2FScheduler(Scheduler):
@@ -35,6 +41,9 @@ class D2FScheduler(Scheduler):
         self.traces: dict[str, Trace] = {}
         self.counts = StepCounts()
         self._open_blocks_told = 0
+        self.run_ahead = bool(self.scheduler_config.async_scheduling)
+        # Preempted requests with a forward whose result is not in.
+        self.unsettled: set[str] = set()
         # The worker keeps a window in step with its grammar (`grammar`); cut short at the first
         # mask token it would be none.
         self.structured_output_manager.validate_tokens = (  # type: ignore[method-assign]
@@ -46,7 +55,8 @@ class D2FScheduler(Scheduler):
             self._salt(request)
         super().add_request(request)
         sampling = request.sampling_params
-        self.streams[request.request_id] = Stream(self._params(request).block_size)
+        block_size = self._params(request).block_size
+        self.streams[request.request_id] = Stream(block_size, open=block_size)
         self.traces.pop(request.request_id, None)  # of an aborted one that had the same id
         if wants_trace(sampling.extra_args if sampling else None):
             self.traces[request.request_id] = Trace()
@@ -54,8 +64,18 @@ class D2FScheduler(Scheduler):
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.num_spec_tokens)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self.run_ahead:
+            for request in self.running:
+                if not request.is_prefill_chunk:
+                    request.spec_token_ids = [-1] * self._width(request)
         held = self._hold_back()
+        pause = self._pause_state
+        if self.unsettled and pause == PauseState.UNPAUSED:
+            # Nobody is let in before the tokens are known with which an unsettled request, which
+            # may be the first in the queue, comes back.
+            self._pause_state = PauseState.PAUSED_NEW
         output = super().schedule(throttle_prefills)
+        self._pause_state = pause
         for request, window in held:
             if request.status == RequestStatus.RUNNING:
                 request.spec_token_ids = window
@@ -65,6 +85,41 @@ class D2FScheduler(Scheduler):
             if data.sampling_params is not None:
                 name_backend(self.structured_output_manager, data.sampling_params)
         return output
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if self.run_ahead:
+            for req_id, window in scheduler_output.scheduled_spec_decode_tokens.items():
+                request = self.requests[req_id]
+                request.num_computed_tokens -= len(window)
+                self._is_under_way(request)
+
+    def _is_under_way(self, request: Request) -> None:
+        """A query is scheduled; the next one may begin behind what was committed before it."""
+        stream = self.streams[request.request_id]
+        stream.in_flight += 1
+        request.num_computed_tokens += stream.hand_over(request)
+
+    def _width(self, request: Request) -> int:
+        """Positions of a request's next query when its last one's result may not be known."""
+        params, stream = self._params(request), self.streams[request.request_id]
+        assert request.sampling_params is not None and request.sampling_params.max_tokens
+        blocks = -(-request.sampling_params.max_tokens // stream.block_size)
+        limit = min(blocks * stream.block_size, self.max_model_len - request.num_prompt_tokens)
+        width = min(stream.width(params.window), limit - request.num_output_tokens)
+        if width <= 0:
+            raise _no_window(request.request_id)
+        return width
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        """vLLM's own; what is under way is never dropped: the worker's window has gone on."""
+        super()._preempt_request(request, timestamp, drop_stale_output=False)
+        stream = self.streams[request.request_id]
+        stream.hand_over(request)
+        if stream.in_flight:
+            self.unsettled.add(request.request_id)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> None:
         """None: the runner would write it over hidden states. The worker has the grammar."""
@@ -86,10 +141,7 @@ class D2FScheduler(Scheduler):
                 continue
             if not request.spec_token_ids and not request.is_prefill_chunk:
                 # It would never be scheduled again and the engine would spin without a word.
-                raise RuntimeError(
-                    f"vllm-d2f: request {req_id} is unfinished and has no open block. This is a "
-                    "bug; please report it with the request's parameters."
-                )
+                raise _no_window(req_id)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -97,11 +149,17 @@ class D2FScheduler(Scheduler):
         """Account for the forward: what leaves, and what is committed, which lags behind.
 
         vLLM takes the tokens that leave for those whose keys and values stay. Moving each request's
-        count of computed tokens by the difference beforehand makes it right.
+        count of computed tokens by the difference beforehand makes it right. Scheduling ahead, the
+        count has never left the query's begin, and vLLM is given what it is about to take off.
         """
         windows = scheduler_output.scheduled_spec_decode_tokens
         packed = model_runner_output.num_nans_in_logits or {}
-        tallies = {req_id: unpack(tally) for req_id, tally in packed.items()}
+        tallies: dict[str, Tally] = {}
+        decided: dict[str, list[int]] = {}
+        for req_id, number in packed.items():
+            if isinstance(number, list):  # `D2FSampler._with_traces`
+                number, *decided[req_id] = number
+            tallies[req_id] = unpack(number)
         if self.settings.simulate_tokens_per_forward is not None:
             # A confidence of 0 says nothing about the logits there.
             tallies = {r: tally._replace(nonfinite=0) for r, tally in tallies.items()}
@@ -115,18 +173,37 @@ class D2FScheduler(Scheduler):
                 continue
             index = model_runner_output.req_id_to_index[req_id]
             stream, tally = self.streams[req_id], tallies.get(req_id, NOTHING)
-            committed = stream.commit(request)
             leaving = len(model_runner_output.sampled_token_ids[index])
-            request.num_computed_tokens += committed - leaving
+            committed = stream.commit()
+            stream.open = tally.open
+            if self.run_ahead:
+                self._settle(request, stream, len(window) - leaving)
+            else:
+                request.num_computed_tokens += stream.hand_over(request) - leaving
             if req_id in self.traces:
                 self.traces[req_id].forwards += 1
+                if req_id in decided:
+                    start, *tokens = decided[req_id]
+                    self.traces[req_id].see(tokens, start, self.mask_id)
             counts.add(committed, leaving, tally)
-            opened = -(-len(window) // stream.block_size)
-            stream.open_blocks = opened - committed // stream.block_size - tally.dropped
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.traces:
             self._attach_traces(outputs)
         return outputs
+
+    def _settle(self, request: Request, stream: Stream, rejected: int) -> None:
+        """A query that was scheduled ahead is in. vLLM will take `rejected` off the computed tokens
+        of a request that was not preempted meanwhile.
+        """
+        stream.in_flight -= 1
+        if request.num_stale_output_tokens:
+            stream.hand_over(request)
+            self.unsettled.discard(request.request_id)
+            return
+        request.num_computed_tokens += rejected
+        if stream.in_flight:
+            # The one after it began before what this one committed; the next one need not.
+            request.num_computed_tokens += stream.hand_over(request)
 
     def _attach_traces(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """With every output, because a stop string found later makes any of them the last one.
@@ -176,6 +253,7 @@ class D2FScheduler(Scheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         stream = self.streams.pop(request.request_id, None)
+        self.unsettled.discard(request.request_id)
         if stream is not None and request.spec_decode_metrics is not None:
             forwards = sum(request.spec_decode_metrics.histogram)
             self.counts.finish(request.num_output_tokens + len(stream.ahead), forwards)
@@ -256,8 +334,11 @@ class D2FScheduler(Scheduler):
         output.num_scheduled_tokens[request.request_id] += width
         output.total_num_scheduled_tokens += width
         output.scheduled_spec_decode_tokens[request.request_id] = [-1] * width
-        request.num_computed_tokens += width
         request.num_in_flight_tokens += width
+        if self.run_ahead:
+            self._is_under_way(request)
+        else:
+            request.num_computed_tokens += width
 
     def _params(self, request: Request) -> D2FParams:
         sampling = request.sampling_params
@@ -281,3 +362,10 @@ class D2FScheduler(Scheduler):
         request.cache_salt = salt
         request.block_hashes.clear()
         request.update_block_hashes()
+
+
+def _no_window(req_id: str) -> RuntimeError:
+    return RuntimeError(
+        f"vllm-d2f: request {req_id} is unfinished and has no open block. This is a bug; please "
+        "report it with the request's parameters."
+    )

@@ -57,20 +57,48 @@ class Stream:
     Attributes:
         block_size: positions per block.
         ahead: tokens that left and are not committed, in order.
-        open_blocks: blocks in the window after the last forward.
+        held: how many of these, from the first on, are committed already. They are handed over as
+            soon as the next query does not begin before them (`hand_over`).
+        open: positions in open blocks after the last forward that is accounted for.
+        in_flight: denoising forwards that are scheduled and not accounted for.
     """
 
     block_size: int
+    open: int
     ahead: list[int] = field(default_factory=list)
-    open_blocks: int = 0
+    held: int = 0
+    in_flight: int = 0
 
-    def commit(self, request: "Request") -> int:
-        """Hand over the blocks that the last forward committed; how many tokens they have."""
-        count = len(self.ahead) // self.block_size * self.block_size
+    @property
+    def open_blocks(self) -> int:
+        """Blocks in the window, the last one maybe cut short."""
+        return -(-self.open // self.block_size)
+
+    def commit(self) -> int:
+        """A forward is accounted for, its own tokens not yet: how many tokens it committed."""
+        count = (len(self.ahead) - self.held) // self.block_size * self.block_size
+        self.held += count
+        return count
+
+    def hand_over(self, request: "Request") -> int:
+        """The request gets its committed tokens; how many they are."""
+        count, self.held = self.held, 0
         if count:
             request.append_output_token_ids(self.ahead[:count])
             del self.ahead[:count]
         return count
+
+    def width(self, max_open: int) -> int:
+        """An upper bound of the positions of the next query, which begins before `held`.
+
+        A forward opens at most one block, and what it commits leaves the window but not the query.
+        A full window opens one only when it commits one, whose tokens have left by then.
+        """
+        known = self.held + self.open
+        if self.in_flight == 0:
+            return known
+        whole = len(self.ahead) - self.held >= self.block_size
+        return known + self.in_flight * self.block_size if whole or self.open < max_open else known
 
     def lend(self, request: "Request") -> None:
         """Let the request have what left ahead, for vLLM's stop checks. `take_back` ends it."""

@@ -27,6 +27,9 @@ def llada(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def plugin():
-    from vllm_d2f import register
+    """With D2F_TEST_ASYNC=1 every engine that does not choose schedules asynchronously."""
+    from vllm_d2f import config, register
 
     register()
+    if os.environ.get("D2F_TEST_ASYNC") == "1":
+        config.async_by_default = lambda: True
