@@ -229,8 +229,6 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
         f"--base {vllm_config.model_config.model} --adapter DIR --out FOLDER`, then `vllm serve "
         "FOLDER`": vllm_config.lora_config is not None,
-        "--async-scheduling: the widths of the windows come back from the worker every step; "
-        "remove it": vllm_config.scheduler_config.async_scheduling is True,
         "--enable-prompt-embeds: a prompt is token ids; remove it": (
             vllm_config.model_config.enable_prompt_embeds
         ),

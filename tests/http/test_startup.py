@@ -88,7 +88,6 @@ def test_wrong_settings_are_named(plain, section, message):
         ),
         ({"logits_processors": ["some.module:Class"]}, "--logits-processors"),
         ({"scheduler_cls": "some.module.Class"}, "--scheduler-cls"),
-        ({"async_scheduling": True}, "--async-scheduling"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
