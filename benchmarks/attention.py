@@ -167,7 +167,11 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"`{report['command']}` on {report['device']}, {report['hardware']['cpu']},",
         f"{report['hardware']['threads']} thread(s), {report['dtype']}; {report['layer']}.",
-        *(["Times are CPU time: other programs were running."] if report["clock"] == "cpu" else []),
+        *(
+            ["Times are CPU time: other programs were running."]
+            if report.get("clock") == "cpu"
+            else []
+        ),
         f"Measured here: copy {machine['copy_gb_per_s']} GB/s,",
         f"matrix product {machine['matmul_gflop_per_s']} GFLOP/s.",
         "All results agree with a float64 reference.",

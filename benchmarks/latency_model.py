@@ -244,16 +244,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         error = report["prediction_error"]
         lines += [
             "Checked on other problems than the fit has seen, one batch at a time.",
-            f"In such batches AR overtakes D2F {_crossing_text(report['checked_crossing'])}.",
-            "",
-            "| batch | D2F / AR predicted | D2F / AR measured (runs) |",
-            "|---|---|---|",
-            *[
-                f"| {row['batch_size']} | {row['predicted']:.2f} | {row['measured']['median']:.2f} "
-                f"({row['measured']['min']:.2f} to {row['measured']['max']:.2f}) |"
-                for row in report["checked_ratio"]
-            ],
-            "",
+            *_crossing_lines(report),
             f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst.",
             "",
             "| decoder | batch | predicted tok/s | measured tok/s | error |",
@@ -268,14 +259,28 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _crossing_text(found: Mapping[str, int | None]) -> str:
-    def where(size: int | None) -> str:
+def _crossing_lines(report: Mapping[str, Any]) -> list[str]:
+    """The checked ratios as a table; none in results of before they were checked."""
+    if "checked_ratio" not in report:
+        return []
+    found = report["checked_crossing"]
+
+    def where(name: str) -> str:
+        size = found[name]
         return f"at {size}" if size else f"nowhere up to {found['largest_batch']}"
 
-    return (
-        f"predicted {where(found['predicted'])}, measured {where(found['measured'])} "
-        "(of the sizes below)"
-    )
+    return [
+        f"In such batches AR overtakes D2F {where('measured')}, predicted {where('predicted')}.",
+        "",
+        "| batch | D2F / AR predicted | D2F / AR measured (runs) |",
+        "|---|---|---|",
+        *[
+            f"| {row['batch_size']} | {row['predicted']:.2f} | {row['measured']['median']:.2f} "
+            f"({row['measured']['min']:.2f} to {row['measured']['max']:.2f}) |"
+            for row in report["checked_ratio"]
+        ],
+        "",
+    ]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -166,14 +166,14 @@ def forward_cost(report: Mapping[str, Any], path: Path) -> None:
 
 def prediction(report: Mapping[str, Any], path: Path) -> None:
     """Predicted tokens per second by batch size, the measured ones as points."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(height=5.2)
     for kind, model in report["decoders"].items():
         rows = model["predicted"]
         axes.plot(
             [row["batch_size"] for row in rows],
             [row["tokens_per_s"] for row in rows],
             color=COLORS[kind],
-            label=f"{NAMES[kind]}, server that is never empty, predicted",
+            label=f"{NAMES[kind]}, steady load predicted",
         )
         if checks := model.get("checks"):
             axes.plot(

@@ -111,7 +111,7 @@ def test_the_crossing_is_checked_against_measured_batches(last, where):
         "largest_batch": 64,
     }
     text = latency_model.markdown(report)
-    assert (f"measured at {where}" if where else "measured nowhere up to 64") in text
+    assert f"AR overtakes D2F {f'at {where}' if where else 'nowhere up to 64'}, pred" in text
 
 
 def test_by_hand(tmp_path, capsys):

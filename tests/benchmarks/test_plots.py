@@ -5,7 +5,14 @@ import json
 
 import pytest
 
-from benchmarks import plots
+from benchmarks import (
+    attention,
+    latency_model,
+    plots,
+    serving_report,
+    sweep_report,
+    throughput_report,
+)
 from vllm_d2f.names import resolve
 
 
@@ -34,6 +41,32 @@ def test_draws_what_is_there(tmp_path, report):
     assert plots.main(["--results", str(tmp_path), "--d2f", ""]) == 0
     assert {p.name for p in tmp_path.glob("*.png")} == {"throughput.png"}
     assert width(tmp_path / "throughput.png") == 1600
+
+
+@pytest.mark.parametrize("name", ["throughput", "latency_model", "sweep", "serving", "attention"])
+def test_the_committed_text_is_that_of_the_committed_figures(name):
+    """`results/NAME.md` says what `results/NAME.json` has."""
+    reports = {
+        "throughput": throughput_report.markdown,
+        "latency_model": latency_model.markdown,
+        "sweep": sweep_report.markdown,
+        "serving": serving_report.markdown,
+        "attention": attention.markdown,
+    }
+    report = json.loads((plots.RESULTS / f"{name}.json").read_text())
+    written = (plots.RESULTS / f"{name}.md").read_text()
+    assert written == reports[name](report) + "\n"
+    assert {"command", "seed", "versions", "hardware", "units"} <= report.keys()
+
+
+def test_committed_results_are_drawn_at_reading_width(tmp_path):
+    assert plots.main(["--out", str(tmp_path), "--d2f", ""]) == 0
+    serving = json.loads((plots.RESULTS / "serving.json").read_text())
+    serving_report.plot(serving, tmp_path / "serving.png")
+    names = {"throughput", "latency_model", "latency_model_forward_cost", "sweep", "serving"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == names
+    for name in names:
+        assert width(tmp_path / f"{name}.png") == width(plots.RESULTS / f"{name}.png") == 1600
 
 
 def test_no_folder(tmp_path, capsys):
