@@ -41,11 +41,16 @@ def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
         from vllm_d2f.settings import check_structured_outputs, is_d2f
 
         seen: Any = model_config
-        if self.structured_outputs is not None and is_d2f(model_config):
+        ours = self.structured_outputs is not None and is_d2f(model_config)
+        if ours:
             check_structured_outputs(self, model_config, structured_outputs_config)
             # All that vLLM asks the model here is whether to refuse.
             seen = SimpleNamespace(is_diffusion=False)
         original(self, seen, structured_outputs_config, tokenizer)
+        if ours:
+            from vllm_d2f.grammar import refuse_empty
+
+            refuse_empty(self.structured_outputs)
 
     return _validate_structured_outputs
 

@@ -244,6 +244,21 @@ def test_a_grammar_that_does_not_compile_fails_alone(llm, prompts):
     assert ask(llm, prompts[:1], structured(choice=["yes"]))[0].text == "yes"
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_eos):
+    """Not the engine, and not the others; the worker's grammar must not be taken for a bug."""
+    lost = structured(
+        grammar='root ::= "7" more\nmore ::= more', options=dict(ignore_eos=ignore_eos)
+    )
+    plain = structured(regex="[0-9]{3}")
+    alone = ask(llm, prompts[:1], plain)[0]
+    first, second, third = ask(llm, prompts[:1] * 3, [plain, lost, plain])
+    assert second.finish_reason == "error" and second.text in ("", "7")
+    assert list(first.token_ids) == list(third.token_ids) == list(alone.token_ids)
+    with pytest.raises(VLLMValidationError, match="no text matches it"):
+        ask(llm, prompts[:1], structured(grammar="root ::= root"))
+
+
 def test_refused(llm, prompts):
     for options in (dict(bad_words=["pens"]), dict(allowed_token_ids=[5, 6])):
         with pytest.raises(VLLMValidationError, match="write them into the grammar"):
