@@ -41,11 +41,19 @@ def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
         from vllm_d2f.settings import check_structured_outputs, is_d2f
 
         seen: Any = model_config
+        # None for every model that is not ours.
+        structured = None
         if self.structured_outputs is not None and is_d2f(model_config):
+            structured = self.structured_outputs
+        if structured is not None:
             check_structured_outputs(self, model_config, structured_outputs_config)
             # All that vLLM asks the model here is whether to refuse.
             seen = SimpleNamespace(is_diffusion=False)
         original(self, seen, structured_outputs_config, tokenizer)
+        if structured is not None:
+            from vllm_d2f.grammar import refuse_empty
+
+            refuse_empty(structured)
 
     return _validate_structured_outputs
 

@@ -57,6 +57,7 @@ PROOFS: tuple[tuple[str, str], ...] = (
     (r"python -m benchmarks\.parity.*", "tests/engine/test_parity.py::test_every_setting"),
     (r"python -m benchmarks\.throughput.*", "tests/benchmarks/test_throughput.py"),
     (r"python -m benchmarks\.latency_model.*", "tests/benchmarks/test_latency_model.py"),
+    (r"python -m benchmarks\.structured.*", "tests/engine/test_structured.py"),
     (r"python -m benchmarks\.plots.*", "tests/benchmarks/test_plots.py"),
     (r"python -m benchmarks\.\w+.*", PARSED),
     (r"python -m training\.train .*--smoke", "tests/training/test_train_run.py"),

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
@@ -37,6 +37,35 @@ def name_backend(manager: "StructuredOutputManager", params: "SamplingParams") -
     """Write the backend that compiled a request's grammar into the request, for the worker."""
     if params.structured_outputs is not None:
         params.structured_outputs._backend = BACKENDS[type(manager.backend).__name__]
+
+
+def refuse_empty(structured: "StructuredOutputsParams") -> None:
+    """Refuse a grammar that cannot say anything (`root ::= root`), where a request is admitted.
+
+    Over single bytes, so that it costs nothing. An alternative that leads nowhere later is found
+    where it is taken (`GrammarConstraint`).
+
+    Raises:
+        VLLMValidationError: with what to change.
+    """
+    if structured.grammar is None or structured._backend != "xgrammar":
+        return
+    import xgrammar
+    from vllm.exceptions import VLLMValidationError
+
+    tokens = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)], stop_token_ids=[])
+    compiler = xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
+    matcher = xgrammar.GrammarMatcher(
+        compiler.compile_grammar(structured.grammar), terminate_without_stop_token=True
+    )
+    allowed = xgrammar.allocate_token_bitmask(1, 256)
+    matcher.fill_next_token_bitmask(allowed, 0)
+    if not allowed.any() and not matcher.is_completed():
+        raise VLLMValidationError(
+            "structured_outputs.grammar: no text matches it. Give every rule, beginning with "
+            "`root`, an alternative that ends.",
+            parameter="structured_outputs",
+        )
 
 
 class GrammarConstraint:

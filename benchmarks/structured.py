@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured outputs: do 300 answers over 10 schemas parse and validate, and what does it cost?
+
+    python -m benchmarks.structured              # greedy and at temperature 0.8, on d2f-tiny
+    python -m benchmarks.structured --rounds 1   # 10 answers each, for tests
+
+A request with a grammar is decided left to right, so that fewer of its tokens come with a forward.
+The same prompts without a grammar, for as many tokens at most, are beside it.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from benchmarks.parity import command_line, shut_down
+
+ROUNDS = 30
+MAX_TOKENS = 128
+
+
+def an_object(**properties: Any) -> dict[str, Any]:
+    """A schema in which all of these are required and nothing else is allowed."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+WORD = {"type": "string", "maxLength": 8}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 9999}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "flat": an_object(name=WORD, count=COUNT),
+    "enum": an_object(thing={"enum": ["pens", "apples", "shells"]}, left=COUNT),
+    "list": {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 5},
+    "nested": an_object(owner=an_object(name=WORD), items={"type": "array", "maxItems": 2,
+                                                          "items": an_object(n=COUNT)}),
+    "boolean and null": an_object(sold={"type": "boolean"}, note={"type": "null"}),
+    "string lengths": an_object(code={"type": "string", "minLength": 3, "maxLength": 3}),
+    "pattern": an_object(day={"type": "string", "pattern": "^[A-Z][a-z]{2}-[0-9]{2}$"}),
+    "one of two": {"anyOf": [an_object(pens=COUNT), an_object(eggs=COUNT)]},
+    "const": an_object(kind={"const": "sale"}, price={"type": "integer", "minimum": -50,
+                                                     "maximum": 50}),
+    "pair": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
+}  # fmt: skip
+"""Bounded, so that a whole answer fits `MAX_TOKENS`."""
+
+
+def cases(prompts: Sequence[str], rounds: int = ROUNDS) -> list[tuple[str, str, int]]:
+    """Schema name, prompt and seed: every schema once a round, prompts of many lengths."""
+    return [
+        (name, f"{'So: ' * (i % 3)}{prompts[i % len(prompts)]}"[: 200 - i], i)
+        for i in range(rounds)
+        for name in SCHEMAS
+    ]
+
+
+def is_valid(name: str, text: str) -> bool:
+    """Whether an answer is JSON and what its schema says."""
+    try:
+        jsonschema.validate(json.loads(text), SCHEMAS[name])
+    except (json.JSONDecodeError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def measure(llm: Any, asked: Sequence[tuple[str, str, int]], temperature: float) -> dict[str, Any]:
+    """Answers that validate, and tokens per forward with the grammar and without."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from vllm_d2f.metrics import denoising_forwards
+
+    def run(constrained: bool) -> tuple[float, list[str]]:
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                seed=seed if temperature else None,
+                max_tokens=MAX_TOKENS,
+                structured_outputs=(
+                    StructuredOutputsParams(json=SCHEMAS[name]) if constrained else None
+                ),
+            )
+            for name, _, seed in asked
+        ]
+        outputs = llm.generate([prompt for _, prompt, _ in asked], params, use_tqdm=False)
+        answers = [output.outputs[0] for output in outputs]
+        tokens = sum(len(answer.token_ids) for answer in answers)
+        forwards = sum(map(denoising_forwards, answers))
+        return round(tokens / forwards, 2), [answer.text for answer in answers]
+
+    with_grammar, texts = run(True)
+    without, _ = run(False)
+    return {
+        "answers": len(texts),
+        "valid": sum(is_valid(name, text) for (name, *_), text in zip(asked, texts, strict=True)),
+        "tokens_per_forward": with_grammar,
+        "tokens_per_forward_without": without,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Validity and cost of structured outputs.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="answers per schema")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+
+    from vllm import LLM
+
+    from vllm_d2f.demo import bundled_problems
+
+    llm = LLM(
+        "d2f-tiny",
+        dtype="float32",
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 27,
+        max_num_seqs=32,
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+    )
+    asked = cases([problem.question for problem in bundled_problems()], args.rounds)
+    figures = {str(heat): measure(llm, asked, heat) for heat in (0.0, 0.8)}
+    shut_down(llm)
+    for heat, row in figures.items():
+        print(f"temperature {heat}: {row}")
+    if args.json:
+        report = {
+            "command": command_line("structured", argv),
+            "model": "d2f-tiny",
+            "schemas": len(SCHEMAS),
+            "temperature": figures,
+            "machine": f"{platform.machine()}, {platform.system()}, CPU, float32",
+        }
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if all(row["valid"] == row["answers"] for row in figures.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
