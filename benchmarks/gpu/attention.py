@@ -7,7 +7,7 @@ float64 and timed; a variant that is wrong or fails stands there with its error,
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,11 @@ def cases(options: Options) -> list[Case]:
     return sorted(every, key=lambda c: (c.block_size != 32, c.requests not in (1, 16)))
 
 
+def names(options: Options) -> list[str]:
+    """Variants to try; compiling one for a CPU takes minutes and shows nothing."""
+    return [name for name in VARIANTS if name != "flex" or not options.rehearse]
+
+
 def points(part: str, options: Options) -> Points:
     device = torch.device(options.device)
     dtype = torch.float32 if options.rehearse else torch.bfloat16
@@ -56,13 +61,18 @@ def points(part: str, options: Options) -> Points:
         def row(case: Case = case) -> dict[str, Any]:
             if not floor:
                 rates()
-            return measure_case(case, layer, device, dtype, floor)
+            return measure_case(case, layer, device, dtype, floor, names(options))
 
         yield key, row
 
 
 def measure_case(
-    case: Case, layer: Layer, device: torch.device, dtype: torch.dtype, rates: dict[str, float]
+    case: Case,
+    layer: Layer,
+    device: torch.device,
+    dtype: torch.dtype,
+    rates: dict[str, float],
+    variants: Sequence[str],
 ) -> dict[str, Any]:
     """The figures of every variant in one case."""
     first = Problem.make(case, layer, device, dtype, 0)
@@ -72,7 +82,7 @@ def measure_case(
         problems.append(Problem.make(case, layer, device, dtype, seed))
     figures: dict[str, Any] = {}
     scores = 4 * case.requests * layer.heads * case.window * (case.context + case.window)
-    for name in VARIANTS:
+    for name in variants:
         if name in DENSE and scores > DENSE_BYTES:
             figures[name] = {"unavailable": f"{scores >> 30} GiB of scores"}
             continue

@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from benchmarks.gpu import fatbin
 
@@ -38,17 +38,75 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 
 VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
 
-LACKING = """
-annotated-types apache-tvm-ffi==0.1.11 astor blake3 cachetools cbor2 compressed-tensors==0.17.0
-depyf==0.20.0 dill distro dnspython email-validator fastapi==0.136.3 httpcore2 httpx2 jiter
-jsonschema jsonschema-specifications lark==1.2.2 llguidance lm-format-enforcer==0.11.3 interegular
-loguru msgspec openai opentelemetry-api orjson oss-harmony outlines-core==0.2.14 partial-json-parser
-pybase64 pydantic pydantic-core pydantic-extra-types pydantic-settings python-dotenv
-python-json-logger python-multipart pyzmq referencing rpds-py setproctitle sniffio starlette
-truststore typing-inspection xgrammar==0.2.8
-accelerate peft psutil rich markdown-it-py mdurl pygments tqdm pytest pluggy iniconfig
-matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pillow
-""".split()
+LACKING = [
+    "annotated-types",
+    "apache-tvm-ffi==0.1.11",
+    "astor",
+    "blake3",
+    "cachetools",
+    "cbor2",
+    "compressed-tensors==0.17.0",
+    "depyf==0.20.0",
+    "dill",
+    "distro",
+    "dnspython",
+    "email-validator",
+    "fastapi==0.136.3",
+    "httpcore2",
+    "httpx2",
+    "jiter",
+    "jsonschema",
+    "jsonschema-specifications",
+    "lark==1.2.2",
+    "llguidance",
+    "lm-format-enforcer==0.11.3",
+    "interegular",
+    "loguru",
+    "msgspec",
+    "openai",
+    "opentelemetry-api",
+    "orjson",
+    "oss-harmony",
+    "outlines-core==0.2.14",
+    "partial-json-parser",
+    "pybase64",
+    "pydantic",
+    "pydantic-core",
+    "pydantic-extra-types",
+    "pydantic-settings",
+    "python-dotenv",
+    "python-json-logger",
+    "python-multipart",
+    "pyzmq",
+    "referencing",
+    "rpds-py",
+    "setproctitle",
+    "sniffio",
+    "starlette",
+    "truststore",
+    "typing-inspection",
+    "xgrammar==0.2.8",
+    "accelerate",
+    "peft",
+    "psutil",
+    "rich",
+    "markdown-it-py",
+    "mdurl",
+    "pygments",
+    "tqdm",
+    "pytest",
+    "pluggy",
+    "iniconfig",
+    "matplotlib",
+    "contourpy",
+    "cycler",
+    "fonttools",
+    "kiwisolver",
+    "pyparsing",
+    "python-dateutil",
+    "six",
+    "pillow",
+]
 """What vLLM 0.32, training and tests need beside torch, Triton and transformers."""
 
 DROPPED = {
@@ -75,8 +133,14 @@ LIBRARIES = {
 }
 """Compiled parts of vLLM that stay; the others serve MoE models and other devices."""
 
-DATA = ("include/*", "cutlass/include/*", "cutlass/tools/util/include/*", "cccl/*")
-DATA += ("spdlog/include/*", "csrc/xqa/*")
+DATA = (
+    "include/*",
+    "cutlass/include/*",
+    "cutlass/tools/util/include/*",
+    "cccl/*",
+    "spdlog/include/*",
+    "csrc/xqa/*",
+)
 """Of `flashinfer/data`, beside the sources at the top of `csrc`."""
 
 REPOSITORY = ("benchmarks", "training", "tests")
@@ -197,7 +261,7 @@ def pack(
     out: Path,
     about: dict[str, Any],
     limit: int = PIECE_BYTES,
-    preset: int = 6,
+    preset: int = 3,
 ) -> dict[str, Any]:
     """Write the archive in pieces, its manifest, and the scripts for the host.
 
@@ -213,20 +277,20 @@ def pack(
     out.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
     stream = Pieces(out, "bundle.tar.xz", limit)
-    with stream:
-        with (
-            lzma.open(stream, "wb", preset=preset) as compressed,
-            tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
-        ):
-            for source in sources:
-                if source.name in files:
-                    if files[source.name]["sha256"] == _sha256(source.content):
-                        continue
-                    raise BundleError(f"{source.name} comes from two packages; drop one of them")
-                info = tarfile.TarInfo(source.name)
-                info.size, info.mode = len(source.content), 0o755 if source.executable else 0o644
-                archive.addfile(info, io.BytesIO(source.content))
-                files[source.name] = {"size": info.size, "sha256": _sha256(source.content)}
+    with (
+        stream,
+        lzma.open(cast(IO[bytes], stream), "wb", preset=preset) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for source in sources:
+            if source.name in files:
+                if files[source.name]["sha256"] == _sha256(source.content):
+                    continue
+                raise BundleError(f"{source.name} comes from two packages; drop one of them")
+            info = tarfile.TarInfo(source.name)
+            info.size, info.mode = len(source.content), 0o755 if source.executable else 0o644
+            archive.addfile(info, io.BytesIO(source.content))
+            files[source.name] = {"size": info.size, "sha256": _sha256(source.content)}
     manifest = {**about, "pieces": stream.done, "files": dict(sorted(files.items()))}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     here = Path(__file__).parent
@@ -247,7 +311,9 @@ def download(wheels: Path, root: Path, python: str) -> list[Path]:
     """
     wheels.mkdir(parents=True, exist_ok=True)
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
-    tags = [word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)]  # noqa: E501
+    tags = [
+        word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)
+    ]  # noqa: E501
     _pip(
         ["download", "--no-deps", "--only-binary", ":all:", "--python-version", python, *platforms]
         + [*tags, "--implementation", "cp", "-d", str(wheels), VLLM, FLASHINFER, *LACKING],
@@ -269,7 +335,9 @@ def download(wheels: Path, root: Path, python: str) -> list[Path]:
 
 
 def _pip(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *words, "-q", "--disable-pip-version-check"])
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *words, "-q", "--disable-pip-version-check"]
+    )
     if done.returncode:
         raise BundleError(
             f"pip {words[0]} failed: the index must offer {VLLM} (CUDA build), {FLASHINFER} and "

@@ -78,7 +78,7 @@ class DummyEngine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.clock = Clock().attach(self.llm)
-        self.vocabulary = 1000
+        self.vocabulary = 500  # ids that every shape has, a small one too
 
     @property
     def cache_tokens(self) -> int:
@@ -123,7 +123,9 @@ class DummyEngine:
         if requests > self.limits.requests:
             return f"the engine was started for {self.limits.requests} requests"
         if tokens > self.limits.step_tokens:
-            return f"{tokens} tokens in a step, the engine was started for {self.limits.step_tokens}"
+            return (
+                f"{tokens} tokens in a step, the engine was started for {self.limits.step_tokens}"
+            )
         if length > self.limits.length:
             return f"{length} positions, the engine was started for {self.limits.length}"
         if requests * length > self.cache_tokens:

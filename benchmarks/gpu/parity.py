@@ -40,7 +40,7 @@ def points(part: str, options: Options) -> Points:
             "tokens_per_forward": round(
                 sum(len(a.tokens) for a in answers) / sum(a.forwards for a in answers), 3
             ),
-            "answers": [[list(a.tokens), a.forwards] for a in answers],
+            "answers_list": [[list(a.tokens), a.forwards] for a in answers],
         }
 
     yield f"{part}/reference", reference_point
@@ -51,7 +51,7 @@ def points(part: str, options: Options) -> Points:
             return {
                 **agreement(refer(), got, dtype),
                 "score": score([a.tokens for a in got], part, options),
-                "answers": [[list(a.tokens), a.forwards] for a in got],
+                "answers_list": [[list(a.tokens), a.forwards] for a in got],
             }
 
         yield f"{part}/{backend}/{dtype}/{mode}", compare
@@ -102,7 +102,9 @@ def reference(part: str, options: Options, prompts: int) -> list[Answer]:
 
     known = options.work / f"reference-{part}-{prompts}.json"
     if known.exists():
-        return [Answer(tuple(tokens), forwards) for tokens, forwards in json.loads(known.read_text())]
+        return [
+            Answer(tuple(tokens), forwards) for tokens, forwards in json.loads(known.read_text())
+        ]
     asked = cases(part, options, prompts)
     expected = reference_answers(str(model_folder(part, options)), asked, MAX_MODEL_LEN)
     answers = [e.answer for e in expected]

@@ -9,6 +9,7 @@ Finished parts are skipped, and so are points that are settled. Exit code: 0 all
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -114,10 +115,8 @@ def run_part(plan: Plan, name: str, words: list[str], seconds: float) -> int:
             say(plan.out, f"{name}: killed after {seconds:.0f} s")
         finally:
             # Its own session: whatever it started goes with it.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     say(plan.out, f"{name}: exit code {code} after {time.monotonic() - began:.0f} s")
     trim(plan.out / LOG)

@@ -119,7 +119,9 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
 def _warm_up(engine: DummyEngine, run: Any, requests: int, width: int) -> int:
     """Run until every window is full; the number of steps that took."""
     clock = engine.clock
-    while not (clock.steps and clock.steps[-1].tokens == requests * width and not clock.steps[-1].new):
+    while not (
+        clock.steps and clock.steps[-1].tokens == requests * width and not clock.steps[-1].new
+    ):
         run()
         if len(clock.steps) > 40 + requests:
             raise RuntimeError(f"no step of {requests * width} tokens in {len(clock.steps)}")

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unpack a bundle and check every file of it. Standard library only: nothing is installed yet.
 
-    python unpack.py BUNDLE FOLDER    # prints where the bundle lies, FOLDER/SHA
+python unpack.py BUNDLE FOLDER    # prints where the bundle lies, FOLDER/SHA
 """
 
 import hashlib
 import io
 import json
+import lzma
 import sys
 import tarfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 COMPLETE = ".complete"
 
@@ -23,7 +26,9 @@ class Joined(io.RawIOBase):
 
     def __init__(self, bundle: Path, pieces: list) -> None:
         self.bundle, self.pieces = bundle, list(pieces)
-        self.file, self.digest, self.piece = None, hashlib.sha256(), None
+        self.file: Any = None
+        self.piece: dict = {}
+        self.digest = hashlib.sha256()
 
     def readable(self) -> bool:
         return True
@@ -69,14 +74,17 @@ def unpack(bundle: Path, folder: Path) -> Path:
             raise BundleError(f"{piece['name']} is missing or cut off: copy it beside the manifest")
     target.mkdir(parents=True, exist_ok=True)
     joined = io.BufferedReader(Joined(bundle, manifest["pieces"]), 1 << 20)
-    with tarfile.open(fileobj=joined, mode="r|xz") as archive:
-        for member in archive:
-            if member.name not in manifest["files"] or not member.isfile():
-                raise BundleError(f"{member.name!r} is not in the manifest")
-            archive.extract(member, target, filter="data")
-    # Compression ends before the last piece may: read on, so that it is checked too.
-    while joined.read(1 << 20):
-        pass
+    try:
+        with tarfile.open(fileobj=joined, mode="r|xz") as archive:
+            for member in archive:
+                if member.name not in manifest["files"] or not member.isfile():
+                    raise BundleError(f"{member.name!r} is not in the manifest")
+                archive.extract(member, target, filter="data")
+        # Compression may end before the last piece does: read on, so that it is checked too.
+        while joined.read(1 << 20):
+            pass
+    except (lzma.LZMAError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise BundleError(f"a piece is damaged ({error}): copy the bundle again") from error
     for name, known in manifest["files"].items():
         path = target / name
         if not path.is_file() or sha256(path) != known["sha256"]:

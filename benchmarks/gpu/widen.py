@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same Dream model with larger heads, so that kernels for head sizes from 64 on run it.
 
-The embedded models have heads of 32, which FlashInfer does not take. Padding with zeros, the widened
-model computes the same function (its logits differ by rounding):
+The embedded models have heads of 32, which FlashInfer does not take. Padded with zeros, the
+widened model computes the same function (its logits differ by rounding):
 - The hidden size grows with the heads. A mean of squares over `factor` times as many channels, most
   of them 0, is `factor` times smaller, so norms take weight / sqrt(factor) and eps / factor.
 - Rotary pairs of channel i turn with theta ** (-2 i / D). In a head of `factor * D` that is channel

@@ -100,8 +100,12 @@ def test_floor_counts_the_allowed_pairs():
 
 def test_a_wrong_variant_stops_the_benchmark(monkeypatch):
     monkeypatch.setitem(VARIANTS, "sdpa", lambda p: lambda: torch.zeros_like(p.query_THD))
+    rates = {"copy_gb_per_s": 1, "matmul_gflop_per_s": 1}
     with pytest.raises(AssertionError, match="sdpa is wrong"):
-        attention.measure(problem(), ["sdpa"], {"copy_gb_per_s": 1, "matmul_gflop_per_s": 1}, 1)
+        attention.measure(problem(), ["sdpa"], rates, 1)
+    monkeypatch.setitem(VARIANTS, "sdpa", lambda p: lambda: p.query_THD * torch.nan)
+    with pytest.raises(AssertionError, match="sdpa is wrong by nan"):
+        attention.measure(problem(), ["sdpa"], rates, 1)
 
 
 @pytest.mark.slow
