@@ -39,73 +39,9 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
 
 LACKING = [
-    "annotated-types",
-    "apache-tvm-ffi==0.1.11",
-    "astor",
-    "blake3",
-    "cachetools",
-    "cbor2",
-    "compressed-tensors==0.17.0",
-    "depyf==0.20.0",
-    "dill",
-    "distro",
-    "dnspython",
-    "email-validator",
-    "fastapi==0.136.3",
-    "httpcore2",
-    "httpx2",
-    "jiter",
-    "jsonschema",
-    "jsonschema-specifications",
-    "lark==1.2.2",
-    "llguidance",
-    "lm-format-enforcer==0.11.3",
-    "interegular",
-    "loguru",
-    "msgspec",
-    "openai",
-    "opentelemetry-api",
-    "orjson",
-    "oss-harmony",
-    "outlines-core==0.2.14",
-    "partial-json-parser",
-    "pybase64",
-    "pydantic",
-    "pydantic-core",
-    "pydantic-extra-types",
-    "pydantic-settings",
-    "python-dotenv",
-    "python-json-logger",
-    "python-multipart",
-    "pyzmq",
-    "referencing",
-    "rpds-py",
-    "setproctitle",
-    "sniffio",
-    "starlette",
-    "truststore",
-    "typing-inspection",
-    "xgrammar==0.2.8",
-    "accelerate",
-    "peft",
-    "psutil",
-    "rich",
-    "markdown-it-py",
-    "mdurl",
-    "pygments",
-    "tqdm",
-    "pytest",
-    "pluggy",
-    "iniconfig",
-    "matplotlib",
-    "contourpy",
-    "cycler",
-    "fonttools",
-    "kiwisolver",
-    "pyparsing",
-    "python-dateutil",
-    "six",
-    "pillow",
+    line
+    for line in (Path(__file__).with_name("lacking.txt")).read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
 ]
 """What vLLM 0.32, training and tests need beside torch, Triton and transformers."""
 
@@ -341,7 +277,7 @@ def _pip(words: list[str]) -> None:
     if done.returncode:
         raise BundleError(
             f"pip {words[0]} failed: the index must offer {VLLM} (CUDA build), {FLASHINFER} and "
-            "the packages of benchmarks.gpu.bundle.LACKING; name one with PIP_EXTRA_INDEX_URL, or "
+            "the packages of benchmarks/gpu/lacking.txt; name one with PIP_EXTRA_INDEX_URL, or "
             "put the wheels into a folder and set PIP_FIND_LINKS"
         )
 

@@ -164,9 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{kind}: {Cost.from_dict(found[kind])}")
         for row in found[kind]["checks"]:
             print(f"  {row['batch_size']}: {row['measured']:.0f} tok/s, {row['error']:+.1%}")
-    print(
-        f"AR overtakes: predicted {found['crossing_predicted']}, measured {found['crossing_measured']}"
-    )
+    predicted, measured = found["crossing_predicted"], found["crossing_measured"]
+    print(f"AR overtakes: predicted {predicted}, measured {measured}")
     return 0
 
 

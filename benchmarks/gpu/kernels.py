@@ -30,8 +30,8 @@ TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "fp8": 2e-2, "fp8_e5m2": 2e-2}
 VOCABULARIES = {"dream": 152064, "llada": 126464}
 ROWS = (1, 32, 128, 1024)
 RULES = {"greedy": 2e-5, "temperature": 2e-5, "top_k": 2e-5, "top_p": 1e-3, "min_p": 1e-3}
-"""Allowed relative error of a confidence. Where a limit is a sum or a quotient, its rounding decides
-about the last token kept, whose weight is that of one token in a vocabulary."""
+"""Allowed relative error of a confidence. Where a limit is a sum or a quotient, its rounding
+decides about the last token kept, whose weight is that of one token in a vocabulary."""
 
 
 def points(part: str, options: Options) -> Points:

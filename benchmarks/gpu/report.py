@@ -124,9 +124,9 @@ def _attention(results: Results, bars: Bars) -> Iterator[str]:
             cases[layer, *case] = point
     for requests in ("1", "16"):
         ratios = [
-            _best(point)[1]["times_floor"]
+            best[1]["times_floor"]
             for (_, _, count, _), point in cases.items()
-            if count == requests and _best(point)
+            if count == requests and (best := _best(point))
         ]
         worst = max(ratios, default=None)
         bars.at_most(f"attention / floor, {requests} request(s), worst case", worst, 1.5, "x")
@@ -144,7 +144,7 @@ def _attention(results: Results, bars: Bars) -> Iterator[str]:
     for name in names:
         have = [p["variants"][name] for p in cases.values() if "ms" in p["variants"].get(name, {})]
         if have:
-            wins = [key for key, p in cases.items() if _best(p) and _best(p)[0] == name]
+            wins = [k for k, p in cases.items() if (best := _best(p)) and best[0] == name]
             matter = [key for key in wins if _matters(key) and _lead(cases[key], name) >= 1.05]
             median = statistics.median(v["times_floor"] for v in have)
             yield f"| {name} | {len(have)} | {median:.2f} | {len(wins)} | {len(matter)} |"
@@ -156,7 +156,7 @@ def _attention(results: Results, bars: Bars) -> Iterator[str]:
         if "ms" not in found and "GiB of scores" not in str(found.get("unavailable"))
     }
     yield from (*sorted(why), "")
-    yield "| layer | context | requests | blocks | floor ms (bound) | best | ms | x floor | virtual |"
+    yield "| layer | context | reqs | blocks | floor ms (bound) | best | ms | x floor | `virtual` |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for (layer, context, requests, blocks), point in cases.items():
         if best := _best(point):
@@ -266,9 +266,11 @@ def _speed(results: Results, bars: Bars) -> Iterator[str]:
         elif predicted != measured:
             off = 100.0  # one says never
         bars.at_most(f"{d2f}: prediction of where {ar} overtakes is off by", off, 10, " %")
-        lines += [
+        lines.append(
             f"{d2f} against {ar} at {fit.RATE:g} tokens per forward: AR overtakes at a batch of "
-            f"{measured or 'none measured'} (predicted {predicted or 'none'}).",
+            f"{measured or 'none measured'} (predicted {predicted or 'none'})."
+        )
+        lines += [
             "",
             "| batch | D2F tok/s | AR tok/s | ratio | ratio predicted |",
             "|---|---|---|---|---|",

@@ -25,7 +25,6 @@ ARCHIVE = "models.tar.gz"
 
 def points(part: str, options: Options) -> Points:
     out = options.work / "tiny"
-    small = options.rehearse or options.quick
     if part == "train":
         for stage in ("ar", "teacher", "student"):
             yield f"train/{stage}", lambda s=stage: train(out, s, options)

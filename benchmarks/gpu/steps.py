@@ -147,7 +147,8 @@ def speed(
         raise Skip(reason)
     if engine.diffusion:
         engine.simulate(rate)
-    prompts, sampling = engine.prompts(requests, prompt), engine.sampling(answer)
+    prompts: Any = engine.prompts(requests, prompt)
+    sampling = engine.sampling(answer)
     seconds: list[float] = []
     times = 2 if requests <= 64 else 1
     reset_peak()
@@ -171,7 +172,8 @@ def speed(
     }
     if engine.diffusion:
         forwards = sum(denoising_forwards(o.outputs[0]) for o in outputs)
-        computed = sum(o.outputs[0].spec_decode_metrics.num_draft_tokens for o in outputs)
+        counters: list[Any] = [o.outputs[0].spec_decode_metrics for o in outputs]
+        computed = sum(c.num_draft_tokens for c in counters)
         row["tokens_per_forward"] = round(tokens / forwards, 4)
         row["window_tokens"] = round(computed / forwards, 2)
     return row
