@@ -30,7 +30,7 @@ DENSE = ("sdpa", "sdpa_paged", "flex")
 
 def cases(options: Options) -> list[Case]:
     """All cases; those of published settings come first, should time run out."""
-    grid = (CONTEXTS, REQUESTS, BLOCKS, BLOCK_SIZES)
+    grid: tuple[tuple[int, ...], ...] = (CONTEXTS, REQUESTS, BLOCKS, BLOCK_SIZES)
     if options.rehearse:
         grid = ((64,), (2,), (1, 2), (16,))
     elif options.quick:

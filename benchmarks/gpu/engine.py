@@ -67,7 +67,11 @@ class DummyEngine:
         else:
             given["gpu_memory_utilization"] = 0.92
         if self.diffusion:
-            section = {"block_size": BLOCK, "max_blocks": 4, "window": BLOCK * MAX_BLOCKS}
+            section: dict[str, Any] = {
+                "block_size": BLOCK,
+                "max_blocks": 4,
+                "window": BLOCK * MAX_BLOCKS,
+            }
             # Each request says how many blocks it opens; a rate makes vLLM simulate.
             section |= {"simulate_tokens_per_forward": 1.0}
             given["additional_config"] = {"d2f": section}
@@ -75,7 +79,8 @@ class DummyEngine:
         began = time.monotonic()
         self.llm = LLM(model=str(folder), **(given | changes))
         self.start_s = time.monotonic() - began
-        self.core = self.llm.llm_engine.engine_core.engine_core
+        client: Any = self.llm.llm_engine.engine_core
+        self.core = client.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.clock = Clock().attach(self.llm)
         self.vocabulary = 500  # ids that every shape has, a small one too
@@ -83,7 +88,7 @@ class DummyEngine:
     @property
     def cache_tokens(self) -> int:
         """Positions that the KV cache holds."""
-        config = self.llm.llm_engine.vllm_config.cache_config
+        config: Any = self.llm.llm_engine.vllm_config.cache_config
         return int(config.num_gpu_blocks) * int(config.block_size)
 
     @property
@@ -97,7 +102,8 @@ class DummyEngine:
             raise RuntimeError("D2FSampler.simulate is gone: how is acceptance simulated now?")
         self.runner.sampler.simulate = tokens_per_forward
 
-    def prompts(self, requests: int, length: int) -> list[dict[str, list[int]]]:
+    def prompts(self, requests: int, length: int) -> list[Any]:
+        """Token ids, different for every request."""
         return [
             {"prompt_token_ids": [(17 * r + 7 * i) % self.vocabulary for i in range(length)]}
             for r in range(requests)
@@ -135,7 +141,7 @@ class DummyEngine:
     @contextmanager
     def running(
         self, requests: int, prompt: int, blocks: int, answer: int
-    ) -> Iterator[Callable[[], None]]:
+    ) -> Iterator[Callable[[], Any]]:
         """Requests that are under way; gives what runs one step. Aborted at the end."""
         engine = self.llm.llm_engine
         names = [f"run-{requests}-{i}" for i in range(requests)]
@@ -143,7 +149,7 @@ class DummyEngine:
         for name, given in zip(names, self.prompts(requests, prompt), strict=True):
             engine.add_request(name, given, sampling)
         try:
-            yield lambda: engine.step() and None
+            yield engine.step
         finally:
             engine.abort_request(names)
             while engine.has_unfinished_requests():

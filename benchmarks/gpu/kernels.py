@@ -168,7 +168,8 @@ def backend_error(
     output = torch.full_like(query_THD, torch.nan)
     scales = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
     stored = cache.view(torch.uint8) if fp8 else cache
-    impl.forward(scales, query_THD, None, None, stored, builder.build(0, common), output)
+    unused = torch.empty(0)  # keys and values are in the cache already
+    impl.forward(scales, query_THD, unused, unused, stored, builder.build(0, common), output)
     assert builder.vllm_config.cache_config.get_resolved_kv_cache_layout() is KVCacheLayout.LBNHC
 
     worst, at = 0.0, 0

@@ -178,6 +178,6 @@ def score(tokens: list[tuple[int, ...]], part: str, options: Options) -> float:
 
     items = list(problems("test", len(tokens), 0))
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder(part, options)))
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    texts = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in tokens]
     right = sum(text == item.answer for text, item in zip(texts, items, strict=True))
     return round(right / len(items), 4)

@@ -8,13 +8,13 @@ ran between the first and the last one; waits are runtime calls in which the hos
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from benchmarks.gpu import shapes
 from benchmarks.gpu.engine import BLOCK, DummyEngine
 from benchmarks.gpu.stage import Options, Points, Skip
-from benchmarks.gpu.steps import LASTING, _warm_up
+from benchmarks.gpu.steps import LASTING, _later, _warm_up
 
 REQUESTS = (1, 16, 64)
 STEPS = 5
@@ -35,7 +35,7 @@ class Span:
 def points(part: str, options: Options) -> Points:
     engine = cache(lambda: DummyEngine(part, options))
     for count in (2,) if options.rehearse else REQUESTS:
-        yield f"{part}/{count}", lambda c=count: profile(engine(), c, options)
+        yield f"{part}/{count}", partial(_later, engine, profile, count, options)
 
 
 def profile(engine: DummyEngine, requests: int, options: Options) -> dict[str, Any]:

@@ -294,9 +294,9 @@ def _speed(results: Results, bars: Bars) -> Iterator[str]:
     yield "| shape | tokens per forward | batch | tok/s | steps | first token ms | peak MiB |"
     yield "|---|---|---|---|---|---|---|"
     for key, p in table.items():
-        part, _, rate, size = key.split("/")
+        part, _, rate, batch = key.split("/")
         yield (
-            f"| {part} | {rate} | {size} | {p['tokens_per_s']:.0f} | {p['steps']} | "
+            f"| {part} | {rate} | {batch} | {p['tokens_per_s']:.0f} | {p['steps']} | "
             f"{p['first_token_ms']:.1f} | {p['peak_mib']:.0f} |"
         )
     yield ""

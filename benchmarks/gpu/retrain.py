@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def points(part: str, options: Options) -> Points:
     out = options.work / "tiny"
     if part == "train":
         for stage in ("ar", "teacher", "student"):
-            yield f"train/{stage}", lambda s=stage: train(out, s, options)
+            yield f"train/{stage}", partial(train, out, stage, options)
     elif part == "evaluate":
         yield "evaluate/all", lambda: evaluate(out, options)
     else:
@@ -77,8 +78,8 @@ def pack(models: Path, archive: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
         for file in sorted(path for path in models.rglob("*") if path.is_file()):
             info = tarfile.TarInfo(str(file.relative_to(models)))
             info.size = file.stat().st_size
-            with file.open("rb") as content:
-                tar.addfile(info, content)
+            with file.open("rb") as opened:
+                tar.addfile(info, opened)
     content = buffer.getvalue()
     if len(content) > limit:
         raise RuntimeError(

@@ -10,7 +10,8 @@ Weights are dummies, so no time depends on what is decided.
 
 import statistics
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from benchmarks.gpu import shapes
@@ -33,7 +34,9 @@ KEPT_STEPS = 30
 def points(part: str, options: Options) -> Points:
     engine = cache(lambda: DummyEngine(part, options))
     diffusion = part in shapes.D2F
-    requests, contexts, answer = REQUESTS, (CONTEXT, LONG_CONTEXT), ANSWER
+    requests: tuple[int, ...] = REQUESTS
+    contexts: tuple[int, ...] = (CONTEXT, LONG_CONTEXT)
+    answer = ANSWER
     if options.rehearse:
         requests, contexts, answer = (1, 4), (48, 96), 24
     elif options.quick:
@@ -45,12 +48,17 @@ def points(part: str, options: Options) -> Points:
     for context, blocks in grid:
         for count in requests:
             key = f"{part}/steps/{context}/{blocks}/{count}"
-            yield key, lambda c=count, n=context, b=blocks: step(engine(), c, n, b)
+            yield key, partial(_later, engine, step, count, context, blocks)
     for rate in RATES if diffusion else (1.0,):
         for count in requests:
             key = f"{part}/speed/{rate:g}/{count}"
-            yield key, lambda c=count, r=rate: speed(engine(), c, r, contexts[0], answer)
+            yield key, partial(_later, engine, speed, count, rate, contexts[0], answer)
     yield f"{part}/memory", lambda: memory(engine(), max(requests), contexts[0])
+
+
+def _later(engine: Callable[[], DummyEngine], measure: Callable, *arguments: Any) -> dict[str, Any]:
+    """Start the engine when the first point needs it."""
+    return measure(engine(), *arguments)
 
 
 def start(engine: DummyEngine) -> dict[str, Any]:
