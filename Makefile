@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow test-next lint models clean
+.PHONY: help setup demo serve test test-slow test-next lint models gpu-bundle clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
@@ -31,6 +31,7 @@ help:
 	@echo 'make test-next  tests of what touches vLLM, on the next version'"'"'s Python sources'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make models     train the embedded models again, about an hour'
+	@echo 'make gpu-bundle pack what an offline GPU host lacks to measure, see benchmarks/gpu/README.md'
 	@echo 'make setup      only install, EXTRA=cpu or EXTRA=gpu (here: $(EXTRA))'
 	@echo 'make clean      remove the environment and caches'
 
@@ -84,6 +85,9 @@ lint: setup
 models: setup
 	$(BIN)/python -m training.train --config training/configs/tiny.yaml --out $(OUT)
 	cp -r $(OUT)/models/. vllm_d2f/embedded/
+
+gpu-bundle: setup
+	$(BIN)/python -m benchmarks.gpu.bundle
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -15,10 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_flashinfer import (
     flashinfer_cascade,
+    flashinfer_fa2,
+    flashinfer_fa3,
+    flashinfer_jit,
     flashinfer_mask,
     flashinfer_virtual,
 )
 from benchmarks.attention_problem import Problem, Run, Unavailable, cpu_isa
+from benchmarks.attention_vllm import vllm_flash_attn, vllm_triton
 
 
 def virtual(problem: Problem) -> Run:
@@ -151,6 +155,14 @@ VARIANTS: dict[str, Callable[[Problem], Run]] = {
     "sdpa": sdpa,
     "sdpa_paged": sdpa_paged,
     "flex": flex,
-    "flashinfer_mask": flashinfer_mask,
+    "flashinfer_fa2": flashinfer_fa2,
+    "flashinfer_fa3": flashinfer_fa3,
     "flashinfer_cascade": flashinfer_cascade,
+    "flashinfer_mask": flashinfer_mask,
+    "flashinfer_jit": flashinfer_jit,
+    "vllm_flash_attn": vllm_flash_attn,
+    "vllm_triton": vllm_triton,
 }
+"""The one interface of all variants: set up for a problem, get what a layer runs.
+
+Only what `benchmarks.gpu.report` finds fastest somewhere that matters moves into the engine."""

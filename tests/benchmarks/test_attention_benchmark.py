@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import attention
-from benchmarks.attention_problem import Case, Layer, Problem, Unavailable
+from benchmarks.attention_flashinfer import JIT_SOURCE, JIT_VARIANT, cascade_levels
+from benchmarks.attention_problem import PAGE, Case, Layer, Problem, Unavailable
 from benchmarks.attention_variants import VARIANTS
 
 CPU = torch.device("cpu")
@@ -41,10 +42,50 @@ def test_a_causal_or_bidirectional_result_would_be_caught():
     assert one.error(out.transpose(1, 2).flatten(0, 1)) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["flashinfer_mask", "flashinfer_cascade"])
-def test_without_cuda_flashinfer_says_so(name):
+CUDA_ONLY = {name for name in VARIANTS if name.startswith(("flashinfer", "vllm"))}
+
+
+@pytest.mark.parametrize("name", sorted(CUDA_ONLY))
+def test_without_cuda_a_variant_says_so(name):
     with pytest.raises(Unavailable, match="CUDA"):
         VARIANTS[name](problem())
+
+
+@pytest.mark.parametrize("context", [32, 37, 64, 70])
+def test_levels_of_a_cascade_merge_to_the_whole(context):
+    """Each key belongs to one level, and softmax sums merge them exactly."""
+    one = Problem.make(Case(context, 3, 3, 8), LAYER, CPU, torch.float64, 0)
+    group = LAYER.heads // LAYER.kv_heads
+    states = []
+    for query_start, page_start, pages, last in cascade_levels(one):
+        out = torch.zeros_like(one.query_THD)
+        lse = torch.zeros(one.query_THD.shape[:2], dtype=torch.float64)
+        for s in range(len(last)):
+            listed = pages[page_start[s] : page_start[s + 1]].long()
+            length = (len(listed) - 1) * PAGE + int(last[s])
+            key, value = (
+                x[listed].flatten(0, 1)[:length].repeat_interleave(group, 1) for x in one.paged
+            )
+            rows = slice(query_start[s], query_start[s + 1])
+            scores = torch.einsum("qhd,khd->qhk", one.query_THD[rows], key) / LAYER.head_dim**0.5
+            lse[rows] = scores.logsumexp(-1)
+            out[rows] = torch.einsum("qhk,khd->qhd", scores.softmax(-1), value)
+        states.append((out, lse))
+    (a, lse_a), (b, lse_b) = states
+    weight = torch.sigmoid(lse_a - lse_b)[..., None]
+    assert one.error(weight * a + (1 - weight) * b, most=3) < 1e-12
+
+
+def test_the_mask_of_the_jit_variant():
+    """Its formula, translated line by line, is the attention rule."""
+    one = problem(context=37, blocks=3, block_size=8)
+    kv_len, qo_len, block = one.length, one.case.window, one.case.block_size
+    qo_idx, kv_idx = torch.arange(qo_len)[:, None], torch.arange(kv_len)[None]
+    mask = kv_idx < kv_len - qo_len + (qo_idx // block + 1) * block
+    assert torch.equal(mask, one.mask_WL())
+    source = " ".join(JIT_SOURCE.split())
+    assert "kv_idx < kv_len - qo_len + (qo_idx / block + 1) * block" in source
+    assert f"struct {JIT_VARIANT} :" in source
 
 
 def test_floor_counts_the_allowed_pairs():
@@ -59,8 +100,12 @@ def test_floor_counts_the_allowed_pairs():
 
 def test_a_wrong_variant_stops_the_benchmark(monkeypatch):
     monkeypatch.setitem(VARIANTS, "sdpa", lambda p: lambda: torch.zeros_like(p.query_THD))
+    rates = {"copy_gb_per_s": 1, "matmul_gflop_per_s": 1}
     with pytest.raises(AssertionError, match="sdpa is wrong"):
-        attention.measure(problem(), ["sdpa"], {"copy_gb_per_s": 1, "matmul_gflop_per_s": 1}, 1)
+        attention.measure(problem(), ["sdpa"], rates, 1)
+    monkeypatch.setitem(VARIANTS, "sdpa", lambda p: lambda: p.query_THD * torch.nan)
+    with pytest.raises(AssertionError, match="sdpa is wrong by nan"):
+        attention.measure(problem(), ["sdpa"], rates, 1)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +129,7 @@ def test_quick(tmp_path):
     assert attention.main(["--quick", "--clock", "cpu", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert {"command", "versions", "hardware", "seed", "units", "floor", "skipped"} <= report.keys()
-    assert {"flashinfer_mask", "flashinfer_cascade"} == report["skipped"].keys()
+    assert report["skipped"].keys() == CUDA_ONLY
     assert str(tmp_path) not in path.read_text()
     for row in report["rows"]:
         assert {"virtual", "sdpa", "sdpa_paged"} == row["variants"].keys()
