@@ -47,7 +47,9 @@ def llm():
 
 @pytest.fixture(scope="module")
 def asks():
-    return make_asks(50, seed=3, max_len=MAX_LEN, ruled=0.5)
+    wide = D2FParams(32, 4, 0.0, 0.95, 0.99)  # opens a block with every forward
+    cases = [Case(tuple(range(5 + i, 25 + i)), wide, 128) for i in range(10)]
+    return make_asks(50, 3, MAX_LEN, ruled=0.5) + [Ask(case, "endless") for case in cases]
 
 
 @pytest.fixture(scope="module")
