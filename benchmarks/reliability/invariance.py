@@ -8,8 +8,8 @@ The same requests, greedy and in float32, under many settings, on d2f-tiny with 
 with block-causal ones, each in these ways:
 `alone` one by one; `batch` all at once; `shuffled` all at once in another order; `arrivals` a few
 more every few steps, shuffled; `crowd` among requests of other kinds (drawn, structured, with
-penalties) that come, go and are aborted; `narrow` with so small a token budget that most windows
-are held back; `again` with prefix caching, once more on warm pages; `preempt` with so few pages
+penalties) that come, go and are aborted; `narrow` with so small a token budget that windows are
+held back; `again` with prefix caching, once more on warm pages; `preempt` with so few pages
 that requests lose theirs. All answers, tokens and forwards, must equal those of `alone` and of the
 reference loop.
 """

@@ -68,9 +68,24 @@ async def settle(url: str, seconds: float) -> dict[str, float]:
 
 
 def log_errors(log: str) -> list[str]:
-    """Lines of a server's log that tell of a failure."""
+    """Lines of a server's log that tell of a failure.
+
+    vLLM logs a traceback for a bad request that streams. The traffic asked for those: they end in a
+    `VLLMValidationError`.
+    """
     pattern = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|EngineDeadError|Segmentation fault")
-    return [line[:300] for line in log.splitlines() if pattern.search(line)]
+    groups: list[list[str]] = [[]]
+    for line in log.splitlines():
+        if not pattern.search(line) or "Error in completion stream generator" in line:
+            groups.append([])
+        if pattern.search(line):
+            groups[-1].append(line[:300])
+    return [
+        line
+        for group in groups
+        if not any("VLLMValidationError" in line for line in group)
+        for line in group
+    ]
 
 
 @dataclass(frozen=True)
