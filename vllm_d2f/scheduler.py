@@ -6,7 +6,6 @@ that leave before they are committed, and which prompts may share pages.
 import hashlib
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -22,8 +21,6 @@ from vllm_d2f.page_hashes import mark_answers
 from vllm_d2f.settings import request_params, served_settings, wants_trace
 from vllm_d2f.streaming import Stream, Trace
 from vllm_d2f.tally import unpack
-
-logger = init_logger(__name__)
 
 
 class D2FScheduler(Scheduler):
@@ -45,8 +42,6 @@ class D2FScheduler(Scheduler):
         )
 
     def add_request(self, request: Request) -> None:
-        if self._refuse_session(request):
-            return
         if request.block_hashes or self.cache_config.enable_prefix_caching:
             self._salt(request)
         super().add_request(request)
@@ -57,27 +52,6 @@ class D2FScheduler(Scheduler):
             self.traces[request.request_id] = Trace()
         # vLLM offers these counters with a speculative config only; they cost one list.
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.num_spec_tokens)
-
-    def _refuse_session(self, request: Request) -> bool:
-        """Let a session of streamed inputs (`AsyncLLM.generate` with a generator) end in an error.
-
-        The next input would go on from a window that is over. vLLM asks no model whether it can.
-
-        Returns:
-            whether the request is a later part of such a session, and there is nothing to add.
-        """
-        if request.request_id in self.requests:
-            return True
-        if request.resumable:
-            logger.error(
-                "vllm-d2f: request %s streams its input, which D2F models do not support. Send the "
-                "whole prompt in one request.",
-                request.request_id,
-            )
-            request.resumable = False
-            # vLLM ends those in it with the next step.
-            self.grammar_compile_error_reqs.add(request.request_id)
-        return False
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         held = self._hold_back()

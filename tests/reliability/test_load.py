@@ -144,26 +144,5 @@ def test_no_block_is_open_after_an_abort(llm):
         del inside.scheduler.make_stats
 
 
-def test_a_session_of_streamed_inputs_ends_in_an_error(llm, asks, known):
-    """And the engine goes on; so it does after an error before the first forward of a trace."""
-    engine, inside = llm.llm_engine, Inside(llm)
-    params = Ask(Case((5, 6, 7), D2FParams(16, 4), 100), "traced").sampling_params()
-    prompt = {"prompt_token_ids": [5, 6, 7]}
-    parts = [
-        engine.input_processor.process_inputs("s", prompt, params, ("generate",), resumable=more)
-        for more in (True, True, False)
-    ]
-    for part in parts:
-        part.external_req_id = "s"
-        engine.output_processor.add_request(part, None, None, 0)
-        engine.engine_core.add_request(part)
-    outputs = []
-    inside.drain(outputs.append)
-    assert [output.outputs[0].finish_reason for output in outputs if output.finished] == ["error"]
-    assert inside.leaks() == {}
-    got = invariance.answers(llm, asks[:4], "batch", seed=0)
-    assert invariance.compare(asks[:4], known[:4], got, got)["wrong"] == 0
-
-
 def test_trace_of_a_request_that_ends_before_its_first_forward():
     assert Trace().send(0) == {"forwards": 0, "tokens_per_forward": 0.0, "decided_at": []}
