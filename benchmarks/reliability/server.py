@@ -14,6 +14,7 @@ GAUGES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:d2f_open_blocks": "open_blocks",
 }
+REFUSALS = ("VLLMValidationError", "QueueOverflowError")
 PREEMPTIONS = "vllm:num_preemptions_total"
 
 
@@ -70,8 +71,8 @@ async def settle(url: str, seconds: float) -> dict[str, float]:
 def log_errors(log: str) -> list[str]:
     """Lines of a server's log that tell of a failure.
 
-    vLLM logs a traceback for a bad request that streams. The traffic asked for those: they end in a
-    `VLLMValidationError`.
+    vLLM logs a traceback for a request that streams and is refused. The traffic asked for those:
+    they end in one of `REFUSALS`.
     """
     pattern = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|EngineDeadError|Segmentation fault")
     groups: list[list[str]] = [[]]
@@ -83,7 +84,7 @@ def log_errors(log: str) -> list[str]:
     return [
         line
         for group in groups
-        if not any("VLLMValidationError" in line for line in group)
+        if not any(refusal in line for line in group for refusal in REFUSALS)
         for line in group
     ]
 
