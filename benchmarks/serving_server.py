@@ -73,6 +73,8 @@ def launch(model: str, options: Sequence[str], timeout: float) -> Iterator[Launc
         )
         server = Launched(url, process, log)
         try:
+            # A benchmark that is told to end (by `timeout`, say) ends its server too.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             if not _ready(process, url, timeout):
                 raise subprocess.SubprocessError(
                     f"vllm serve {model} did not start. Its log ends:\n{server.read_log()[-3000:]}"

@@ -317,10 +317,13 @@ class D2FScheduler(Scheduler):
     ) -> None:
         """Denoise a new request's first block in the forward that prefills its prompt.
 
-        Saves one forward per request. Without room for it the prompt goes alone. A request that
-        comes back from a preemption goes alone too: only the worker knows its window.
+        Saves one forward per request. Without room for it the prompt goes alone. A request that was
+        denoised and comes back from a preemption goes alone too: only the worker knows its window.
+        One that was not is as good as new, and may not fall behind those that are.
         """
-        if request.num_preemptions or request.num_computed_tokens != request.num_tokens:
+        assert request.spec_decode_metrics is not None
+        denoised = sum(request.spec_decode_metrics.histogram)
+        if denoised or request.num_computed_tokens != request.num_tokens:
             return
         params = self._params(request)
         width = min(params.block_size, self.max_model_len - request.num_tokens)

@@ -45,7 +45,8 @@ class Trace:
         self.sent += count
         return {
             "forwards": self.forwards,
-            "tokens_per_forward": self.sent / self.forwards,
+            # An error may end a request before its first forward.
+            "tokens_per_forward": self.sent / max(self.forwards, 1),
             "decided_at": [self.decided[position] for position in range(self.sent)],
         }
 

@@ -14,6 +14,7 @@ GAUGES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:d2f_open_blocks": "open_blocks",
 }
+REFUSALS = ("VLLMValidationError", "QueueOverflowError")
 PREEMPTIONS = "vllm:num_preemptions_total"
 
 
@@ -68,9 +69,24 @@ async def settle(url: str, seconds: float) -> dict[str, float]:
 
 
 def log_errors(log: str) -> list[str]:
-    """Lines of a server's log that tell of a failure."""
+    """Lines of a server's log that tell of a failure.
+
+    vLLM logs a traceback for a request that streams and is refused. The traffic asked for those:
+    they end in one of `REFUSALS`.
+    """
     pattern = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|EngineDeadError|Segmentation fault")
-    return [line[:300] for line in log.splitlines() if pattern.search(line)]
+    groups: list[list[str]] = [[]]
+    for line in log.splitlines():
+        if not pattern.search(line) or "Error in completion stream generator" in line:
+            groups.append([])
+        if pattern.search(line):
+            groups[-1].append(line[:300])
+    return [
+        line
+        for group in groups
+        if not any(refusal in line for line in group for refusal in REFUSALS)
+        for line in group
+    ]
 
 
 @dataclass(frozen=True)

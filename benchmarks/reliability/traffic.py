@@ -356,7 +356,9 @@ class Client:
                 return Got(response.status_code, message=text[:300])
             async for data in _events(response):
                 if "error" in data:
-                    return Got(500, message=str(data["error"])[:300])
+                    # vLLM looks at some parameters when the stream has begun: the status is gone.
+                    code = data["error"].get("code", 500)
+                    return Got(code, message=str(data["error"])[:300])
                 for part in data["choices"]:
                     got.choices.setdefault(part["index"], Choice()).add(part)
         return got

@@ -18,6 +18,7 @@ from benchmarks.reliability.inside import Inside, objects
 from benchmarks.reliability.overload import burst, equal_asks
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import StepCounts
+from vllm_d2f.streaming import Trace
 
 MAX_LEN = 320
 
@@ -46,7 +47,9 @@ def llm():
 
 @pytest.fixture(scope="module")
 def asks():
-    return make_asks(50, seed=3, max_len=MAX_LEN, ruled=0.5)
+    wide = D2FParams(32, 4, 0.0, 0.95, 0.99)  # opens a block with every forward
+    cases = [Case(tuple(range(5 + i, 25 + i)), wide, 128) for i in range(10)]
+    return make_asks(50, 3, MAX_LEN, ruled=0.5) + [Ask(case, "endless") for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +142,7 @@ def test_no_block_is_open_after_an_abort(llm):
         assert told[-1] == 0
     finally:
         del inside.scheduler.make_stats
+
+
+def test_trace_of_a_request_that_ends_before_its_first_forward():
+    assert Trace().send(0) == {"forwards": 0, "tokens_per_forward": 0.0, "decided_at": []}
