@@ -5,8 +5,8 @@
     python tests/compat/next_vllm.py --wheel FILE tests/patches
 
 The wheel from the package index is made for CUDA. Its Python files are laid out beside the compiled
-extensions of the installed CPU build, in a folder that comes first on the path. So everything is the
-new version's but the kernels; what needs a kernel whose signature has changed fails and says so.
+extensions of the installed CPU build, in a folder that comes first on the path. So everything but
+the kernels is the new version's; what needs a kernel whose signature has changed fails and says so.
 """
 
 import argparse
