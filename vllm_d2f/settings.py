@@ -49,7 +49,6 @@ HINT = (
 )
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
-_FLOAT32_MAX = 3.4e38
 
 _PRESET, _TRACE = "d2f_preset", "d2f_trace"
 _SIMULATE = "simulate_tokens_per_forward"
@@ -395,18 +394,6 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
             outside(params.logprob_token_ids, vocabulary),
             f"must be tokens of the vocabulary, integers in [0, {vocabulary - 1}].",
         ),
-        "temperature": (
-            not 0 <= params.temperature <= _FLOAT32_MAX,
-            f"must be a finite number in [0, {_FLOAT32_MAX}].",
-        ),
-        "repetition_penalty": (
-            not 0 < params.repetition_penalty <= _FLOAT32_MAX,
-            f"must be a finite number above 0 and at most {_FLOAT32_MAX}.",
-        ),
-        "vllm_xargs": (
-            not all(map(_fits_64_bits, (params.extra_args or {}).values())),
-            "integers must be in [-2**63, 2**63 - 1].",
-        ),
         "prompt_logprobs": (params.prompt_logprobs is not None, no_prompt),
         "prompt_logprob_token_ids": (params.prompt_logprob_token_ids is not None, no_prompt),
         "logprobs": (
@@ -439,15 +426,6 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
         ),
     }
     return {name: reason for name, (hit, reason) in cases.items() if hit}
-
-
-def _fits_64_bits(value: Any) -> bool:
-    """Whether a value's integers can be sent to the engine."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_fits_64_bits, value))
-    if isinstance(value, Mapping):
-        return all(map(_fits_64_bits, value.values()))
-    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
 
 
 def _check_something_is_allowed(params: "SamplingParams", model_config: "ModelConfig") -> None:

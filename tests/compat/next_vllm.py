@@ -2,11 +2,11 @@
 """Run tests against another vLLM's Python sources, where no CPU build of it exists yet.
 
     make test-next                                       # vLLM 0.33.0
-    python tests/compat/next_vllm.py --wheel vllm-0.33.0-....whl -- tests/patches
+    python tests/compat/next_vllm.py --wheel FILE tests/patches
 
 The wheel from the package index is made for CUDA. Its Python files are laid out beside the compiled
-extensions of the installed CPU build, in a folder that comes first on the path. So everything is the
-new version's but the kernels; what needs a kernel whose signature has changed fails and says so.
+extensions of the installed CPU build, in a folder that comes first on the path. So everything but
+the kernels is the new version's; what needs a kernel whose signature has changed fails and says so.
 """
 
 import argparse
