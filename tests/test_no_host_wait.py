@@ -66,6 +66,8 @@ def make_state(device, lagging, shift, drawing):
         max_num_reqs=SLOTS,
         drawing=set(drawing),
         proposers={},
+        cutting=set(),
+        sharded=False,
         traced=set(),
         resumed=set(),
         sampling=sampling,
