@@ -88,7 +88,7 @@ class D2FModelState(ModelState):
         # Requests that ask for a trace, by slot.
         self.traced: set[int] = set()
         # See `sampler`.
-        self.lagging: bool = vllm_config.scheduler_config.async_scheduling
+        self.lagging = bool(vllm_config.scheduler_config.async_scheduling)
         self.prompt_len_S = np.full(self.max_num_reqs, NO_PROMPT_END)
         self.block_size_S = np.ones(self.max_num_reqs, dtype=np.int64)
         self._slots: dict[str, int] = {}

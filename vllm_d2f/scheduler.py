@@ -40,7 +40,7 @@ class D2FScheduler(Scheduler):
         self.streams: dict[str, Stream] = {}
         self.traces: dict[str, Trace] = {}
         self.counts = StepCounts()
-        self.run_ahead: bool = self.scheduler_config.async_scheduling
+        self.run_ahead = bool(self.scheduler_config.async_scheduling)
         # Preempted requests with a forward whose result is not in.
         self.unsettled: set[str] = set()
         # The worker keeps a window in step with its grammar (`grammar`); cut short at the first
@@ -161,8 +161,9 @@ class D2FScheduler(Scheduler):
                 continue
             index = model_runner_output.req_id_to_index[req_id]
             stream = self.streams[req_id]
-            packed = tallies.get(req_id, 0)
-            packed, decided = (packed[0], packed[1:]) if isinstance(packed, list) else (packed, [])
+            # With a trace: the tally, where the window begins now, and its tokens.
+            said: Any = tallies.get(req_id, 0)
+            packed, *decided = said if isinstance(said, list) else [said]
             tally = unpack(packed)
             leaving = len(model_runner_output.sampled_token_ids[index])
             committed = stream.commit()
