@@ -7,6 +7,7 @@ is around it runs without a device: the padded rows, their way back and the per-
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from vllm_d2f.cuda_sampler import CudaSampler  # noqa: E402
 from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy  # noqa: E402
 from vllm_d2f.sampler import D2FSampler  # noqa: E402
 
+Event = type("Event", (), {"record": lambda self: None, "synchronize": lambda self: None})
 SLOTS, WIDTH, HIDDEN, VOCABULARY, MASK = 6, 24, 8, 50, 49
 
 
@@ -43,9 +45,14 @@ def make_state(generator, shift, drawing):
         shift=shift,
         mask_id=MASK,
         drawing=set(drawing),
+        lagging=False,
+        max_num_reqs=SLOTS,
+        resumed=set(),
         proposers={},
+        cutting=set(),
+        sharded=False,
         sampling=sampling,
-        settings=SimpleNamespace(simulate_tokens_per_forward=None),
+        settings=SimpleNamespace(simulate_tokens_per_forward=None, window=WIDTH),
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
         project=lambda hidden: hidden @ head,
         last_hidden_SH=torch.randn(SLOTS, HIDDEN, generator=generator),
@@ -58,18 +65,22 @@ def make_state(generator, shift, drawing):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
-@pytest.mark.parametrize("limit", [256, 8])
-def test_proposals_equal(monkeypatch, shift, drawing, limit):
+@pytest.mark.parametrize("spare", [0, 7])
+def test_proposals_equal(monkeypatch, shift, drawing, spare):
     monkeypatch.setattr(cuda_sampler, "missing", lambda device: None)
     monkeypatch.setattr(cuda_sampler.confidence, "propose", stand_in)
-    monkeypatch.setattr(cuda_sampler, "PADDED_ROWS", limit)
-    generator = torch.Generator().manual_seed(limit)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    generator = torch.Generator().manual_seed(spare)
     state = make_state(generator, shift, drawing)
     base = SimpleNamespace(req_states=None, penalties_state=None, sampling_states=None)
     plain, cuda = D2FSampler(state, base), CudaSampler(state, base)
     slot_D = torch.tensor([4, 0, 1, 5])
     masked = torch.rand(4, WIDTH, generator=generator) < 0.6
     masked[1] = False
+    for sampler in (plain, cuda):
+        sampler.slots, sampler.width_D = slot_D.tolist(), np.full(4, WIDTH)
+    for slot, undecided in zip(slot_D.tolist(), masked.sum(1).tolist(), strict=True):
+        cuda.undecided.start(slot, undecided + spare, 8)
     first_D = torch.tensor([0, 24, 53, 77])  # before the third window a prompt of 5 rides along
     begin_D = torch.tensor([0, 24, 48, 77])
     hidden = torch.randn(101, HIDDEN, generator=generator)

@@ -66,6 +66,8 @@ def make_state(device, lagging, shift, drawing):
         max_num_reqs=SLOTS,
         drawing=set(drawing),
         proposers={},
+        cutting=set(),
+        sharded=False,
         traced=set(),
         resumed=set(),
         sampling=sampling,
@@ -129,7 +131,7 @@ def make_batch(slots, lengths, widths, device):
     )
 
 
-def play(device, lagging, shift, drawing, guard, steps=60):
+def play(device, lagging, shift, drawing, guard, steps=40):
     """Random requests through both samplers; the CUDA sampler's calls are made under `guard`."""
     rng = np.random.default_rng(3)
     plain, cuda = (Run(k, device, lagging, shift, drawing) for k in (D2FSampler, CudaSampler))
@@ -185,7 +187,7 @@ def play(device, lagging, shift, drawing, guard, steps=60):
         if not lagging:
             ended = [s for s, d in zip(busy, finished(want, plain, busy), strict=True) if d]
             free |= set(ended)
-    assert rows > 200
+    assert rows > 100
 
 
 def finished(output, run, busy):
@@ -233,6 +235,7 @@ def test_bounds_of_undecided_positions():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lagging", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
 def test_a_step_waits_for_nothing_on_a_device(lagging, drawing):

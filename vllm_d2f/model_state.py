@@ -54,6 +54,12 @@ class D2FModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         p04_forget_finished.install()
         self.project = cast(D2FModel, model).project
+        # With tensor parallelism a row's token and confidence are reduced over the ranks' shards of
+        # the vocabulary; only what needs the whole row gathers it.
+        self.sharded = vllm_config.parallel_config.tensor_parallel_size > 1
+        if self.sharded:
+            self.project_shard = cast(D2FModel, model).project_shard
+            self.first_token = cast(D2FModel, model).first_token
         self.settings = served_settings(self.model_config)
         config = self.model_config.hf_config
         self.mask_id: int = config.mask_token_id
@@ -74,6 +80,8 @@ class D2FModelState(ModelState):
         # Requests that ask for more (penalties, log-probabilities, a grammar ...), by slot, and
         # those of them that were preempted, by id.
         self.proposers: dict[int, Proposer] = {}
+        # Slots that draw with top_k or top_p.
+        self.cutting: set[int] = set()
         self.grammars = Grammars(vllm_config, self.mask_id)
         self._proposers_aside: dict[str, Proposer] = {}
         # Slots of requests that have come back from a preemption.
@@ -126,6 +134,8 @@ class D2FModelState(ModelState):
     def _set_sampling(self, slot: int, params: SamplingParams) -> None:
         if params.temperature > 0:
             self.drawing.add(slot)
+            if params.top_k > 0 or params.top_p < 1:
+                self.cutting.add(slot)
         self.sampling.temperature_R[slot] = params.temperature
         self.sampling.top_k_R[slot] = max(params.top_k, 0)
         self.sampling.top_p_R[slot] = params.top_p
@@ -182,6 +192,7 @@ class D2FModelState(ModelState):
     def _free(self, slot: int) -> None:
         self.prompt_len_S[slot] = NO_PROMPT_END
         self.drawing.discard(slot)
+        self.cutting.discard(slot)
         self.traced.discard(slot)
         self.resumed.discard(slot)
         self.proposers.pop(slot, None)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import vllm.envs as envs
 from torch import Tensor
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -32,6 +33,7 @@ from vllm_d2f.d2f import Window, advance, close, grow
 from vllm_d2f.logprobs import take_all
 from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
 from vllm_d2f.tally import NONFINITE, pack
+from vllm_d2f.vocab_shards import propose_sharded
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
@@ -233,8 +235,18 @@ class D2FSampler:
         token_N = torch.empty_like(column_N)
         confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
         own = self._own_rows(request_N) if state.proposers else []
-        for at in range(0, len(hidden_NH), self.rows_per_chunk):
-            chunk = slice(at, at + self.rows_per_chunk)
+        denoising = self.slots[: len(self.width_D)]
+        whole = bool(own) or any(slot in state.cutting for slot in denoising)
+        step = self.rows_per_chunk
+        if state.sharded and state.drawing:
+            step = max(1, step // 8)  # noise takes several times the logits' memory
+        for at in range(0, len(hidden_NH), step):
+            chunk = slice(at, at + step)
+            if state.sharded and not whole:
+                token_N[chunk], confidence_N[chunk] = self._choose_sharded(
+                    hidden_NH[chunk], slot_N[chunk], column_N[chunk]
+                )
+                continue
             logits_NV = self.project(hidden_NH[chunk])
             token_N[chunk], confidence_N[chunk] = self._choose(
                 logits_NV, slot_N[chunk], column_N[chunk]
@@ -269,6 +281,24 @@ class D2FSampler:
                 state.window.forward_R[who],
             )
         return token_N, confidence_N
+
+    def _choose_sharded(
+        self, hidden_NH: Tensor, slot_N: Tensor, column_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `_choose`, with this rank's logits only."""
+        state = self.state
+        logits_NV = state.project_shard(hidden_NH)
+        if not state.drawing:
+            return propose_sharded(logits_NV, state.mask_id, state.first_token, gather_ranks)
+        return propose_sharded(
+            logits_NV,
+            state.mask_id,
+            state.first_token,
+            gather_ranks,
+            state.sampling.rows(slot_N),
+            state.window.start_R[slot_N] + column_N,
+            state.window.forward_R[slot_N],
+        )
 
     def _own_rows(self, request_N: Tensor) -> list[tuple[int, int, int]]:
         """Of requests with a proposer of their own: slot, and rows from begin to end.
@@ -334,6 +364,11 @@ class D2FSampler:
             return tally_D
         rows = (tally_D[:, None], window.start_R[slot_D, None], window.tokens_RW[slot_D])
         return torch.cat(rows, dim=1)
+
+
+def gather_ranks(values_NC: Tensor) -> Tensor:
+    """What each tensor-parallel rank has, [P, N, C]."""
+    return tensor_model_parallel_all_gather(values_NC, dim=0).view(-1, *values_NC.shape)
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:

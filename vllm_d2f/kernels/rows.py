@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 class MaskedRows(NamedTuple):
-    """Positions in row order, then padding, which repeats the batch's last position.
+    """Positions in row order, then padding: the last request's first position, which is in every
+    forward (its last one need not be, windows may be narrower than W).
 
     Attributes:
         request_N, column_N: int64.
@@ -48,8 +49,8 @@ def masked_rows(masked_DW: Tensor, bound: int, buffer: Tensor) -> MaskedRows:
     target_N = buffer[: bound + 1].fill_(size)
     target_N.scatter_(0, place_P, torch.arange(size, device=masked_DW.device))
     target_N = target_N[:bound]
-    position_N = target_N.clamp(max=size - 1)
     width = masked_DW.shape[1]
+    position_N = torch.where(target_N == size, size - width, target_N)
     return MaskedRows(position_N // width, position_N % width, target_N)
 
 

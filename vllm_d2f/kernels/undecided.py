@@ -24,7 +24,7 @@ class _Noted(NamedTuple):
     slots: NDArray[np.int64]
     occupant: NDArray[np.int64]
     forward: NDArray[np.int64]
-    count: Tensor
+    undecided: Tensor
 
 
 class UndecidedBounds:
@@ -82,5 +82,5 @@ class UndecidedBounds:
         noted.done.synchronize()
         same = self._occupant_S[noted.slots] == noted.occupant
         at = noted.slots[same]
-        self._known_S[at] = noted.count.numpy()[same]
+        self._known_S[at] = noted.undecided.numpy()[same]
         self._known_at_S[at] = noted.forward[same]

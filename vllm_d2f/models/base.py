@@ -42,6 +42,17 @@ class D2FModel:
         """
         return super().compute_logits(hidden_NH)  # type: ignore[misc]
 
+    def project_shard(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """The head's logits of this rank's part of the vocabulary, without its padding."""
+        processor, head = self.logits_processor, self.lm_head  # type: ignore[attr-defined]
+        logits_NV = processor(head, hidden_NH, skip_gather=True)
+        return logits_NV[:, : head.shard_indices.num_org_elements]
+
+    @property
+    def first_token(self) -> int:
+        """The id of the first token of this rank's part of the vocabulary."""
+        return self.lm_head.shard_indices.org_vocab_start_index  # type: ignore[attr-defined]
+
     @property
     def compute_logits_local(self) -> None:
         """Absent on purpose: `hasattr` is False.

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vocabulary split over ranks proposes what the whole one does."""
+
+import threading
+
+import pytest
+import torch
+
+from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy
+from vllm_d2f.vocab_shards import exchange, propose_sharded
+
+MASK, VOCABULARY, ROWS = 37, 101, 24
+
+
+def make_logits(seed=0):
+    logits = 4 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    logits[:, MASK] = 50.0  # never proposed, however likely
+    logits[3, 10] = logits[3, 90] = 30.0  # equal logits in two shards: the lower id wins
+    logits[4, 60:] = -torch.inf
+    logits[5, :60] = -torch.inf
+    return logits
+
+
+def make_sampling():
+    sampling = Sampling.greedy(ROWS)
+    sampling.temperature_R[::2] = 0.8
+    sampling.temperature_R[::6] = 1.7
+    sampling.min_p_R[::4] = 0.05
+    sampling.seed_R += 5 + torch.arange(ROWS)
+    position, forward = torch.arange(ROWS) * 3, torch.arange(ROWS) % 5
+    return sampling, position, forward
+
+
+def whole(logits, sampling, position, forward):
+    token, confidence = propose_greedy(logits.clone(), MASK)
+    if sampling is not None:
+        drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
+        token[drawn], confidence[drawn] = propose_drawn(
+            logits[drawn], MASK, sampling.rows(drawn), position[drawn], forward[drawn]
+        )
+    return token, confidence
+
+
+def shards(logits, bounds, sampling=None, position=None, forward=None):
+    """`propose_sharded` on each part of the columns, one thread per rank."""
+    ranks = len(bounds) - 1
+    board, results, volume = [None] * ranks, [None] * ranks, []
+    barrier = threading.Barrier(ranks, timeout=60)
+
+    def run(rank):
+        def gather(values):
+            barrier.wait()
+            board[rank] = values
+            volume.append(values.numel())
+            barrier.wait()
+            return torch.stack(board)
+
+        part = logits[:, bounds[rank] : bounds[rank + 1]].clone()
+        results[rank] = propose_sharded(
+            part, MASK, bounds[rank], gather, sampling, position, forward
+        )
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results, sum(volume)
+
+
+@pytest.mark.parametrize("bounds", [(0, 101), (0, 50, 101), (0, 37, 38, 101), (0, 30, 60, 90, 101)])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_split_is_whole(bounds, drawn):
+    logits = make_logits()
+    settings = make_sampling() if drawn else (None, None, None)
+    want = whole(logits, *settings)
+    results, volume = shards(logits, bounds, *settings)
+    for token, confidence in results:
+        assert torch.equal(token, want[0])
+        torch.testing.assert_close(confidence, want[1], rtol=2e-5, atol=1e-7)
+    assert torch.equal(results[0][1], results[-1][1]), "ranks must agree to the bit"
+    # What moves does not depend on the vocabulary: 5 numbers of a row and rank (a token has two).
+    assert volume == (len(bounds) - 1) * ROWS * (6 + drawn)
+
+
+def test_one_exchange_is_exact():
+    values = (
+        torch.tensor([1.5, -0.0]),
+        torch.tensor([1 << 40, -3]),
+        torch.tensor([torch.nan, 2.0]),
+    )
+    back = exchange(values, lambda bits: torch.stack((bits, bits)))
+    for value, both in zip(values, back, strict=True):
+        assert both.dtype == value.dtype
+        for one in both:
+            assert torch.equal(one.nan_to_num(7), value.nan_to_num(7))
+
+
+def test_a_nan_gets_no_confidence():
+    logits = make_logits()
+    logits[0, 70] = torch.nan
+    (token, confidence), *_ = shards(logits, (0, 50, 101))[0]
+    assert confidence[0] == 0 and 0 <= token[0] < VOCABULARY
+    assert (confidence[1:] > 0).all()
+
+
+def gloo_rank(rank, file, queue):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+
+    def gather(values):
+        parts = [torch.empty_like(values) for _ in range(2)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts)
+
+    sampling, position, forward = make_sampling()
+    part = make_logits()[:, 50 * rank : 50 + 51 * rank].clone()
+    token, confidence = propose_sharded(part, MASK, 50 * rank, gather, sampling, position, forward)
+    queue.put((rank, token.tolist(), confidence.tolist()))
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=gloo_rank, args=(rank, tmp_path / "store", queue))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    got = sorted(queue.get(timeout=300) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    token, confidence = whole(make_logits(), *make_sampling())
+    for _, tokens, confidences in got:
+        assert tokens == token.tolist()
+        assert confidences == pytest.approx(confidence.tolist(), rel=2e-5)
+    assert got[0][1:] == got[1][1:]
