@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p08: a D2F model keeps `--async-scheduling` on a CPU; other models do not."""
+"""p09: a D2F model keeps `--async-scheduling` on a CPU; other models do not."""
 
 from types import SimpleNamespace
 
 import pytest
 from vllm.platforms.cpu import CpuPlatform
-from vllm_d2f.patches import p08_cpu_async as p08
+from vllm_d2f.patches import p09_cpu_async as p09
 from vllm_d2f.patches.patch import function_of, source_hash
 
 TARGET = "check_and_update_config"
@@ -23,15 +23,15 @@ def config(d2f, wanted):
 
 
 def test_it_was_written_against_this_vllm():
-    (target,) = p08.PATCH.target
+    (target,) = p09.PATCH.target
     found = source_hash(vars(CpuPlatform)[TARGET])
-    assert found == p08.PATCH.source_sha256[target], "read what changed upstream, renew the hash"
+    assert found == p09.PATCH.source_sha256[target], "read what changed upstream, renew the hash"
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_only_d2f_models_keep_what_was_asked(monkeypatch, wanted):
     monkeypatch.setattr("vllm_d2f.settings.is_d2f", lambda model_config: model_config.d2f)
-    patched = p08._make(switch_off)
+    patched = p09._make(switch_off)
     ours, other = config(True, wanted), config(False, wanted)
     patched(CpuPlatform, ours)
     patched(CpuPlatform, other)
@@ -40,7 +40,7 @@ def test_only_d2f_models_keep_what_was_asked(monkeypatch, wanted):
 
 
 def test_still_needed():
-    """Fails when the CPU platform leaves the flag alone: then delete p08."""
+    """Fails when the CPU platform leaves the flag alone: then delete p09."""
     import inspect
 
     source = inspect.getsource(function_of(vars(CpuPlatform)[TARGET]))
