@@ -52,7 +52,7 @@ class Plan:
     copy_to: Path | None = None
 
     def command(self, stage: Stage, part: str, seconds: float) -> list[str]:
-        words = [sys.executable, "-m", "benchmarks.gpu.stage", stage.name, part]
+        words = [sys.executable, "-m", "benchmarks.gpu.part", stage.name, part]
         words += ["--out", str(self.out), "--work", str(self.work), "--seconds", f"{seconds:.0f}"]
         words += ["--quick"] * self.quick + ["--rehearse"] * self.rehearse
         return words

@@ -257,6 +257,16 @@ def test_a_device_is_needed_or_a_rehearsal(tmp_path, capsys, monkeypatch):
     assert "--rehearse" in capsys.readouterr().err
 
 
+def test_a_real_part_skips_what_needs_a_device(tmp_path):
+    """The process of a part with its own command: a `Skip` is a `Skip` there."""
+    plan = runner.Plan(tmp_path / "out", tmp_path / "work", 600, quick=True, rehearse=True)
+    assert runner.run(plan, runner.select(["kernels/confidence"])) == DONE
+    data = read(tmp_path / "out" / "kernels.json")
+    assert data["finished"] == ["confidence"] and data["failed"] == {} == data["points"]
+    assert len(data["skipped"]) == 20 and "CUDA" in str(data["skipped"])
+    assert data["about"]["rehearse"] and "CPU" in data["about"]["device"]
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Every stage on a CPU with tiny shapes, through run.sh: minutes."""
