@@ -126,7 +126,7 @@ SMALL = {
     "bos_token_id": 510,
     "pad_token_id": 510,
 }
-"""In place of the real ones in a rehearsal. Heads of 32 are the least that vLLM's CPU kernel has."""
+"""In place of the real ones in a rehearsal. Heads of 32 are the least of vLLM's CPU kernel."""
 
 
 def write(folder: Path, name: str, small: bool = False) -> Path:
