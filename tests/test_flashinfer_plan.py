@@ -303,8 +303,9 @@ def test_causal_batches_and_other_models_are_refused(monkeypatch, emulated):
         flashinfer.BlockCausalImpl(4, HEAD, 0.1, 2, sliding_window=64)
 
 
-def vllm_config(backend, mode):
+def vllm_config(backend, mode, head_size=128):
     return SimpleNamespace(
+        model_config=SimpleNamespace(get_head_size=lambda: head_size),
         attention_config=SimpleNamespace(backend=backend, use_non_causal=False),
         compilation_config=SimpleNamespace(cudagraph_mode=mode),
     )
@@ -336,6 +337,23 @@ def test_choice_of_the_backend(monkeypatch):
     assert config.attention_config.backend is None  # vLLM chooses
     with pytest.raises(ValueError, match="pip install flashinfer-python"):
         select.prepare(vllm_config(AttentionBackendEnum.FLASHINFER, None))
+
+
+def test_heads_that_flashinfer_does_not_have(monkeypatch):
+    """d2f-tiny has heads of 32: with FlashInfer installed it must start all the same."""
+    select.register()
+    monkeypatch.setattr(select, "find_spec", {"flashinfer": object()}.get)
+    assert list(select.HEAD_SIZES) == flashinfer.BlockCausalBackend.get_supported_head_sizes()
+    config = vllm_config(None, None, head_size=32)
+    select.prepare(config)
+    assert config.attention_config.backend is None  # vLLM chooses
+    assert config.attention_config.use_non_causal
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    with pytest.raises(ValueError, match="heads of 32.*--attention-backend TRITON_ATTN"):
+        select.prepare(vllm_config(AttentionBackendEnum.FLASHINFER, None, head_size=32))
+    config = vllm_config(AttentionBackendEnum.TRITON_ATTN, None, head_size=32)
+    select.prepare(config)
+    assert config.attention_config.backend is AttentionBackendEnum.TRITON_ATTN
 
 
 def test_vllm_accepts_the_backend():

@@ -52,7 +52,7 @@ class Plan:
     copy_to: Path | None = None
 
     def command(self, stage: Stage, part: str, seconds: float) -> list[str]:
-        words = [sys.executable, "-m", "benchmarks.gpu.stage", stage.name, part]
+        words = [sys.executable, "-m", "benchmarks.gpu.part", stage.name, part]
         words += ["--out", str(self.out), "--work", str(self.work), "--seconds", f"{seconds:.0f}"]
         words += ["--quick"] * self.quick + ["--rehearse"] * self.rehearse
         return words
@@ -225,6 +225,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    # A caller's time limit must end the part's process as well, which `run_part` sees to.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not args.rehearse:
         import torch
 

@@ -141,7 +141,7 @@ def drive(
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Stage, str, Options]:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.stage",
+        prog="python -m benchmarks.gpu.part",
         description="Run one part of one stage; `python -m benchmarks.gpu.run` calls this.",
     )
     names = [stage.name for stage in STAGES]
@@ -171,14 +171,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = module.points(part, options)
     single = getattr(module, "ONE_POINT_PER_PROCESS", False)
     return drive(store, part, points, options.began + options.seconds, single)
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # What vLLM leaves running must not keep the process.
-    import os
-
-    os._exit(code)

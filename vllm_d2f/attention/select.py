@@ -15,6 +15,9 @@ logger = init_logger(__name__)
 
 PATH = "vllm_d2f.attention.flashinfer.BlockCausalBackend"
 
+HEAD_SIZES = (64, 128, 256)
+"""Sizes that FlashInfer has kernels for; those of published models. The embedded ones have 32."""
+
 
 def register() -> None:
     """Take vLLM's name for a plugin's backend, CUSTOM, unless another plugin has it."""
@@ -26,7 +29,8 @@ def prepare(vllm_config: "VllmConfig") -> None:
     """Choose the backend and keep attention out of CUDA graphs.
 
     FlashInfer is the default and means the backend of this package: vLLM's own sizes its buffers
-    for `max_num_seqs` sequences, and here every open block is one. Other backends stay selectable.
+    for `max_num_seqs` sequences, and here every open block is one. Other backends stay selectable,
+    and vLLM chooses one for head sizes that FlashInfer does not have.
 
     A FULL graph records how many sequences a batch has, and FLASH_ATTN and TRITON_ATTN keep
     buffers for `max_num_seqs` of them in that mode. A window has as many sequences as open blocks,
@@ -34,12 +38,20 @@ def prepare(vllm_config: "VllmConfig") -> None:
     attention layers is captured.
 
     Raises:
-        ValueError: when FlashInfer is wanted and is not there, or the name is taken.
+        ValueError: when FlashInfer is wanted and is not there or does not have the head size, or
+            the name is taken.
     """
     attention = vllm_config.attention_config
     attention.use_non_causal = True
     wanted = attention.backend
-    if wanted is None and find_spec("flashinfer") is None:
+    head_size = vllm_config.model_config.get_head_size()
+    if wanted is None and head_size not in HEAD_SIZES:
+        logger.info(
+            "FlashInfer has no heads of %d, only of %s; vLLM chooses the attention backend.",
+            head_size,
+            HEAD_SIZES,
+        )
+    elif wanted is None and find_spec("flashinfer") is None:
         logger.warning(
             "FlashInfer is not installed (pip install flashinfer-python); vLLM chooses the "
             "attention backend."
@@ -48,6 +60,11 @@ def prepare(vllm_config: "VllmConfig") -> None:
         if find_spec("flashinfer") is None:
             raise ValueError(
                 "--attention-backend FLASHINFER needs FlashInfer: pip install flashinfer-python"
+            )
+        if head_size not in HEAD_SIZES:
+            raise ValueError(
+                f"FlashInfer has no heads of {head_size}, only of {HEAD_SIZES}; give "
+                "--attention-backend TRITON_ATTN or leave the option out"
             )
         if AttentionBackendEnum.CUSTOM.get_path() != PATH:
             raise ValueError(

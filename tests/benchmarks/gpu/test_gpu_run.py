@@ -131,6 +131,33 @@ def test_a_process_is_killed_at_its_limit_with_what_it_started(plan):
     assert "killed after 3 s" in (plan.out / runner.LOG).read_text()
 
 
+def test_a_command_that_is_cut_off_takes_its_part_with_it(tmp_path):
+    """As a host's time limit does it: SIGTERM to the runner."""
+    plan = tmp_path / "pid"
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from benchmarks.gpu import run\n"
+        f"words = ['sh', '-c', 'echo $$ > {plan}.part; mv {plan}.part {plan}; sleep 3600']\n"
+        "run.Plan.command = lambda *_: words\n"
+        "sys.exit(run.main(['--rehearse', '--out', sys.argv[1], 'kernels/host']))\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        for _ in range(1200):
+            if plan.exists():
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(120) == 128 + 15
+    pid = int(plan.read_text())
+    for _ in range(600):
+        if not _alive(pid):
+            break
+        time.sleep(0.1)
+    assert not _alive(pid)
+
+
 def _alive(pid):
     """Running; a killed process that nobody waits for is not."""
     try:
@@ -255,6 +282,16 @@ def test_a_device_is_needed_or_a_rehearsal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runner.main(["--out", str(tmp_path)]) == 2
     assert "--rehearse" in capsys.readouterr().err
+
+
+def test_a_real_part_skips_what_needs_a_device(tmp_path):
+    """The process of a part with its own command: a `Skip` is a `Skip` there."""
+    plan = runner.Plan(tmp_path / "out", tmp_path / "work", 600, quick=True, rehearse=True)
+    assert runner.run(plan, runner.select(["kernels/confidence"])) == DONE
+    data = read(tmp_path / "out" / "kernels.json")
+    assert data["finished"] == ["confidence"] and data["failed"] == {} == data["points"]
+    assert len(data["skipped"]) == 20 and "CUDA" in str(data["skipped"])
+    assert data["about"]["rehearse"] and "CPU" in data["about"]["device"]
 
 
 @pytest.mark.slow
