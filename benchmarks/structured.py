@@ -10,7 +10,6 @@ The same prompts without a grammar, for as many tokens at most, are beside it.
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 import jsonschema
 
-from benchmarks.parity import command_line, shut_down
+from benchmarks.parity import shut_down
+from benchmarks.workload import environment
 
 ROUNDS = 30
 MAX_TOKENS = 128
@@ -131,11 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"temperature {heat}: {row}")
     if args.json:
         report = {
-            "command": command_line("structured", argv),
+            **environment(0, sys.argv[1:] if argv is None else argv, "benchmarks.structured"),
             "model": "d2f-tiny",
             "schemas": len(SCHEMAS),
             "temperature": figures,
-            "machine": f"{platform.machine()}, {platform.system()}, CPU, float32",
+            "dtype": "float32",
         }
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     return 0 if all(row["valid"] == row["answers"] for row in figures.values()) else 1

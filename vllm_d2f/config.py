@@ -100,10 +100,10 @@ def _set_async(vllm_config: "VllmConfig") -> None:
 
 
 def async_by_default() -> bool:
-    """On CUDA, where the host's work would otherwise be waited for; a CPU has nothing to overlap
-    it with and would pay for the wider queries.
+    """Off until a device has shown that it wins there: it hides the host's work of a step and pays
+    for it with wider queries. A CPU has nothing to overlap that work with.
     """
-    return current_platform.is_cuda()
+    return False
 
 
 def _set_prefill(
