@@ -537,7 +537,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="sizes, LoRA targets and memory, without weights"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand anywhere
     try:
         config = load_config(args.config, args.overrides, "smoke" if args.smoke else args.variant)
         stages = tuple(args.stages.split(",")) if args.stages else None

@@ -27,6 +27,14 @@ def test_shipped_configs_are_valid(name, variant):
     assert config.stages
 
 
+def test_the_prompts_of_the_longer_training_differ_in_nothing_else():
+    plan = load_plan(CONFIGS / "prompt_attention.yaml")
+    default, causal = (plan.of(name, 1).stages["student"] for name in plan.variants)
+    assert causal.loss.prompt_attention == "block_causal"
+    again = causal.loss.model_copy(update={"prompt_attention": "bidirectional"})
+    assert causal.model_copy(update={"loss": again}) == default
+
+
 def test_experiments_are_valid_and_differ_from_the_default():
     plan = load_plan(CONFIGS / "experiments.yaml")
     default = plan.of("default", 1)
