@@ -366,15 +366,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=share * len(ENGINES), desc="aborts", disable=None) as bar:
         for name in ENGINES:
             report["engines"][name] = storm(name, share, args.asks, args.seed, bar)
-    if args.http:
-        report["http"] = http_storm(args.http, args.seed)
-    report["passed"] = passed(report)
     for name, run in report["engines"].items():
         shown = {key: value for key, value in run.items() if key != "differences"}
-        print(f"{name}: {json.dumps(shown)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {json.dumps(shown)}", flush=True)
+    _finish(report, args.json)
+    if args.http:
+        report["http"] = http_storm(args.http, args.seed)
+        _finish(report, args.json)
     return 0 if report["passed"] else 1
+
+
+def _finish(report: dict[str, Any], path: str | None) -> None:
+    """Judge and write. The first part is kept if the second does not come to its end."""
+    report["passed"] = passed(report)
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
