@@ -143,17 +143,27 @@ class Parsed(Exception):
 @contextlib.contextmanager
 def only_parsing(words):
     """`sys.argv`, and argument parsers that stop the program once they are content."""
-    parse, argv, environment = argparse.ArgumentParser.parse_args, sys.argv, dict(os.environ)
+    argv, environment = sys.argv, dict(os.environ)
+    parsers = {
+        name: getattr(argparse.ArgumentParser, name)
+        for name in ("parse_args", "parse_intermixed_args")
+    }
 
-    def stop(self, *args, **kwargs):
-        raise Parsed(parse(self, *args, **kwargs))
+    def stopping(parse):
+        def stop(self, *args, **kwargs):
+            raise Parsed(parse(self, *args, **kwargs))
 
-    argparse.ArgumentParser.parse_args = stop
+        return stop
+
+    for name, parse in parsers.items():
+        setattr(argparse.ArgumentParser, name, stopping(parse))
     sys.argv = [words[0], *words[1:]]
     try:
         yield
     finally:
-        argparse.ArgumentParser.parse_args, sys.argv = parse, argv
+        for name, parse in parsers.items():
+            setattr(argparse.ArgumentParser, name, parse)
+        sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
 
