@@ -167,6 +167,13 @@ def test_refused_chats(post, fields, part):
 # Honoured
 
 
+@pytest.mark.parametrize("endpoint", [COMPLETIONS, CHAT])
+def test_fields_that_decide_no_token(post, endpoint):
+    fields = {"user": "somebody", "cache_salt": "mine", "priority": 0, "unknown_to_all": 1}
+    for _ in range(2):  # the second time from pages found under that salt
+        assert text_of(post(endpoint, **fields)) == ANSWER
+
+
 def test_several_prompts_and_token_ids(post):
     ids = post("/tokenize", prompt=QUESTION).json()["tokens"]
     other = bundled_problems()[1]

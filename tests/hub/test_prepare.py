@@ -83,10 +83,20 @@ def test_the_length_that_dream_was_adapted_at_is_the_limit(tmp_path, monkeypatch
     assert config.hf_config.max_position_embeddings == 8192  # the size of the rotary table
 
 
-def test_a_second_use_writes_nothing(dream):
+def test_a_second_use_writes_nothing_and_reads_no_weights(dream, monkeypatch):
     folder = prepare(NAME, plan(dream))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert ensure(NAME) == folder and names.resolve(NAME) == str(folder)
+    opened = []
+    open_path = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path,
+            "open",
+            lambda self, *a, **k: opened.append(self.suffix) or open_path(self, *a, **k),
+        )
+        patch.setattr(cache, "sha256_of", lambda path: pytest.fail(f"{path} is read as a whole"))
+        assert ensure(NAME) == folder and names.resolve(NAME) == str(folder)
+    assert ".safetensors" not in opened
     prepare(NAME, plan(dream))
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 

@@ -161,7 +161,13 @@ def test_a_killed_engine_is_an_error_for_everybody_and_the_end(running):
     for thread in threads:
         thread.join(240)
     assert met == ["error"] * 6
-    running.process.wait(240)  # with status 0: vLLM's server takes its engine's death for a request
+    running.process.wait(240)
     log = running.log.read_text()
     assert "EngineDeadError" in log or "died" in log
     assert MARKER not in log
+
+
+@pytest.mark.xfail(strict=True, reason="vLLM's server ends with status 0 when its engine has died")
+def test_a_killed_engine_shows_in_the_exit_status(running):
+    """After the test above. When this passes, vLLM or a patch of ours has mended it."""
+    assert running.process.poll() not in (None, 0)
