@@ -16,6 +16,8 @@ from vllm_d2f.patches import (
     p07_beam_search,
     p08_request_fields,
     p09_cpu_async,
+    p10_exit_status,
+    p11_streamed_input,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -31,6 +33,8 @@ PATCHES: tuple[Patch, ...] = (
     p07_beam_search.PATCH,
     p08_request_fields.PATCH,
     p09_cpu_async.PATCH,
+    p10_exit_status.PATCH,
+    p11_streamed_input.PATCH,
 )
 
 _applied: dict[str, str] = {}

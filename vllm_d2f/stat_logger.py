@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from vllm_d2f.metrics import StepCounts
-from vllm_d2f.patches import p08_request_fields
+from vllm_d2f.patches import p08_request_fields, p10_exit_status, p11_streamed_input
 from vllm_d2f.settings import is_d2f, served_settings
 
 LABELS = ("model_name", "engine")
@@ -61,8 +61,9 @@ class D2FStatLogger(AggregateStatLoggerBase):
         self.engine_indexes = engine_indexes
         self.counters: dict[str, dict[int, Any]] = {}
         if is_d2f(self.model_config):
-            # Only a server's process makes a logger, and only it has requests with fields.
-            p08_request_fields.install()
+            # Only a server's process makes a logger, and what these change exists only there.
+            for patch in (p08_request_fields, p10_exit_status, p11_streamed_input):
+                patch.install()
 
     def log_engine_initialized(self) -> None:
         # Not earlier: vLLM's own logger is made later and begins with unregistering all `vllm:`.
