@@ -22,10 +22,12 @@ def gather_block_tables(
     num_reqs_padded: int,
     out: tuple[Tensor, ...] | None = None,
     out_ptrs: Tensor | None = None,
+    num_computed_tokens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Block tables of the batch rows; padded rows are zero.
 
     As in the kernel, what lies behind a request's last block is left over from earlier steps.
+    vLLM 0.33 added `num_computed_tokens`, for sliding windows, which no D2F model has.
     """
     state = idx_mapping.numpy()
     num_reqs = len(state)

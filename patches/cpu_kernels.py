@@ -148,10 +148,16 @@ def post_update(
     all_token_ids_ptr: Tensor,
     all_token_ids_stride: int,
     total_len_ptr: Tensor,
+    draft_tokens_ptr: Tensor | None = None,
+    draft_tokens_out_ptr: Tensor | None = None,
+    num_draft_tokens: int = 0,
     *,
     num_warps: int = 1,
 ) -> None:
-    """Append the committed tokens of each row and move its count of computed tokens."""
+    """Append the committed tokens of each row and move its count of computed tokens.
+
+    vLLM 0.33 added the draft tokens: they go from batch rows to state rows.
+    """
     state = idx_mapping_ptr.numpy()
     sampled = num_sampled_ptr.numpy()[: len(state)]
     delta = -num_rejected_ptr.numpy()[: len(state)]
@@ -162,6 +168,8 @@ def post_update(
     known = state >= 0  # a negative index means: skip this row
     if not known.all():
         state, delta = state[known], delta[known]
+    if draft_tokens_ptr is not None and draft_tokens_out_ptr is not None:
+        draft_tokens_out_ptr.numpy()[state] = draft_tokens_ptr.numpy()[: len(known)][known]
     num_computed_tokens_ptr.numpy()[state] += delta
 
     batch_row = (known & (sampled > 0)).nonzero()[0]

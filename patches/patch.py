@@ -114,20 +114,26 @@ def check_sources(patch: str, source_sha256: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def parameter_names(function: Callable[..., Any]) -> list[str]:
-    """Names of the parameters, without keyword-only ones (a stand-in may add those)."""
+def positional(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters, without keyword-only ones (a stand-in may add those)."""
     return [
-        p.name
+        p
         for p in inspect.signature(function).parameters.values()
         if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
     ]
 
 
 def check_parameters(patch: str, target: str, original: Any, new: Any) -> None:
-    """Fail clearly when upstream changed the signature that `new` reproduces."""
-    theirs, ours = parameter_names(original), parameter_names(new)
-    if theirs != ours:
-        raise gone(patch, target, f"takes {theirs}, expected {ours}")
+    """Fail clearly when upstream changed the signature that `new` reproduces.
+
+    `new` may go on behind upstream's last parameter with some that have defaults: those of a
+    later version.
+    """
+    theirs = [p.name for p in positional(original)]
+    ours = positional(new)
+    later = ours[len(theirs) :]
+    if [p.name for p in ours[: len(theirs)]] != theirs or any(p.default is p.empty for p in later):
+        raise gone(patch, target, f"takes {theirs}, expected {[p.name for p in ours]}")
 
 
 def replace(

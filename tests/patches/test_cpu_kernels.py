@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each CPU stand-in against the Triton kernel of the installed vLLM, on random batches."""
 
+import inspect
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from triton_emulator import launch
 from vllm_d2f.patches import cpu_block_tables, cpu_kernels
 from vllm_d2f.patches.p03_cpu_kernels import KERNELS
+from vllm_d2f.patches.patch import find, function_of
 
 SEEDS = range(int(os.environ.get("D2F_KERNEL_SEEDS", "25")))
 TARGETS = {name: target for target, name in KERNELS.items()}
@@ -117,9 +119,36 @@ def test_post_update(seed: int, with_queries: bool, bins: bool):
         (b.idx_mapping, b.num_computed, b.ints(0, 9, ROWS, 1, dtype=np.int64), counts, 12)
         + (b.ints(0, 12, b.num_reqs, 6, dtype=np.int64), 6, sampled, rejected)
         + (b.query_start_loc if with_queries else None, b.all_token_ids, MAX_LEN)
-        + (b.ints(0, 60, ROWS),),
+        + (b.ints(0, 60, ROWS), *newer_than_0_32(b, "draft_tokens_ptr")),
         num_warps=1,
     )
+
+
+def has_parameter(kernel: str, name: str) -> bool:
+    return name in inspect.signature(function_of(find("p03", kernel)[2])).parameters
+
+
+def newer_than_0_32(b: Batch, name: str) -> tuple[Any, ...]:
+    """Draft tokens, for a `_post_update_kernel` that has a place for them (vLLM 0.33)."""
+    if not has_parameter(TARGETS["post_update"], name):
+        return ()
+    if b.rng.random() < 0.5:
+        return None, None, 0
+    shape = [(b.num_reqs, MAX_DRAFT), (ROWS, MAX_DRAFT)]
+    return *(b.ints(0, 12, *size, dtype=np.int64) for size in shape), MAX_DRAFT
+
+
+def test_post_update_moves_draft_tokens():
+    """What vLLM 0.33 asks for, on any version: batch row 0 is skipped, row 1 is state row 2."""
+    draft, out = torch.tensor([[7, 8], [5, 6]]), torch.zeros(4, 2, dtype=torch.int64)
+    nothing = torch.zeros(2, dtype=torch.int32)
+    states = (torch.zeros(4, dtype=torch.int32) for _ in range(2))
+    cpu_kernels.post_update(
+        torch.tensor([-1, 2]), next(states), torch.zeros(4, 1, dtype=torch.int64), None, 0,
+        torch.zeros(2, 1, dtype=torch.int64), 1, nothing, nothing, None,
+        torch.zeros(4, 9, dtype=torch.int32), 9, next(states), draft, out, 2,
+    )  # fmt: skip
+    assert out.tolist() == [[0, 0], [0, 0], [5, 6], [0, 0]]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -142,9 +171,10 @@ def test_apply_write(seed: int, two_dimensions: bool):
     length = b.length if two_dimensions else np.ones_like(b.length)
     output = b.all_token_ids if two_dimensions else b.num_computed
     starts = b.ints(0, 20, b.num_reqs) if two_dimensions else torch.zeros(b.num_reqs).int()
+    # A program per piece; since vLLM 0.33 one per 8 tokens of it, given as the second axis.
     compare(
         "apply_write",
-        (b.num_reqs,),
+        (b.num_reqs, -(-int(length.max()) // 8)),
         (output, output.stride(0), b.idx_mapping.int(), starts, b.ints(0, 99, int(length.sum())))
         + (torch.from_numpy(length.cumsum().astype(np.int32)), None),
         BLOCK_SIZE=8,
@@ -183,6 +213,8 @@ def test_gather_block_tables(seed: int, groups: int, given_out: bool):
     t = tables(b, groups)
     padded = min(ROWS, b.num_reqs + 2)
     want = [x.clone() for x in t.input_block_tables]
+    newer = has_parameter(f"{TABLES}:_gather_block_tables_kernel", "sliding_window_reach_ptr")
+    no_sliding_window = (b.num_computed, b.ints(0, 1, groups), torch.tensor(t.block_sizes)) * newer
     launch(
         f"{TABLES}:_gather_block_tables_kernel",
         (groups, padded),
@@ -193,7 +225,9 @@ def test_gather_block_tables(seed: int, groups: int, given_out: bool):
         t.num_blocks.gpu,
         ROWS,
         b.num_reqs,
+        *no_sliding_window,
         BLOCK_SIZE=4,
+        **({"MASK_SLIDING_WINDOW": False} if no_sliding_window else {}),
     )
     out = tuple(x.clone() for x in t.input_block_tables) if given_out else None
     got = cpu_block_tables.gather_block_tables(t, b.idx_mapping, padded, out)
