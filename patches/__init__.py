@@ -18,6 +18,7 @@ from vllm_d2f.patches import (
     p09_cpu_async,
     p10_exit_status,
     p11_streamed_input,
+    p12_full_graphs,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -35,6 +36,7 @@ PATCHES: tuple[Patch, ...] = (
     p09_cpu_async.PATCH,
     p10_exit_status.PATCH,
     p11_streamed_input.PATCH,
+    p12_full_graphs.PATCH,
 )
 
 _applied: dict[str, str] = {}

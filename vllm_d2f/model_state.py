@@ -8,10 +8,11 @@ again, so the answer does not depend on preemptions.
 Shape suffixes: S slots or virtual sequences, R requests of the batch, W window positions, H hidden.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
@@ -26,9 +27,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
 from vllm_d2f.d2f import Window, grow
+from vllm_d2f.full_graphs import fill_up, whole_blocks
 from vllm_d2f.grammar import Grammars
 from vllm_d2f.models.base import D2FModel
-from vllm_d2f.patches import p04_forget_finished
+from vllm_d2f.patches import p04_forget_finished, p12_full_graphs
 from vllm_d2f.proposal import Sampling
 from vllm_d2f.proposer import Proposer, make_proposer
 from vllm_d2f.sampler import D2FSampler
@@ -40,6 +42,9 @@ from vllm_d2f.settings import (
     wants_trace,
 )
 from vllm_d2f.stale_pages import StalePages
+
+if TYPE_CHECKING:
+    from vllm_d2f.attention.flashinfer import BlockCausalBuilder
 
 
 class D2FModelState(ModelState):
@@ -53,6 +58,10 @@ class D2FModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         p04_forget_finished.install()
+        mode = vllm_config.compilation_config.cudagraph_mode
+        self.full_graphs = mode is not None and mode.has_full_cudagraphs()
+        if self.full_graphs:
+            p12_full_graphs.install()
         self.project = cast(D2FModel, model).project
         # With tensor parallelism a row's token and confidence are reduced over the ranks' shards of
         # the vocabulary; only what needs the whole row gathers it.
@@ -228,18 +237,29 @@ class D2FModelState(ModelState):
         start_R = input_batch.num_computed_tokens_np
         query_start_R1 = input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
         length_R = query_start_R1[1:] - query_start_R1[:-1]
-        block_size_R = self.block_size_S[slot_R]
+        prompt_len_R, block_size_R = self.prompt_len_S[slot_R], self.block_size_S[slot_R]
+        if for_capture:  # of a FULL graph: made-up requests, windows from position 0 on
+            prompt_len_R = np.zeros_like(prompt_len_R)
+            block_size_R = np.full_like(block_size_R, self.settings.params.block_size)
         if self.stale_pages is not None and not for_capture:
             self.stale_pages.clear(slot_R, start_R + length_R, block_tables, kv_cache_config)
         sequences = virtual_sequences(
             start_R,
             start_R + length_R,
-            self.prompt_len_S[slot_R],
+            prompt_len_R,
             block_size_R,
             np.full_like(block_size_R, self.settings.params.block_size)
             if self.settings.prompt_attention == "block_causal"
             else None,
         )
+        if self.full_graphs:
+            replayed = for_capture or cudagraph_mode == CUDAGraphMode.FULL
+            for attn_group in (one for several in attn_groups for one in several):
+                builder = attn_group.get_metadata_builder(ubatch_idx)
+                cast("BlockCausalBuilder", builder).replayed = replayed
+            if replayed:
+                width = input_batch.num_tokens_after_padding
+                sequences = fill_up(sequences, width // self.settings.params.block_size)
         query_start = torch.from_numpy(sequences.query_start_S1)
         kv_len = torch.from_numpy(sequences.kv_len_S)
         request_S = async_tensor_h2d(sequences.request_S, device=self.device)
@@ -264,6 +284,21 @@ class D2FModelState(ModelState):
             for_cudagraph_capture=for_capture,
             causal=False,
             ubatch_idx=ubatch_idx,
+        )
+
+    def fits_full_graph(
+        self,
+        slot_R: NDArray[np.integer],
+        start_R: NDArray[np.integer],
+        length_R: NDArray[np.integer],
+    ) -> bool:
+        """Whether a step has the form of a captured graph (asked by p12, before its inputs)."""
+        return whole_blocks(
+            start_R,
+            length_R,
+            self.prompt_len_S[slot_R],
+            self.block_size_S[slot_R],
+            self.settings.params.block_size,
         )
 
     # Outputs

@@ -239,7 +239,9 @@ class Client:
     def __init__(self, url: str, connections: int) -> None:
         self.tally = Tally()
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        timeout = httpx.Timeout(ANSWER_SECONDS, pool=None)
+        timeout = httpx.Timeout(ANSWER_SECONDS)
+        address = httpx.URL(url)
+        self.host, self.port = address.host, address.port
         # A proxy of the environment is not between us and our own server.
         self.http = httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout, trust_env=False)
 
@@ -279,25 +281,44 @@ class Client:
         """Send a request and close the connection: at once, while it waits, between chunks."""
         body = ask.body | {"stream": True, "max_tokens": ask.body.get("max_tokens", 64)}
         when = rng.choice(("at once", "waiting", "after a chunk", "after three", "not streamed"))
+        body["stream"] = when != "not streamed"
         try:
-            if when in ("at once", "waiting", "not streamed"):
-                body["stream"] = when != "not streamed"
-                limit = 0.002 if when == "at once" else rng.uniform(0.003, 0.08)
-                async with asyncio.timeout(limit):
-                    await self.http.post("/v1/completions", json=body)
+            if when in ("after a chunk", "after three"):
+                await self._hang_up(body, after=1 if when == "after a chunk" else 3)
             else:
-                chunks = 1 if when == "after a chunk" else 3
-                async with self.http.stream("POST", "/v1/completions", json=body) as response:
-                    async for _ in response.aiter_lines():
-                        chunks -= 1
-                        if chunks < 0:
-                            break
-        except TimeoutError:
-            pass
-        except httpx.HTTPError as error:
+                await self._hang_up(
+                    body, seconds=0.002 if when == "at once" else rng.uniform(0.003, 0.08)
+                )
+        except OSError as error:
             self._wrong(ask, True, error=f"before we closed: {error!r}")
             return
         self.tally.aborted[when] += 1
+
+    async def _hang_up(
+        self, body: dict[str, Any], after: int = 1 << 30, seconds: float = 60
+    ) -> None:
+        """Send a request and close the connection after so many chunks or seconds.
+
+        On a connection of its own: a request that is cancelled in the client's pool can take its
+        place there with it, and after half an hour none is left.
+        """
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            content = json.dumps(body).encode()
+            writer.write(
+                f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
+                "Content-Type: application/json\r\nConnection: close\r\n"
+                f"Content-Length: {len(content)}\r\n\r\n".encode()
+                + content
+            )
+            await writer.drain()
+            async with asyncio.timeout(seconds):
+                while after > 0 and (line := await reader.readline()):
+                    after -= line.startswith(b"data:")
+        except TimeoutError:
+            pass
+        finally:
+            writer.transport.abort()
 
     def compare(self, ask: HttpAsk, stream: bool, got: "Got") -> None:
         """Count one answer."""

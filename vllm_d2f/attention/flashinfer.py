@@ -32,7 +32,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.utils import get_flashinfer_layout_string
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_d2f.attention.pages import PageLists
 
@@ -41,6 +41,12 @@ CACHE_TYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+GRAPH_KERNELS = "fa2"
+"""FlashInfer's kernels that are recorded: their grid does not depend on the lengths of a step."""
+
+PLAN_BYTES = 8 << 20
+"""What FlashInfer sets aside for the plan of a step."""
+
 WORKSPACE_BYTES_PER_CHANNEL = 16
 """Of a query token. FlashInfer keeps partial results of sequences that it splits over programs."""
 
@@ -117,11 +123,24 @@ class BlockCausalMetadata(AttentionMetadata):
 class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
     """Plans a step.
 
-    A plan depends on lengths, so it is made outside of CUDA graphs; `select.prepare` sees to it
-    that vLLM captures the pieces between attention layers only.
+    A plan depends on lengths, so it is made outside of CUDA graphs. With piecewise graphs attention
+    runs outside too. A FULL graph has recorded a wrapper's kernels; for each number of sequences
+    there is one such wrapper, and to plan a step is to write the buffers that its kernels read.
+
+    Attributes:
+        replayed: the step to plan is one that a FULL graph replays, or is captured from.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    replayed = False
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        mode = vllm_config.compilation_config.cudagraph_mode
+        if mode is not None and mode.has_full_cudagraphs():
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def __init__(
         self,
@@ -157,6 +176,9 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         )
         self._workspace: Tensor | None = None
         self._wrapper: Any = None
+        # By number of sequences.
+        self._graph_wrappers: dict[int, Any] = {}
+        self._graph_plan_memory: Tensor | None = None
 
     # vLLM lets the builders of all groups share one workspace.
 
@@ -188,15 +210,10 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         assert kv_len is not None  # D2FModelState gives the exact lengths
         layout = self.vllm_config.cache_config.get_resolved_kv_cache_layout()
         name = get_flashinfer_layout_string(layout)
-        if self._wrapper is None:
-            from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-            self._wrapper = BatchPrefillWithPagedKVCacheWrapper(
-                self._get_workspace_buffer(), name, backend="auto"
-            )
         query_start_S1 = common.query_start_loc_cpu.numpy()
         paged = self.pages.build(query_start_S1, kv_len.numpy(), common.block_table_tensor)
-        self._wrapper.plan(
+        wrapper = self._graph_wrapper(len(kv_len), name) if self.replayed else self._any(name)
+        wrapper.plan(
             qo_indptr=paged.query_start_S1,
             paged_kv_indptr=paged.page_start_S1,
             paged_kv_indices=paged.pages_N,
@@ -212,8 +229,48 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
             seq_lens=paged.kv_len_S,
         )
         return BlockCausalMetadata(
-            self._wrapper, int(query_start_S1[-1]), name, tuple(layout.layer_view_order)
+            wrapper, int(query_start_S1[-1]), name, tuple(layout.layer_view_order)
         )
+
+    def _any(self, layout: str) -> Any:
+        """The wrapper for steps of any form."""
+        if self._wrapper is None:
+            from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+            self._wrapper = BatchPrefillWithPagedKVCacheWrapper(
+                self._get_workspace_buffer(), layout, backend="auto"
+            )
+        return self._wrapper
+
+    def _graph_wrapper(self, num_sequences: int, layout: str) -> Any:
+        """The wrapper whose kernels the graphs with so many sequences have recorded.
+
+        All share the page list, the workspace and the memory for plans: graphs run one after
+        another, and a step writes its plan before it replays.
+        """
+        if num_sequences not in self._graph_wrappers:
+            from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+            def buffer(size: int) -> Tensor:
+                return torch.zeros(size, dtype=torch.int32, device=self.device)
+
+            wrapper = BatchPrefillWithPagedKVCacheWrapper(
+                self._get_workspace_buffer(),
+                layout,
+                use_cuda_graph=True,
+                qo_indptr_buf=buffer(num_sequences + 1),
+                paged_kv_indptr_buf=buffer(num_sequences + 1),
+                paged_kv_indices_buf=self.pages.buffer_N,
+                paged_kv_last_page_len_buf=buffer(num_sequences),
+                backend=GRAPH_KERNELS,
+            )
+            if self._graph_plan_memory is None:
+                self._graph_plan_memory = torch.empty(
+                    PLAN_BYTES, dtype=torch.uint8, device=self.device
+                )
+            wrapper.reset_workspace_buffer(self._get_workspace_buffer(), self._graph_plan_memory)
+            self._graph_wrappers[num_sequences] = wrapper
+        return self._graph_wrappers[num_sequences]
 
 
 class BlockCausalImpl(AttentionImpl[BlockCausalMetadata]):

@@ -23,7 +23,7 @@ class PagedSequences(NamedTuple):
         query_start_S1: [S + 1], queries of sequence s are [query_start[s], query_start[s + 1]).
         page_start_S1: [S + 1], likewise its pages in `pages_N`.
         pages_N: on the device.
-        last_page_len_S: positions in use on the last page, 1 to the page size.
+        last_page_len_S: positions in use on the last page, 1 to the page size; 0 without pages.
         kv_len_S: number of keys.
     """
 
@@ -57,7 +57,8 @@ class PageLists:
         """Page lists of a step.
 
         Args:
-            query_start_S1, kv_len_S: as in `VirtualSequences`, lengths of at least 1.
+            query_start_S1, kv_len_S: as in `VirtualSequences`. A length of 0 is a sequence that
+                fills up a CUDA graph: without queries, keys and pages.
             table_SP: int32 on the device, each sequence's page table; entries beyond its last page
                 are not read.
 
@@ -86,7 +87,7 @@ class PageLists:
             self._pin(query_start_S1),
             self._pin(page_start_S1),
             pages_N,
-            self._pin((kv_len_S - 1) % self.page_size + 1),
+            self._pin(kv_len_S - (count_S - 1).clip(min=0) * self.page_size),
             self._pin(kv_len_S),
         )
 

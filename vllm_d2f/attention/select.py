@@ -26,7 +26,7 @@ def register() -> None:
 
 
 def prepare(vllm_config: "VllmConfig") -> None:
-    """Choose the backend and keep attention out of CUDA graphs.
+    """Choose the backend, and which CUDA graphs it can be part of.
 
     FlashInfer is the default and means the backend of this package: vLLM's own sizes its buffers
     for `max_num_seqs` sequences, and here every open block is one. Other backends stay selectable,
@@ -34,8 +34,10 @@ def prepare(vllm_config: "VllmConfig") -> None:
 
     A FULL graph records how many sequences a batch has, and FLASH_ATTN and TRITON_ATTN keep
     buffers for `max_num_seqs` of them in that mode. A window has as many sequences as open blocks,
-    so a graph recorded for one number gives wrong results for another: only what lies between the
-    attention layers is captured.
+    so with these only what lies between the attention layers is captured. The backend of this
+    package can be part of a FULL graph (see `vllm_d2f.full_graphs`). It is only on request, with
+    `--compilation-config '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'`: no device has shown yet that
+    it wins.
 
     Raises:
         ValueError: when FlashInfer is wanted and is not there or does not have the head size, or
@@ -75,7 +77,12 @@ def prepare(vllm_config: "VllmConfig") -> None:
         attention.backend = AttentionBackendEnum.CUSTOM
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
-    if mode is None or mode.has_full_cudagraphs():
-        if mode is not None:
-            logger.warning("D2F captures no attention: cudagraph_mode %s becomes PIECEWISE", mode)
+    if mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif mode.has_full_cudagraphs() and attention.backend is not AttentionBackendEnum.CUSTOM:
+        logger.warning(
+            "Only the FlashInfer backend of D2F can be part of a FULL graph: cudagraph_mode %s "
+            "becomes PIECEWISE",
+            mode,
+        )
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
