@@ -58,11 +58,13 @@ def points(part: str, options: Options) -> Points:
 
 
 def variants(part: str, options: Options) -> list[tuple[str, str, str]]:
-    """Backend, type, and whether CUDA graphs are used."""
+    """Backend, type, and which CUDA graphs are used."""
     if options.rehearse:
         return [("CPU_ATTN", "float32", "eager")]
     backends = BACKENDS if part == "wide" else BACKENDS[1:]
     out = [(backend, "bfloat16", mode) for backend in backends for mode in ("graphs", "eager")]
+    if "CUSTOM" in backends:
+        out.append(("CUSTOM", "bfloat16", "full"))
     return out + [(backend, "float32", "eager") for backend in FLOAT32 if backend in backends]
 
 
@@ -129,7 +131,13 @@ def engine_answers(
     given: dict[str, Any] = dict(dtype=dtype, enforce_eager=mode == "eager", block_size=32)
     if backend != "CPU_ATTN":
         given["attention_backend"] = backend
-    window = asked[0].params.window
+    params = asked[0].params
+    window = params.window
+    if mode == "full":
+        given["compilation_config"] = {"cudagraph_mode": "FULL_AND_PIECEWISE"}
+        # FULL graphs are those of the served block size.
+        served = {"block_size": params.block_size, "max_blocks": params.max_blocks}
+        given["additional_config"] = {"d2f": {**served, "window": window}}
     folder = str(model_folder(part, options))
     try:
         llm = start_engine(folder, window=window, max_model_len=MAX_MODEL_LEN, **given)

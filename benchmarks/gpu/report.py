@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import fit, shapes
-from benchmarks.gpu.stage import STAGES
+from benchmarks.gpu.stage import STAGES, STEPS
 from benchmarks.gpu.store import Mismatch, read
 
 Results = Mapping[str, dict[str, Any]]
@@ -191,8 +191,9 @@ def _lead(point: Mapping[str, Any], name: str) -> float:
 
 def step_floor_ms(part: str, point: Mapping[str, Any], rates: Mapping[str, float]) -> float:
     """Reading weights and the cache once, or the products of the step, whichever takes longer."""
-    weights = shapes.weight_bytes(part)["step"]
-    bytes_ = weights + shapes.kv_bytes_per_token(part) * point["context_tokens"]
+    shape = part.partition("-")[0]
+    weights = shapes.weight_bytes(shape)["step"]
+    bytes_ = weights + shapes.kv_bytes_per_token(shape) * point["context_tokens"]
     # Two operations per weight of two bytes and token.
     flops = weights * point["tokens"]
     return max(bytes_ / rates["copy_gb_per_s"] / 1e6, flops / rates["matmul_gflop_per_s"] / 1e6)
@@ -219,8 +220,9 @@ def _steps(results: Results, bars: Bars) -> Iterator[str]:
     table = {key: p for key, p in points.items() if "/steps/" in key}
     if not table:
         return
-    yield from ("## Steps", "")
-    for part in (*fit.PAIRS, *fit.PAIRS.values()):
+    ar_parts = fit.PAIRS.values()
+    yield from ("## Steps", "", *_gains(table))
+    for part in STEPS:
         if start := points.get(f"{part}/start"):
             yield (
                 f"- {part}: {start['attention']}, graphs {start['cudagraph_mode']}, async "
@@ -236,10 +238,26 @@ def _steps(results: Results, bars: Bars) -> Iterator[str]:
             floor = step_floor_ms(part, point, rates)
             cells = [f"{floor:.3f}", f"{point['ms'] / floor:.2f}"]
         yield (
-            f"| {part} | {context} | {blocks if part in fit.PAIRS else ''} | {requests} | "
+            f"| {part} | {context} | {blocks if part not in ar_parts else ''} | {requests} | "
             f"{point['ms']:.3f} | {cells[0]} | {cells[1]} | {point['host_ms']:.3f} |"
         )
     yield ""
+
+
+def _gains(table: Mapping[str, Any]) -> Iterator[str]:
+    """Steps with FULL graphs or asynchronous scheduling, as a ratio to the same without."""
+    for variant, words in (("full", "FULL graphs"), ("async", "asynchronous scheduling")):
+        ratios = {}
+        for key, point in table.items():
+            part, _, case = key.partition("/")
+            plain = table.get(f"{part.removesuffix(f'-{variant}')}/{case}")
+            if part.endswith(f"-{variant}") and plain:
+                _, _, blocks, requests = case.split("/")
+                ratios[f"{requests} x {blocks}"] = point["ms"] / plain["ms"]
+        if ratios:
+            cells = ", ".join(f"{case}: {ratio:.3f}" for case, ratio in ratios.items())
+            yield f"Step with {words} / without, by requests x blocks: {cells}."
+            yield ""
 
 
 def _speed(results: Results, bars: Bars) -> Iterator[str]:

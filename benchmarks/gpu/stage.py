@@ -46,10 +46,12 @@ class Stage:
     parts: tuple[str, ...]
 
 
+STEPS = ("dream", "qwen", "llada", "llama", "dream-full", "dream-async")
+
 STAGES = (
     Stage("b", "kernels", "benchmarks.gpu.kernels", ("host", "backend", "confidence", "tests")),
     Stage("c", "parity", "benchmarks.gpu.parity", ("tiny", "wide")),
-    Stage("d", "steps", "benchmarks.gpu.steps", ("dream", "qwen", "llada", "llama")),
+    Stage("d", "steps", "benchmarks.gpu.steps", STEPS),
     Stage("e", "profile", "benchmarks.gpu.profiling", ("dream", "qwen")),
     Stage("a", "attention", "benchmarks.gpu.attention", ("dream", "llada")),
     Stage("f", "training", "benchmarks.gpu.retrain", ("train", "evaluate", "pack")),

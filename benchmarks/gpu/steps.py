@@ -6,6 +6,9 @@ full. `host_ms` is the part of a step in which the host did not wait for the dev
 tokens per second of `LLM.generate` at 2, 2.9 and 4 tokens per forward (simulated), prompts of 512,
 answers of 128, windows of 4 blocks. `memory`: 256 requests with windows of 128 at once.
 Weights are dummies, so no time depends on what is decided.
+
+`dream-full` and `dream-async` are `dream` with FULL CUDA graphs and with asynchronous scheduling,
+at the sizes where the host's work shows: which of them becomes a default is decided by these.
 """
 
 import statistics
@@ -31,16 +34,26 @@ KEPT_STEPS = 30
 """Steps of a point that stay in the file for fitting."""
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "full": {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+    "async": {"async_scheduling": True},
+}
+"""What follows the shape in a part's name, and the engine's arguments."""
+VARIANT_REQUESTS = (1, 2, 4, 8, 16)
+
+
 def points(part: str, options: Options) -> Points:
-    engine = cache(lambda: DummyEngine(part, options))
-    diffusion = part in shapes.D2F
-    requests: tuple[int, ...] = REQUESTS
-    contexts: tuple[int, ...] = (CONTEXT, LONG_CONTEXT)
+    name, _, variant = part.partition("-")
+    engine = cache(lambda: DummyEngine(name, options, **VARIANTS[variant]))
+    diffusion = name in shapes.D2F
+    requests: tuple[int, ...] = VARIANT_REQUESTS if variant else REQUESTS
+    contexts: tuple[int, ...] = (CONTEXT,) if variant else (CONTEXT, LONG_CONTEXT)
     answer = ANSWER
     if options.rehearse:
         requests, contexts, answer = (1, 4), (48, 96), 24
     elif options.quick:
-        requests, contexts = (1, 4, 64), (CONTEXT,)
+        requests, contexts = (1, 4) if variant else (1, 4, 64), (CONTEXT,)
     yield f"{part}/start", lambda: start(engine())
     # A long context matters for the fit only: one window width is enough.
     grid = [(contexts[0], blocks) for blocks in (BLOCKS if diffusion else (1,))]
@@ -53,7 +66,8 @@ def points(part: str, options: Options) -> Points:
         for count in requests:
             key = f"{part}/speed/{rate:g}/{count}"
             yield key, partial(_later, engine, speed, count, rate, contexts[0], answer)
-    yield f"{part}/memory", lambda: memory(engine(), max(requests), contexts[0])
+    if not variant:
+        yield f"{part}/memory", lambda: memory(engine(), max(requests), contexts[0])
 
 
 def _later(engine: Callable[[], DummyEngine], measure: Callable, *arguments: Any) -> dict[str, Any]:

@@ -175,6 +175,33 @@ def verdicts(text):
     return {row[0].strip(): row[-1].strip() for row in cells}
 
 
+def document(folder, results):
+    return report.document(report.collect(write(folder, results)), "report")
+
+
+def test_what_graphs_and_scheduling_ahead_gain_is_shown(tmp_path, results):
+    steps = dict(results["steps"])
+    for size in (1, 2):
+        plain = steps[f"dream/steps/512/4/{size}"]
+        steps[f"dream-full/steps/512/4/{size}"] = {**plain, "ms": plain["ms"] * 0.9}
+        steps[f"dream-async/steps/512/1/{size}"] = {
+            **steps[f"dream/steps/512/1/{size}"],
+            "ms": steps[f"dream/steps/512/1/{size}"]["ms"] * 1.25,
+        }
+    text = document(tmp_path / "variants", {**results, "steps": steps})
+    plain = document(tmp_path / "plain", results)
+    assert (
+        "Step with FULL graphs / without, by requests x blocks: 1 x 4: 0.900, 2 x 4: 0.900." in text
+    )
+    assert "asynchronous scheduling / without, by requests x blocks: 1 x 1: 1.250" in text
+    # The floor is that of the shape, and the bars are those of the plain part.
+    (row,) = [line for line in text.splitlines() if line.startswith("| dream-full | 512 | 4 | 1 |")]
+    (same,) = [line for line in text.splitlines() if line.startswith("| dream | 512 | 4 | 1 |")]
+    assert row.split("|")[6] == same.split("|")[6]
+    assert verdicts(text) == verdicts(plain)
+    assert "by requests x blocks" not in plain
+
+
 def test_the_cost_model_is_found_again(results):
     found = fit.analyse(results["steps"], "dream")
     cost = fit.Cost.from_dict(found["d2f"])
