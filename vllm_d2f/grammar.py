@@ -7,6 +7,7 @@ the worker keeps a grammar of its own, compiled by the same backend from the sam
 walks it left to right (`left_to_right`). The scheduler's copy only confirms what leaves.
 """
 
+import json
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -42,28 +43,40 @@ def name_backend(manager: "StructuredOutputManager", params: "SamplingParams") -
 def refuse_empty(structured: "StructuredOutputsParams") -> None:
     """Refuse a grammar that cannot say anything (`root ::= root`), where a request is admitted.
 
-    Over single bytes, so that it costs nothing. An alternative that leads nowhere later is found
-    where it is taken (`GrammarConstraint`).
+    Over single bytes, so that it costs nothing. Of the JSON schemas one that refers to itself can
+    be such a grammar. An alternative that leads nowhere later is found where it is taken
+    (`GrammarConstraint`).
 
     Raises:
         VLLMValidationError: with what to change.
     """
-    if structured.grammar is None or structured._backend != "xgrammar":
+    schema = structured.json
+    if isinstance(schema, dict):
+        schema = json.dumps(schema)
+    refers = schema is not None and '"$ref"' in schema
+    if structured._backend != "xgrammar" or (structured.grammar is None and not refers):
         return
     import xgrammar
     from vllm.exceptions import VLLMValidationError
 
+    kind, remedy = "grammar", "rule, beginning with `root`,"
+    grammar: Any = structured.grammar
+    if grammar is None:
+        kind, remedy = "json", "`$ref` to itself"
+        assert schema is not None
+        grammar = xgrammar.Grammar.from_json_schema(schema)
+
     tokens = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)], stop_token_ids=[])
     compiler = xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
     matcher = xgrammar.GrammarMatcher(
-        compiler.compile_grammar(structured.grammar), terminate_without_stop_token=True
+        compiler.compile_grammar(grammar), terminate_without_stop_token=True
     )
     allowed = xgrammar.allocate_token_bitmask(1, 256)
     matcher.fill_next_token_bitmask(allowed, 0)
     if not allowed.any() and not matcher.is_completed():
         raise VLLMValidationError(
-            "structured_outputs.grammar: no text matches it. Give every rule, beginning with "
-            "`root`, an alternative that ends.",
+            f"structured_outputs.{kind}: no text matches it. Give every {remedy} an alternative "
+            "that ends.",
             parameter="structured_outputs",
         )
 

@@ -224,6 +224,15 @@ def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_e
         ask(llm, prompts[:1], structured(grammar="root ::= root"))
 
 
+def test_a_schema_that_refers_to_itself(llm, prompts):
+    """Refused if it never ends, as a dict and as text; answered if it can."""
+    for endless in ({"$ref": "#"}, '{"$ref": "#"}'):
+        with pytest.raises(VLLMValidationError, match=r"json: no text matches it.*`\$ref`"):
+            ask(llm, prompts[:1], structured(json=endless))
+    tree = {"type": "array", "items": {"$ref": "#"}}
+    assert json.loads(ask(llm, prompts[:1], structured(json=tree))[0].text) is not None
+
+
 def test_refused(llm, prompts):
     for options in (dict(bad_words=["pens"]), dict(allowed_token_ids=[5, 6])):
         with pytest.raises(VLLMValidationError, match="write them into the grammar"):
