@@ -4,11 +4,13 @@
 from typing import TYPE_CHECKING, Any, cast
 
 import vllm.envs as envs
+from vllm.config import CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.select import prepare as prepare_attention
 from vllm_d2f.models import ARCHITECTURES
@@ -53,6 +55,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         if current_platform.is_cuda():
             prepare_attention(vllm_config)
         if current_platform.is_cpu():
+            _refuse_on_cpu(vllm_config)
             _bound_cpu_cache(vllm_config)
         _set_prefill(settings, model_config.max_model_len, scheduler_config)
 
@@ -128,6 +131,22 @@ def _set_prefill(
             max_model_len,
         )
         scheduler_config.max_num_batched_tokens = max_model_len
+
+
+def _refuse_on_cpu(vllm_config: "VllmConfig") -> None:
+    """What needs CUDA, which vLLM's CPU platform would drop without a word."""
+    backend = vllm_config.attention_config.backend
+    if backend not in (None, AttentionBackendEnum.CPU_ATTN):
+        raise ValueError(
+            f"--attention-backend {backend.name} needs CUDA, and this is vLLM for CPUs; remove it, "
+            "or install the build for CUDA: pip install 'vllm-d2f[gpu]'"
+        )
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode not in (None, CUDAGraphMode.NONE):
+        raise ValueError(
+            f"cudagraph_mode {mode.name} in --compilation-config needs CUDA, and this is vLLM for "
+            "CPUs; remove it, or install the build for CUDA: pip install 'vllm-d2f[gpu]'"
+        )
 
 
 CPU_PAGE = 128

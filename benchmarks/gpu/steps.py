@@ -45,7 +45,8 @@ VARIANT_REQUESTS = (1, 2, 4, 8, 16)
 
 def points(part: str, options: Options) -> Points:
     name, _, variant = part.partition("-")
-    engine = cache(lambda: DummyEngine(name, options, **VARIANTS[variant]))
+    changes = {} if options.rehearse and variant == "full" else VARIANTS[variant]
+    engine = cache(lambda: DummyEngine(name, options, **changes))
     diffusion = name in shapes.D2F
     requests: tuple[int, ...] = VARIANT_REQUESTS if variant else REQUESTS
     contexts: tuple[int, ...] = (CONTEXT,) if variant else (CONTEXT, LONG_CONTEXT)

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import write_dream
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 HINT = """--additional-config '{"d2f": {"block_size": 32, "max_blocks": 4}}'"""
 
@@ -160,3 +161,29 @@ def test_the_command_shows_the_reason_and_ends(plain):
     )
     assert done.returncode == 1
     assert HINT in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(attention_backend="FLASHINFER"), "--attention-backend FLASHINFER needs CUDA"),
+        (dict(attention_backend="TRITON_ATTN"), "--attention-backend TRITON_ATTN needs CUDA"),
+        (
+            dict(compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"}, enforce_eager=False),
+            "cudagraph_mode FULL_AND_PIECEWISE in --compilation-config needs CUDA",
+        ),
+    ],
+)
+def test_what_needs_cuda_is_refused_on_a_cpu(dream, options, named):
+    if not current_platform.is_cpu():
+        pytest.skip("there is CUDA")
+    with pytest.raises(ValueError, match=r"pip install 'vllm-d2f\[gpu\]'") as refusal:
+        config(dream, **options)
+    assert named in str(refusal.value)
+
+
+def test_what_a_cpu_has_may_be_named(dream):
+    if not current_platform.is_cpu():
+        pytest.skip("there is CUDA")
+    config(dream, attention_backend="CPU_ATTN", compilation_config={"cudagraph_mode": "NONE"})
+    config(dream, enforce_eager=False)
