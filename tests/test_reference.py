@@ -113,6 +113,13 @@ def test_empty_prompt_is_refused(forward):
         generate(forward, [], D2FParams(), max_tokens=4, mask_id=MASK, ends=[], shift=True)
 
 
+@pytest.mark.parametrize("max_len", [1, 2])
+def test_a_prompt_without_room_for_an_answer_is_refused(forward, max_len):
+    common = dict(max_tokens=4, mask_id=MASK, ends=[], shift=True)
+    with pytest.raises(ValueError, match=f"2 tokens leaves no room .*max_len = {max_len}"):
+        generate(forward, [1, 2], D2FParams(), max_len=max_len, **common)
+
+
 def test_no_shift_reads_the_row_of_the_position_itself():
     def forward(tokens_T, mask_TT):
         # Row i says token i + 10 with certainty.

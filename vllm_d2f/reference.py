@@ -105,9 +105,16 @@ def decode(
         sampling: one entry; None or temperature 0 is greedy.
         prompt_block: positions per prompt block of a model with a block-causal prompt.
         proposer: of a request with rules of its own, new for this call; `sampling` is its.
+
+    Raises:
+        ValueError: the prompt is empty, or leaves no room for an answer.
     """
     if not prompt:
         raise ValueError("the prompt is empty; D2F needs at least one prompt token")
+    if max_len is not None and len(prompt) >= max_len:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer in max_len = {max_len}"
+        )
     limit = max_len - len(prompt) if max_len is not None else max_tokens + params.block_size
     window = Window.empty(1, params.window, max(len(ends), 1), mask_id)
     window.start(
