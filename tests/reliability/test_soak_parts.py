@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reliability import aborts, overload, report, soak
+from benchmarks.reliability import aborts, audit, overload, report, soak
 from benchmarks.reliability.inside import STAGES
 from benchmarks.reliability.server import growth, log_errors, memory, parse_metrics
 
@@ -102,3 +102,25 @@ def test_the_document_says_what_the_files_say():
     written = Path(report.RESULTS / "reliability.md").read_text(encoding="utf-8")
     assert written == report.render(report.RESULTS)
     assert "## Batch invariance" in written
+
+
+def test_an_audit_judges_only_what_a_record_speaks_of():
+    def record(version, *vulnerabilities):
+        return {"info": {"version": version}, "vulnerabilities": list(vulnerabilities)}
+
+    versions = {"good": "1", "bad": "2", "old": "1", "mine": "0.1", "cleared": "3"}
+    found = audit.judge(
+        versions,
+        {
+            "good": record("1"),
+            "bad": record("2", {"id": "CVE-1", "fixed_in": ["3"], "summary": "it is bad"}),
+            # What is known of the newest release says nothing about an older one.
+            "old": record("2", {"id": "CVE-2"}),
+            "mine": "HTTPError: 404",
+            "cleared": record("3", {"id": "CVE-3", "withdrawn": "2026-01-01"}),
+        },
+    )
+    assert found["judged"] == ["bad==2", "cleared==3", "good==1"]
+    assert found["vulnerable"] == {"bad": [{"id": "CVE-1", "fixed_in": ["3"], "what": "it is bad"}]}
+    assert found["older"] == {"old": ["1", "2"]} and found["unknown"] == {"mine": "HTTPError: 404"}
+    assert "vllm-d2f" in audit.installed() and "+" not in audit.installed()["torch"]
