@@ -366,9 +366,14 @@ class D2FSampler:
         return torch.cat(rows, dim=1)
 
 
-def gather_ranks(values_NC: Tensor) -> Tensor:
-    """What each tensor-parallel rank has, [P, N, C]."""
-    return tensor_model_parallel_all_gather(values_NC, dim=0).view(-1, *values_NC.shape)
+def gather_ranks(bits_NC: Tensor) -> Tensor:
+    """What each tensor-parallel rank has, int32 [P, N, C].
+
+    They travel as float32, whose bits nobody looks at: vLLM's gather over shared memory on a CPU
+    takes floating types only.
+    """
+    moved = tensor_model_parallel_all_gather(bits_NC.view(torch.float32), dim=0)
+    return moved.view(torch.int32).view(-1, *bits_NC.shape)
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
