@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p08: D2F options beside a request's other fields; removed vLLM fields are refused."""
+"""p08: D2F options beside a request's other fields; what is wrong with a stream is a status."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_d2f.patches.patch import Patch, check_sources, replace
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 NAME = "p08_request_fields"
 COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params"
 CHAT = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params"
 RESPONSES = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params"
+
+_served: VllmConfig | None = None
+"""Of the server in this process."""
 
 
 def _make(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
@@ -39,11 +44,28 @@ def _with_fields(request: Any, params: SamplingParams) -> SamplingParams:
     from vllm_d2f.settings import add_request_fields
 
     add_request_fields(params, request.model_extra or {})
+    if request.stream and _served is not None:
+        _verify(params, _served)
     return params
 
 
-def install() -> None:
-    """Install the patch; a second call does nothing. `D2FStatLogger` of a D2F model calls it."""
+def _verify(params: SamplingParams, config: VllmConfig) -> None:
+    """What vLLM asks of parameters when the engine gets them, asked before a stream begins."""
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    # A deep copy: vLLM's check writes into what it has seen, and sees the parameters once more.
+    copy.deepcopy(params).verify(
+        config.model_config,
+        None,
+        config.structured_outputs_config,
+        cached_tokenizer_from_config(config.model_config),
+    )
+
+
+def install(served: VllmConfig) -> None:
+    """Install the patch; a second call only says what is served now. `D2FStatLogger` calls it."""
+    global _served
+    _served = served
     check_sources(NAME, PATCH.source_sha256)
     replace(NAME, COMPLETION, _make)
     replace(NAME, CHAT, _make)
@@ -64,12 +86,14 @@ PATCH = Patch(
     target=(COMPLETION, CHAT, RESPONSES),
     why="vLLM ignores fields that it does not know. A `d2f_preset` beside `max_tokens`, where "
     "everybody puts it first, would do nothing without a word, and so would `guided_json` and its "
-    "like, which vLLM removed: the answer would come without the constraint.",
+    "like, which vLLM removed: the answer would come without the constraint. And it checks the "
+    "parameters of a stream after it has answered HTTP 200: the error comes as an event.",
     how="Wraps the methods that make sampling parameters of a request: a `d2f_*` field is taken as "
-    "if it stood in `vllm_xargs`, a removed one is an error that names its successor. All other "
-    "fields go vLLM's way.",
+    "if it stood in `vllm_xargs`, a removed one is an error that names its successor. Parameters "
+    "of a stream are checked there too, by vLLM's own method. All other fields go vLLM's way.",
     upstream="vLLM logs a warning for the removed fields, once",
-    remove_when="vLLM lets a plugin declare fields of requests, and refuses those it removed",
+    remove_when="vLLM lets a plugin declare fields of requests, refuses those it removed, and "
+    "checks parameters before it begins a stream",
     when="always, in servers of a D2F model",
     source_sha256={
         COMPLETION: "b846652987d728d72790b03d1e351e00608a59fc5b48238be0e6c0cc877652c6",

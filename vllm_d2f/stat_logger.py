@@ -62,8 +62,9 @@ class D2FStatLogger(AggregateStatLoggerBase):
         self.counters: dict[str, dict[int, Any]] = {}
         if is_d2f(self.model_config):
             # Only a server's process makes a logger, and what these change exists only there.
-            for patch in (p08_request_fields, p10_exit_status, p11_streamed_input):
-                patch.install()
+            p08_request_fields.install(vllm_config)
+            p10_exit_status.install()
+            p11_streamed_input.install()
 
     def log_engine_initialized(self) -> None:
         # Not earlier: vLLM's own logger is made later and begins with unregistering all `vllm:`.

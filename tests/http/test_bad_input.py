@@ -45,18 +45,28 @@ REFUSED = {
     "two greedy answers": ({"n": 2}, ["n must be 1", "greedy"]),
     "prompt logprobs": (
         {"extra_body": {"prompt_logprobs": 1}},
-        ["prompt_logprobs", "not supported"],
+        ["prompt_logprobs", " not "],
+    ),
+    "broken regex": (
+        {"extra_body": {"structured_outputs": {"regex": "("}}},
+        ["regex"],
+    ),
+    "trace of a stream": (
+        {"stream": True, **xargs(d2f_trace=1)},
+        ["d2f_trace", "stream"],
     ),
     "prompt too long": ({"prompt": "Leo has 73 pens. " * 200}, ["maximum context length", "512"]),
     "prompt and answer too long": ({"max_tokens": 5000}, ["max_tokens", "512"]),
 }
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_the_remedy(client, good_answer, name):
+def test_refused_with_the_remedy(client, good_answer, name, stream):
+    """A stream too gets a status, not an event after HTTP 200."""
     options, expected = REFUSED[name]
     with pytest.raises(openai.BadRequestError) as refusal:
-        ask(client, **options)
+        ask(client, **(options | ({"stream": True} if stream else {})))
     assert refusal.value.status_code == 400
     message = refusal.value.body["message"]
     for part in expected:

@@ -4,12 +4,16 @@
 That a server installs it is tested over HTTP (tests/http/test_api_fields.py).
 """
 
+import functools
+
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
-from vllm_d2f.patches.p08_request_fields import PATCH, install
+from vllm_d2f.patches import p08_request_fields as p08
+from vllm_d2f.patches.p08_request_fields import PATCH
 from vllm_d2f.patches.patch import function_of, source_hash
 
 METHOD = "to_sampling_params"
@@ -21,11 +25,24 @@ REQUESTS = {
 CLASSES = pytest.mark.parametrize("kind", REQUESTS)
 
 
+@pytest.fixture(scope="module")
+def served():
+    """The configuration of a server of d2f-tiny."""
+    options = dict(dtype="float32", enforce_eager=True, max_model_len=256)
+    return EngineArgs(model="d2f-tiny", **options).create_engine_config()
+
+
 @pytest.fixture(autouse=True)
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own methods, and afterwards what was there before."""
+    monkeypatch.setattr(p08, "_served", None)
     for kind in REQUESTS:
         monkeypatch.setattr(kind, METHOD, function_of(vars(kind)[METHOD]))
+
+
+@pytest.fixture
+def install(served):
+    return functools.partial(p08.install, served)
 
 
 def params_of(kind, **fields):
@@ -38,7 +55,7 @@ def test_it_was_written_against_this_vllm():
 
 
 @CLASSES
-def test_options_beside_the_other_fields_count(kind):
+def test_options_beside_the_other_fields_count(kind, install):
     install()
     install()
     params = params_of(kind, d2f_preset="gsm8k", d2f_tau_conf=0.5, vllm_xargs={"d2f_trace": 1})
@@ -47,25 +64,56 @@ def test_options_beside_the_other_fields_count(kind):
 
 
 @CLASSES
-def test_an_option_given_twice_is_refused(kind):
+def test_an_option_given_twice_is_refused(kind, install):
     install()
     with pytest.raises(VLLMValidationError, match="d2f_tau_conf stands in vllm_xargs and beside"):
         params_of(kind, d2f_tau_conf=0.5, vllm_xargs={"d2f_tau_conf": 0.9})
 
 
 @CLASSES
-def test_removed_fields_name_their_successor(kind):
+def test_removed_fields_name_their_successor(kind, install):
     install()
     with pytest.raises(VLLMValidationError, match=r"guided_regex is not .*structured_outputs"):
         params_of(kind, guided_regex="[0-9]+")
 
 
 @CLASSES
-def test_everything_else_goes_the_stock_way(kind):
+def test_everything_else_goes_the_stock_way(kind, install):
     fields = dict(temperature=0.5, seed=3, something_else=1, guided_json=None)
     before = params_of(kind, **fields)
     install()
     assert params_of(kind, **fields) == before
+
+
+BAD = {
+    "option": ({"vllm_xargs": {"d2f_tau_conf": 1.5}}, "d2f_tau_conf"),
+    "beside": ({"d2f_tau_conf": 1.5}, "d2f_tau_conf"),
+    "bias": ({"logit_bias": {"100000": 1}}, "logit_bias|out-of-vocab"),
+}
+
+
+@CLASSES
+@pytest.mark.parametrize("what", BAD)
+def test_bad_parameters_of_a_stream_are_refused_before_it_begins(kind, install, what):
+    fields, named = BAD[what]
+    if "logit_bias" in fields and kind is ResponsesRequest:
+        pytest.skip("the API has no logit_bias")
+    params_of(kind, **{k: v for k, v in fields.items() if k != "d2f_tau_conf"}, stream=True)
+    install()
+    with pytest.raises(VLLMValidationError, match=named):
+        params_of(kind, **fields, stream=True)
+    params_of(kind, **fields)  # not streamed: the engine's front end refuses it in time
+
+
+def test_a_checked_stream_is_as_without_the_check(install):
+    """Grammars too, though vLLM's check writes into them."""
+    fields = dict(stream=True, temperature=0.5, structured_outputs={"regex": "[0-9]+"})
+    before = params_of(CompletionRequest, **fields)
+    install()
+    after = params_of(CompletionRequest, **fields)
+    assert after == before and after.structured_outputs._backend is None
+    with pytest.raises(VLLMValidationError, match="regex"):
+        params_of(CompletionRequest, stream=True, structured_outputs={"regex": "("})
 
 
 @CLASSES
