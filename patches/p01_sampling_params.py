@@ -51,9 +51,9 @@ def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
             seen = SimpleNamespace(is_diffusion=False)
         original(self, seen, structured_outputs_config, tokenizer)
         if structured is not None:
-            from vllm_d2f.grammar import refuse_empty
+            from vllm_d2f.grammar import refuse_stuck
 
-            refuse_empty(structured)
+            refuse_stuck(structured)
 
     return _validate_structured_outputs
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from vllm_d2f.stuck_rules import stuck_rules
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -40,15 +42,14 @@ def name_backend(manager: "StructuredOutputManager", params: "SamplingParams") -
         params.structured_outputs._backend = BACKENDS[type(manager.backend).__name__]
 
 
-def refuse_empty(structured: "StructuredOutputsParams") -> None:
-    """Refuse a grammar that cannot say anything (`root ::= root`), where a request is admitted.
+def refuse_stuck(structured: "StructuredOutputsParams") -> None:
+    """Refuse a grammar with a rule that allows no next character (`more ::= more`), at admission.
 
-    Over single bytes, so that it costs nothing. Of the JSON schemas one that refers to itself can
-    be such a grammar. An alternative that leads nowhere later is found where it is taken
-    (`GrammarConstraint`).
+    Where such a rule is taken, the answer can neither go on nor end. Of the JSON schemas one that
+    refers to itself can be such a grammar.
 
     Raises:
-        VLLMValidationError: with what to change.
+        VLLMValidationError: names the rule and what to change.
     """
     schema = structured.json
     if isinstance(schema, dict):
@@ -59,24 +60,17 @@ def refuse_empty(structured: "StructuredOutputsParams") -> None:
     import xgrammar
     from vllm.exceptions import VLLMValidationError
 
-    kind, remedy = "grammar", "rule, beginning with `root`,"
-    grammar: Any = structured.grammar
-    if grammar is None:
-        kind, remedy = "json", "`$ref` to itself"
+    if structured.grammar is not None:
+        stuck = stuck_rules(str(xgrammar.Grammar.from_ebnf(structured.grammar)))
+        problem = f"grammar: no text matches `{stuck[-1]}`" if stuck else ""
+        remedy = "every rule"
+    else:
         assert schema is not None
-        grammar = xgrammar.Grammar.from_json_schema(schema)
-
-    tokens = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)], stop_token_ids=[])
-    compiler = xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
-    matcher = xgrammar.GrammarMatcher(
-        compiler.compile_grammar(grammar), terminate_without_stop_token=True
-    )
-    allowed = xgrammar.allocate_token_bitmask(1, 256)
-    matcher.fill_next_token_bitmask(allowed, 0)
-    if not allowed.any() and not matcher.is_completed():
+        stuck = stuck_rules(str(xgrammar.Grammar.from_json_schema(schema)))
+        problem, remedy = "json: no text matches a part of it", "every `$ref` to itself"
+    if stuck:
         raise VLLMValidationError(
-            f"structured_outputs.{kind}: no text matches it. Give every {remedy} an alternative "
-            "that ends.",
+            f"structured_outputs.{problem}. Give {remedy} an alternative that begins with a text.",
             parameter="structured_outputs",
         )
 
@@ -104,7 +98,7 @@ class GrammarConstraint:
             min_tokens, stops: no stop token before so many tokens.
 
         Special and early stop tokens give way to the grammar where nothing else is allowed. Where
-        it allows nothing at all (`root ::= root`, or an alternative that leads nowhere), a stop
+        it allows nothing at all (a rule that `refuse_stuck` has missed), a stop
         token is proposed: the scheduler's grammar rejects it, and vLLM ends that request, and no
         other, with an error.
         """

@@ -210,8 +210,12 @@ def test_a_grammar_that_does_not_compile_fails_alone(llm, prompts):
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_eos):
-    """Not the engine, and not the others; the worker's grammar must not be taken for a bug."""
+def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_eos, monkeypatch):
+    """Not the engine, and not the others; the worker's grammar must not be taken for a bug.
+
+    Admission refuses what it recognises, so here it looks away.
+    """
+    monkeypatch.setattr("vllm_d2f.grammar.stuck_rules", lambda normal_form: [])
     lost = structured(
         grammar='root ::= "7" more\nmore ::= more', options=dict(ignore_eos=ignore_eos)
     )
@@ -220,14 +224,20 @@ def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_e
     first, second, third = ask(llm, prompts[:1] * 3, [plain, lost, plain])
     assert second.finish_reason == "error" and second.text in ("", "7")
     assert list(first.token_ids) == list(third.token_ids) == list(alone.token_ids)
-    with pytest.raises(VLLMValidationError, match="no text matches it"):
-        ask(llm, prompts[:1], structured(grammar="root ::= root"))
+    monkeypatch.undo()
+    for grammar, rule in (
+        ("root ::= root", "root"),
+        ('root ::= "7" more\nmore ::= more', "more"),
+        ('root ::= "a" | "7" more\nmore ::= more "x"', "more"),
+    ):
+        with pytest.raises(VLLMValidationError, match=f"no text matches `{rule}`"):
+            ask(llm, prompts[:1], structured(grammar=grammar))
 
 
 def test_a_schema_that_refers_to_itself(llm, prompts):
     """Refused if it never ends, as a dict and as text; answered if it can."""
     for endless in ({"$ref": "#"}, '{"$ref": "#"}'):
-        with pytest.raises(VLLMValidationError, match=r"json: no text matches it.*`\$ref`"):
+        with pytest.raises(VLLMValidationError, match=r"json: no text matches.*`\$ref`"):
             ask(llm, prompts[:1], structured(json=endless))
     tree = {"type": "array", "items": {"$ref": "#"}}
     assert json.loads(ask(llm, prompts[:1], structured(json=tree))[0].text) is not None
