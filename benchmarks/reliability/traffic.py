@@ -6,6 +6,7 @@ seed, is compared token by token with the reference loop, which runs in this pro
 """
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -284,23 +285,27 @@ class Client:
         body["stream"] = when != "not streamed"
         try:
             if when in ("after a chunk", "after three"):
-                await self._hang_up(body, after=1 if when == "after a chunk" else 3)
+                await self._hang_up(body, chunks=1 if when == "after a chunk" else 3)
             else:
-                await self._hang_up(
-                    body, seconds=0.002 if when == "at once" else rng.uniform(0.003, 0.08)
-                )
+                limit = 0.002 if when == "at once" else rng.uniform(0.003, 0.08)
+                with contextlib.suppress(TimeoutError):
+                    await self._hang_up(body, seconds=limit)
         except OSError as error:
             self._wrong(ask, True, error=f"before we closed: {error!r}")
             return
         self.tally.aborted[when] += 1
 
     async def _hang_up(
-        self, body: dict[str, Any], after: int = 1 << 30, seconds: float = 60
+        self, body: dict[str, Any], chunks: int | None = None, seconds: float = ANSWER_SECONDS
     ) -> None:
-        """Send a request and close the connection after so many chunks or seconds.
+        """Send a request and close the connection after so many chunks, or at its end.
 
         On a connection of its own: a request that is cancelled in the client's pool can take its
         place there with it, and after half an hour none is left.
+
+        Raises:
+            TimeoutError: after so many seconds; the connection is closed too.
+            OSError: no connection, or the server ended it.
         """
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
@@ -313,10 +318,9 @@ class Client:
             )
             await writer.drain()
             async with asyncio.timeout(seconds):
-                while after > 0 and (line := await reader.readline()):
-                    after -= line.startswith(b"data:")
-        except TimeoutError:
-            pass
+                while chunks != 0 and (line := await reader.readline()):
+                    if chunks is not None:
+                        chunks -= line.startswith(b"data:")
         finally:
             writer.transport.abort()
 

@@ -105,6 +105,23 @@ def test_another_signature_is_an_error(upstream):
         replace("p99_made_up", METHOD, plus_one)
 
 
+def test_a_stand_in_may_know_parameters_of_a_later_version(upstream):
+    """Behind upstream's own and with defaults, or the launch of either version would fail."""
+
+    def later(original):
+        return lambda self, a, b=1: original(self, a) + b
+
+    replace("p99_made_up", METHOD, later)
+    assert upstream.Thing().method(1) == 2
+
+
+@pytest.mark.parametrize("stand_in", ["self, a, b", "self, b=1, a=2", "self", "self, x"])
+def test_any_other_parameters_are_an_error(stand_in):
+    new = eval(f"lambda {stand_in}: 0")
+    with pytest.raises(RuntimeError, match=r"takes \['self', 'a'\], expected \['self'"):
+        replace("p99_made_up", METHOD, lambda original: new)
+
+
 def test_a_changed_body_is_one_warning(upstream, monkeypatch, caplog):
     monkeypatch.setattr(patches, "PATCHES", (made_up(source_sha256={METHOD: "0" * 64}),))
     patches.apply_all()

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the tools of `benchmarks/reliability` judge what they saw."""
 
+import asyncio
 import os
+import random
 from pathlib import Path
 
+import httpx
 import pytest
 
-from benchmarks.reliability import aborts, audit, overload, report, soak
+from benchmarks.reliability import aborts, audit, fuzz, overload, report, soak, traffic
 from benchmarks.reliability.inside import STAGES
 from benchmarks.reliability.server import growth, log_errors, memory, parse_metrics
 
@@ -124,3 +127,87 @@ def test_an_audit_judges_only_what_a_record_speaks_of():
     assert found["vulnerable"] == {"bad": [{"id": "CVE-1", "fixed_in": ["3"], "what": "it is bad"}]}
     assert found["older"] == {"old": ["1", "2"]} and found["unknown"] == {"mine": "HTTPError: 404"}
     assert "vllm-d2f" in audit.installed() and "+" not in audit.installed()["torch"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message", "accepted"),
+    [
+        (
+            501,
+            "NotImplementedError",
+            "The model does not support the structured decision API",
+            True,
+        ),
+        (501, "NotImplementedError", "The model does not support Completions API", False),
+        (
+            501,
+            "InternalServerError",
+            "The model does not support the structured decision API",
+            False,
+        ),
+        (
+            500,
+            "NotImplementedError",
+            "The model does not support the structured decision API",
+            False,
+        ),
+    ],
+)
+def test_fuzzing_takes_no_server_error_but_that_of_a_route_for_other_models(
+    status, kind, message, accepted
+):
+    error = {"error": {"type": kind, "message": message}}
+    assert fuzz.not_served(httpx.Response(status, json=error)) is accepted
+    assert not fuzz.not_served(None)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3])
+def test_a_stream_that_stands_still_before_we_hang_up_is_wrong(chunks):
+    """A server that sends so many chunks and then nothing, and does not close."""
+    closed = []
+
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"POST /v1/completions" in head
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"data: {}\n\n" * chunks)
+        await writer.drain()
+        rest = await reader.read(1 << 16)
+        while rest:
+            rest = await reader.read(1 << 16)
+        closed.append(True)
+        writer.close()
+
+    async def hang_up(client, wanted):
+        try:
+            await client._hang_up({"prompt": "1"}, chunks=wanted, seconds=0.3)
+        except TimeoutError:
+            return "timeout"
+        return "closed by us"
+
+    async def run():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, traffic.Client(f"http://127.0.0.1:{port}", 1) as client:
+            return [await hang_up(client, wanted) for wanted in (1, 3)]
+
+    expected = ["closed by us" if chunks >= wanted else "timeout" for wanted in (1, 3)]
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == expected
+
+
+def test_an_abort_that_meets_a_stuck_stream_is_counted_as_wrong(monkeypatch):
+    async def stuck(self, body, chunks=None, seconds=0.0):
+        raise TimeoutError
+
+    monkeypatch.setattr(traffic.Client, "_hang_up", stuck)
+    ask = traffic.HttpAsk("greedy", {"prompt": "1"}, None, ())
+
+    async def run():
+        async with traffic.Client("http://127.0.0.1:1", 1) as client:
+            for seed in range(40):
+                await client.abort(ask, random.Random(seed))
+            return client.tally
+
+    tally = asyncio.run(run())
+    # After chunks it is wrong; a connection that we close after a time ends in just this way.
+    assert set(tally.aborted) == {"at once", "waiting", "not streamed"}
+    assert len(tally.wrong) == 40 - sum(tally.aborted.values()) > 5
