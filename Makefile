@@ -21,13 +21,14 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow test-next lint models gpu-bundle clean
+.PHONY: help setup demo serve test test-slow test-async test-next lint models gpu-bundle clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
 	@echo 'make serve      the OpenAI-compatible server with d2f-tiny, PORT=8000'
 	@echo 'make test       all tests that need neither a GPU nor minutes each'
 	@echo 'make test-slow  the rest of the tests that need no GPU'
+	@echo 'make test-async the engine tests again, every engine scheduling asynchronously'
 	@echo 'make test-next  tests of what touches vLLM, on the next version'"'"'s Python sources'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make models     train the embedded models again, about an hour'
@@ -73,6 +74,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-async: setup
+	D2F_TEST_ASYNC=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/engine
 
 test-next: setup
 	$(BIN)/python tests/compat/next_vllm.py

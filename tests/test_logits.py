@@ -121,8 +121,8 @@ def test_logprobs_are_those_of_the_model_and_of_the_last_write():
             assert store.at(position) == pytest.approx(math.log(confidence[row]), abs=1e-6)
     logits[:, 0] = -torch.inf
     expected = logits.double().log_softmax(-1)
-    store.take(1)
-    token_NK, value_NK, rank_N = store.take(1)
+    store.take(1, 1)
+    token_NK, value_NK, rank_N = store.take(1, 1)
     top = expected[0].topk(3)
     assert token_NK[0].tolist() == [int(top.indices[0]), *top.indices.tolist()]
     torch.testing.assert_close(value_NK[0, 1:].double(), top.values, rtol=1e-5, atol=1e-6)
@@ -136,7 +136,7 @@ def test_logprobs_come_before_all_rules():
     expected[:, 0] = -torch.inf
     expected = expected.log_softmax(-1)[0]
     token, confidence = biased.propose(logits, torch.tensor([0]), torch.tensor(1), None)
-    token_NK, value_NK, rank_N = biased.logprobs.take(1)
+    token_NK, value_NK, rank_N = biased.logprobs.take(1, 1)
     assert token.item() == token_NK[0, 0] == 5
     assert confidence.item() == pytest.approx(1)
     assert value_NK[0, 0].item() == pytest.approx(expected[5].item(), abs=1e-6)
@@ -149,14 +149,14 @@ def test_logprobs_of_given_tokens_raw_logits_and_all():
     at, token = torch.tensor([6, 7]), torch.tensor([4, 5])
     given = LogprobStore(8, 0, [9, 2], "raw_logits", "cpu")
     given.write(logits, at, token)
-    given.taken = 6
-    token_NK, value_NK, _ = given.take(2)
+    given.take(6, 0)
+    token_NK, value_NK, _ = given.take(2, 2)
     assert token_NK.tolist() == [[4, 9, 2], [5, 9, 2]]
     assert torch.equal(value_NK, logits.gather(1, token_NK))
     everything = LogprobStore(4, VOCAB, None, "raw_logprobs", "cpu")
     everything.write(logits, at, token)
-    everything.taken = 6
-    token_NK, value_NK, _ = everything.take(2)
+    everything.take(6, 0)
+    token_NK, value_NK, _ = everything.take(2, 2)
     assert sorted(token_NK[0, 1:].tolist()) == list(range(VOCAB))
     torch.testing.assert_close(value_NK[:, 1:].exp().sum(1), torch.ones(2))
 
@@ -168,10 +168,22 @@ def test_what_leaves_is_in_order_and_as_wide_as_the_widest():
     stores = [LogprobStore(4, num, None, "raw_logits", "cpu") for num in (1, 3)]
     for store in stores:
         store.write(logits, at, token)
-    token_NK, value_NK, rank_N, begin = take_all([None, stores[0], None, stores[1]], [5, 2, 1, 3])
+    count, most = torch.tensor([5, 2, 1, 2]), [5, 2, 1, 3]
+    token_NK, value_NK, rank_N, begin = take_all([None, stores[0], None, stores[1]], count, most)
     assert begin == [0, 0, 2, 2, 5]
     assert token_NK[:, 0].tolist() == [1, 2, 1, 2, 3]
     assert value_NK.shape == (5, 4) and rank_N.shape == (5,)
     assert (value_NK[:2, 2:] == -torch.inf).all() and value_NK[2:].isfinite().all()
-    token_NK, *_, begin = take_all([stores[0], stores[1]], [2, 1])
-    assert token_NK[:, 0].tolist() == [3, 4, 4] and begin == [0, 2, 3]
+    token_NK, *_, begin = take_all(stores, torch.tensor([2, 1]), [2, 1])
+    assert token_NK[:, 0].tolist() == [3, 4, 3] and begin == [0, 2, 3]
+
+
+def test_rows_that_only_fill_up_are_not_kept():
+    store = LogprobStore(4, 1, None, "raw_logits", "cpu")
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(5))
+    at = torch.tensor([5, 6, 4])
+    store.write(logits, at, torch.tensor([1, 2, 3]))
+    later = torch.tensor([7, 8, 9])
+    store.write(logits, at, later, torch.tensor([False, True, False]))
+    store.take(4, 0)
+    assert store.take(3, 3)[0][:, 0].tolist() == [3, 1, 8]

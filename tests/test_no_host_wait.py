@@ -15,14 +15,24 @@ from host_waits import HostWait, no_host_waits
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
+from vllm.sampling_params import SamplingParams  # noqa: E402
+
 from vllm_d2f import cuda_sampler  # noqa: E402
 from vllm_d2f.cuda_sampler import CudaSampler  # noqa: E402
 from vllm_d2f.d2f import D2FParams, Window, grow  # noqa: E402
 from vllm_d2f.kernels.undecided import UndecidedBounds  # noqa: E402
 from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy  # noqa: E402
+from vllm_d2f.proposer import make_proposer  # noqa: E402
 from vllm_d2f.sampler import D2FSampler  # noqa: E402
 
 SLOTS, WIDTH, HIDDEN, VOCABULARY, MASK, ENDS, LENGTH = 5, 24, 16, 60, 59, 2, 200
+
+RULES = {
+    0: SamplingParams(temperature=0, logprobs=2, repetition_penalty=1.3),
+    1: SamplingParams(temperature=0.8, top_k=9, seed=5, presence_penalty=0.5, min_tokens=4),
+    4: SamplingParams(temperature=0, logprobs=0, logit_bias={7: 1.5}, stop_token_ids=[3, 4]),
+}
+"""What the requests in these slots ask for beside their temperature."""
 
 
 class Event:
@@ -97,8 +107,9 @@ def make_base(device, lagging):
 class Run:
     """One sampler with a state of its own, fed as vLLM's runner feeds it."""
 
-    def __init__(self, kind, device, lagging, shift, drawing):
+    def __init__(self, kind, device, lagging, shift, drawing, rules=()):
         self.state = make_state(device, lagging, shift, drawing)
+        self.rules = dict(rules)
         self.sampler = kind(self.state, make_base(device, lagging))
 
     def admit(self, slot, params, max_tokens, prompt_len):
@@ -111,6 +122,22 @@ class Run:
         rows = state.window.rows(row)
         grow(rows)
         state.window.put(row, rows)
+        if slot in self.rules:
+            asked = self.rules[slot]
+            state.sampling.temperature_R[slot] = asked.temperature
+            state.sampling.top_k_R[slot] = asked.top_k
+            state.drawing.discard(slot)
+            state.proposers[slot] = make_proposer(
+                asked,
+                prompt=[5, 6, 7],
+                sampling=state.sampling.rows(row),
+                ends=[3, 4],
+                tau_conf=params.tau_conf,
+                mask_id=MASK,
+                vocab_size=VOCABULARY,
+                window=WIDTH,
+                device=state.device,
+            )
         self.sampler.add_request(slot, None)
         self.sampler.apply_staged_writes()
 
@@ -131,10 +158,11 @@ def make_batch(slots, lengths, widths, device):
     )
 
 
-def play(device, lagging, shift, drawing, guard, steps=40):
+def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
     """Random requests through both samplers; the CUDA sampler's calls are made under `guard`."""
     rng = np.random.default_rng(3)
-    plain, cuda = (Run(k, device, lagging, shift, drawing) for k in (D2FSampler, CudaSampler))
+    setting = (device, lagging, shift, drawing, rules)
+    plain, cuda = (Run(kind, *setting) for kind in (D2FSampler, CudaSampler))
     generator = torch.Generator().manual_seed(1)
     free, fresh, rows = set(range(SLOTS)), set(), 0
     for _ in range(steps):
@@ -172,6 +200,7 @@ def play(device, lagging, shift, drawing, guard, steps=40):
                 got.sampled_token_ids[row, :count], want.sampled_token_ids[row, :count]
             )
             rows += count
+        check_logprobs(want, got, busy, rules)
         for name in ("tokens_RW", "decided_RW", "numbers"):
             theirs, ours = getattr(plain.state.window, name), getattr(cuda.state.window, name)
             assert torch.equal(theirs, ours), name
@@ -190,6 +219,30 @@ def play(device, lagging, shift, drawing, guard, steps=40):
     assert rows > 100
 
 
+def check_logprobs(want, got, busy, rules):
+    """Of the tokens that left, for whom they belong to."""
+    asked = [slot in rules and rules[slot].logprobs is not None for slot in busy]
+    assert (want.logprobs_tensors is not None) == (got.logprobs_tensors is not None) == any(asked)
+    if not any(asked):
+        return
+    left, right = (x.logprobs_tensors.to_cpu_nonblocking().tolists() for x in (want, got))
+    for row, slot in enumerate(busy):
+        count = int(want.num_sampled[row]) if asked[row] else 0
+        one, other = (lists.slice_request(row, count) for lists in (left, right))
+        if not count:
+            continue
+        columns = rules[slot].logprobs + 1
+        assert np.array_equal(
+            one.logprob_token_ids[:, :columns], other.logprob_token_ids[:, :columns]
+        )
+        np.testing.assert_allclose(
+            one.logprobs[:, :columns], other.logprobs[:, :columns], rtol=1e-4, atol=1e-4
+        )
+        tokens = want.sampled_token_ids[row, :count].tolist()
+        assert one.logprob_token_ids[:, 0].tolist() == tokens
+        assert np.array_equal(one.sampled_token_ranks, other.sampled_token_ranks)
+
+
 def finished(output, run, busy):
     """Whether nothing is left to decide for each request."""
     window = run.state.window
@@ -204,12 +257,13 @@ def finished(output, run, busy):
 @pytest.mark.parametrize("lagging", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
-def test_a_step_waits_for_nothing(monkeypatch, lagging, shift, drawing):
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
+def test_a_step_waits_for_nothing(monkeypatch, lagging, shift, drawing, rules):
     monkeypatch.setattr(cuda_sampler, "missing", lambda device: None)
     monkeypatch.setattr(cuda_sampler.confidence, "propose", stand_in)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     allowed = ("vllm_d2f.kernels.undecided",)
-    play("cpu", lagging, shift, drawing, lambda: no_host_waits(allowed))
+    play("cpu", lagging, shift, drawing, lambda: no_host_waits(allowed), rules)
 
 
 def test_the_plain_sampler_would_be_caught(monkeypatch):
@@ -238,7 +292,8 @@ def test_bounds_of_undecided_positions():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lagging", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
-def test_a_step_waits_for_nothing_on_a_device(lagging, drawing):
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
+def test_a_step_waits_for_nothing_on_a_device(lagging, drawing, rules):
     from contextlib import contextmanager
 
     @contextmanager
@@ -249,4 +304,4 @@ def test_a_step_waits_for_nothing_on_a_device(lagging, drawing):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    play("cuda", lagging, True, drawing, guard)
+    play("cuda", lagging, True, drawing, guard, rules)

@@ -62,6 +62,7 @@ class CpuSampler(D2FSampler):
             slot_D,
             begin_D,
             first_D,
+            self._own_rows(torch.from_numpy(request_N)),
         )
         tokens_DW = torch.empty(len(slot_np), self.tokens_SW.shape[1], dtype=torch.int64)
         new_D, commit_D, tally_D = torch.empty(3, len(slot_np), dtype=torch.int64)

@@ -27,8 +27,8 @@ LOGIT_BYTES = 512 << 20
 class CudaSampler(D2FSampler):
     """Same results as `D2FSampler`, without a softmax, a sort or a wait.
 
-    Only a request with a `Proposer` of its own (penalties, log-probabilities, a grammar ...) waits:
-    what it asks for is worked out on the host.
+    Only a request that is decided in the order of its text (a grammar, a bad word of several
+    tokens) waits: what may come next is worked out on the host.
     """
 
     def __init__(self, state: "D2FModelState", base: Any) -> None:
@@ -67,12 +67,16 @@ class CudaSampler(D2FSampler):
         first_D: Tensor,
     ) -> tuple[Tensor, Tensor]:
         slots = self.slots[: len(self.width_D)]
-        bound = int(self.undecided.bound(slots, self.width_D).sum())
-        if any(slot in self.state.proposers for slot in slots):
+        bound_D = self.undecided.bound(slots, self.width_D)
+        proposers = self._own_proposers()
+        if any(proposer.in_order is not None for proposer in proposers.values()):
             return super()._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
-        rows = masked_rows(masked_DW, -(-max(bound, 1) // ROWS) * ROWS, self.rows_N)
+        rows = masked_rows(masked_DW, bound_D, ROWS, self.rows_N)
+        end_D = bound_D.cumsum()
+        own = [(slots[d], int(end_D[d] - bound_D[d]), int(end_D[d])) for d in proposers]
+        real_N = rows.target_N < masked_DW.numel() if own else None
         token_N, confidence_N = self._propose(
-            hidden_TH, rows.request_N, rows.column_N, slot_D, begin_D, first_D
+            hidden_TH, rows.request_N, rows.column_N, slot_D, begin_D, first_D, own, real_N
         )
         shape = (masked_DW.shape[0], masked_DW.shape[1])
         return scatter(rows, token_N, shape), scatter(rows, confidence_N, shape)

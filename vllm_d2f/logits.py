@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_d2f.host_copy import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class LogitRules:
@@ -81,7 +83,7 @@ class LogitProcessor:
     def __init__(
         self, rules: LogitRules, prompt_P: Tensor, vocab_size: int, device: torch.device | str
     ) -> None:
-        """`prompt_P` holds the prompt's tokens (int64)."""
+        """`prompt_P` holds the prompt's tokens (int64, on the host)."""
         self.rules, self.vocab_size = rules, vocab_size
         self.added_V: Tensor | None = None
         if rules.allowed is not None or rules.bias or rules.banned:
@@ -92,13 +94,13 @@ class LogitProcessor:
             for token, bias in rules.bias:
                 added_V[token] += bias
             added_V[list(rules.banned)] = -torch.inf
-            self.added_V = added_V.to(device)
-        self.stops_E = torch.tensor(rules.stops, dtype=torch.int64, device=device)
+            self.added_V = to_device(added_V, device)
+        self.stops_E = to_device(torch.tensor(rules.stops, dtype=torch.int64), device)
         self.in_prompt_V: Tensor | None = None
         if rules.repetition != 1:
             in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool)
-            in_prompt_V[prompt_P.cpu()] = True
-            self.in_prompt_V = in_prompt_V.to(device)
+            in_prompt_V[prompt_P] = True
+            self.in_prompt_V = to_device(in_prompt_V, device)
 
     def apply(self, logits_NV: Tensor, position_N: Tensor, answer_T: Tensor | None) -> None:
         """Change float32 logits in place.

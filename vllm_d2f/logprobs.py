@@ -9,13 +9,18 @@ Every forward writes the positions that are still undecided. Once a position is 
 writes it any more, so what stays is the deciding forward's. Positions live in a ring as long as
 the widest window.
 
-Shape suffixes: N rows, V vocabulary, K columns (the chosen token, then the others), L ring.
+Nothing here brings a value to the host: what a device alone knows stays on it.
+
+Shape suffixes: N rows, V vocabulary, K columns (the chosen token, then the others), L ring, R
+requests.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from vllm_d2f.host_copy import to_device
 
 MODES = ("raw_logprobs", "raw_logits")
 
@@ -41,21 +46,29 @@ class LogprobStore:
         self.length, self.num, self.normalise = length, num, mode == "raw_logprobs"
         self.token_ids: Tensor | None = None
         if token_ids:
-            self.token_ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
+            self.token_ids = to_device(torch.tensor(token_ids, dtype=torch.int64), device)
             self.num = len(token_ids)
-        columns = 1 + self.num
-        self.token_LK = torch.zeros(length, columns, dtype=torch.int64, device=device)
-        self.value_LK = torch.zeros(length, columns, dtype=torch.float32, device=device)
-        self.rank_L = torch.zeros(length, dtype=torch.int64, device=device)
-        self.taken = 0
+        # One entry more: what is written there is not read.
+        rows, columns = length + 1, 1 + self.num
+        self.token_LK = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        self.value_LK = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+        self.rank_L = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.taken = torch.zeros((), dtype=torch.int64, device=device)
 
-    def write(self, logits_NV: Tensor, position_N: Tensor, token_N: Tensor) -> None:
+    def write(
+        self,
+        logits_NV: Tensor,
+        position_N: Tensor,
+        token_N: Tensor,
+        real_N: Tensor | None = None,
+    ) -> None:
         """Note what a forward said.
 
         Args:
             logits_NV: float32, the model's, -inf for the mask token.
             position_N: int64, positions in the answer.
             token_N: int64, the proposed tokens.
+            real_N: bool, false for rows that only fill up; None if there are none of these.
         """
         if self.normalise:
             logits_NV = logits_NV.log_softmax(-1)
@@ -68,14 +81,21 @@ class LogprobStore:
         else:
             other_NK = logits_NV.topk(self.num, dim=-1).indices
         at_N = position_N % self.length
+        if real_N is not None:
+            at_N = torch.where(real_N, at_N, self.length)
         token_NK = torch.cat((token_N[:, None], other_NK), 1)
         self.token_LK[at_N] = token_NK
         self.value_LK[at_N] = logits_NV.gather(1, token_NK)
         self.rank_L[at_N] = (logits_NV >= chosen_N1).sum(-1)
 
-    def take(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the next `count` tokens that leave: token_NK, value_NK and rank_N."""
-        at_N = torch.arange(self.taken, self.taken + count, device=self.rank_L.device)
+    def take(self, count: int | Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the next tokens that leave: token_NK, value_NK and rank_N.
+
+        Args:
+            count: how many they are.
+            most: at least `count`; there are so many rows, of which the last ones mean nothing.
+        """
+        at_N = self.taken + torch.arange(most, device=self.rank_L.device)
         self.taken += count
         at_N %= self.length
         return self.token_LK[at_N], self.value_LK[at_N], self.rank_L[at_N]
@@ -86,23 +106,25 @@ class LogprobStore:
 
 
 def take_all(
-    stores: Sequence[LogprobStore | None], counts: Sequence[int]
+    stores: Sequence[LogprobStore | None], count_R: Tensor, most_R: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """What leaves in one step.
 
     Args:
         stores: one per request, at least one of them there.
-        counts: how many tokens of each request leave.
+        count_R: int64, how many tokens of each request leave.
+        most_R: what these are at most.
 
     Returns:
-        token_NK, value_NK and rank_N of the requests with a store, as wide as the widest and
-        filled up with token 0 at -inf, and where each request's rows begin (R + 1 entries).
+        token_NK, value_NK and rank_N of the requests with a store, `most_R` rows each, as wide as
+        the widest and filled up with token 0 at -inf, and where each request's rows begin (R + 1
+        entries).
     """
     begin, taken = [0], []
-    for store, count in zip(stores, counts, strict=True):
+    for row, (store, most) in enumerate(zip(stores, most_R, strict=True)):
         if store is not None:
-            taken.append(store.take(count))
-        begin.append(begin[-1] + (0 if store is None else count))
+            taken.append(store.take(count_R[row], most))
+        begin.append(begin[-1] + (0 if store is None else most))
     width = max(token_NK.shape[1] for token_NK, _, _ in taken)
 
     def widen(values_NK: Tensor, fill: float) -> Tensor:

@@ -32,11 +32,15 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_d2f.d2f import Window, advance, close, grow
 from vllm_d2f.logprobs import take_all
 from vllm_d2f.proposal import propose_drawn, propose_greedy, simulated_confidence
+from vllm_d2f.proposer import Proposer
 from vllm_d2f.tally import NONFINITE, pack
 from vllm_d2f.vocab_shards import propose_sharded
 
 if TYPE_CHECKING:
     from vllm_d2f.model_state import D2FModelState
+
+OwnRows = list[tuple[int, int, int]]
+"""Slots of requests with a proposer of their own, and their rows from begin to end."""
 
 LOGIT_BYTES = 32 << 20
 """Rows go through the language-model head in chunks whose float32 logits stay under this."""
@@ -135,9 +139,7 @@ class D2FSampler:
                 stays_D = commit_D
             output = SamplerOutput(
                 sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
-                logprobs_tensors=(
-                    self._logprobs(_pad_rows(new_D, num_reqs)) if state.proposers else None
-                ),
+                logprobs_tensors=self._logprobs(new_D) if state.proposers else None,
                 num_nans=_pad_rows(
                     tally_D >> NONFINITE
                     if self.raise_on_nans
@@ -202,7 +204,7 @@ class D2FSampler:
         """Token (int64) and confidence (float32) [D, W] at the masked positions, 0 elsewhere."""
         request_N, column_N = masked_DW.nonzero(as_tuple=True)
         token_N, confidence_N = self._propose(
-            hidden_TH, request_N, column_N, slot_D, begin_D, first_D
+            hidden_TH, request_N, column_N, slot_D, begin_D, first_D, self._own_rows(request_N)
         )
         proposal_DW = torch.zeros_like(masked_DW, dtype=torch.int64)
         confidence_DW = torch.zeros_like(masked_DW, dtype=torch.float32)
@@ -218,8 +220,15 @@ class D2FSampler:
         slot_D: Tensor,
         begin_D: Tensor,
         first_D: Tensor,
+        own: OwnRows,
+        real_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Token (int64) and confidence (float32) at the given window positions, [N] each."""
+        """Token (int64) and confidence (float32) at the given window positions, [N] each.
+
+        Args:
+            own: the rows of requests with a proposer of their own.
+            real_N: bool, false for rows that only fill up; None if there are none of these.
+        """
         state = self.state
         slot_N, source_N = slot_D[request_N], first_D[request_N] + column_N
         if state.shift:
@@ -234,7 +243,6 @@ class D2FSampler:
             hidden_NH = hidden_TH[source_N]
         token_N = torch.empty_like(column_N)
         confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
-        own = self._own_rows(request_N) if state.proposers else []
         denoising = self.slots[: len(self.width_D)]
         whole = bool(own) or any(slot in state.cutting for slot in denoising)
         step = self.rows_per_chunk
@@ -260,6 +268,7 @@ class D2FSampler:
                         state.window.start_R[slot] + column_N[rows],
                         state.window.forward_R[slot],
                         self._answer(slot),
+                        None if real_N is None else real_N[rows],
                     )
         if self.simulate is not None:
             forward_N = state.window.forward_R[slot_N]
@@ -300,23 +309,24 @@ class D2FSampler:
             state.window.forward_R[slot_N],
         )
 
-    def _own_rows(self, request_N: Tensor) -> list[tuple[int, int, int]]:
-        """Of requests with a proposer of their own: slot, and rows from begin to end.
-
-        What such a request asks for is worked out row by row on the host, which waits for the
-        device here.
-        """
+    def _own_proposers(self) -> dict[int, Proposer]:
+        """Of the requests that denoise in this step, by their place among them."""
+        proposers = self.state.proposers
+        if not proposers:
+            return {}
         slots = self.slots[: len(self.width_D)]
-        if not any(slot in self.state.proposers for slot in slots):
+        return {d: proposers[slot] for d, slot in enumerate(slots) if slot in proposers}
+
+    def _own_rows(self, request_N: Tensor) -> OwnRows:
+        """Where the rows of requests with a proposer of their own are; waits for the device."""
+        own = self._own_proposers()
+        if not own:
             return []
-        bounds = torch.arange(len(slots) + 1, device=request_N.device)
-        bound = torch.searchsorted(request_N, bounds).tolist()
-        own = []
-        for d, slot in enumerate(slots):
-            if slot in self.state.proposers:
-                self.state.proposers[slot].begin()
-                own.append((slot, bound[d], bound[d + 1]))
-        return own
+        ends = torch.arange(len(self.width_D) + 1, device=request_N.device)
+        end = torch.searchsorted(request_N, ends).tolist()
+        for proposer in own.values():
+            proposer.begin()
+        return [(self.slots[d], end[d], end[d + 1]) for d in own]
 
     def _answer(self, slot: int) -> Tensor | None:
         """The decided tokens of a request, and the vocabulary's size where there is none."""
@@ -334,13 +344,19 @@ class D2FSampler:
             )
         )
 
-    def _logprobs(self, new_R: Tensor) -> LogprobsTensors | None:
-        """Log-probabilities of the tokens that leave in this step, for who asked."""
-        proposers = self.state.proposers
-        stores = [proposers[slot].logprobs if slot in proposers else None for slot in self.slots]
+    def _logprobs(self, new_D: Tensor) -> LogprobsTensors | None:
+        """Log-probabilities of the tokens that leave in this step, for who asked.
+
+        How many leave is known on the device, so each request has a row per position of its query,
+        and its tokens' are the first of these: vLLM reads so many as tokens have left.
+        """
+        own = self._own_proposers()
+        stores = [own[d].logprobs if d in own else None for d in range(len(new_D))]
         if not any(stores):
             return None
-        return LogprobsTensors(*take_all(stores, new_R.tolist()))
+        token_NK, value_NK, rank_N, begin = take_all(stores, new_D, self.width_D.tolist())
+        begin += [begin[-1]] * (len(self.slots) - len(new_D))  # those that only prefill
+        return LogprobsTensors(token_NK, value_NK, rank_N, begin)
 
     def _publish(self, slot_D: Tensor, window: Window, decided_DW: Tensor) -> None:
         """The next forward's query, where vLLM keeps draft tokens.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asynchronous scheduling changes when things happen, not what is decided.
 
-A step is scheduled before the result of the one before it is known. `D2F_TEST_ASYNC=1 pytest
-tests/engine` runs every other engine test this way too.
+A step is scheduled before the result of the one before it is known. `make test-async`
+runs every other engine test this way too.
 """
 
 import pytest

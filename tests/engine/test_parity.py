@@ -215,12 +215,12 @@ def test_only_masked_rows_reach_the_head(llm, model):
         seen.append(len(hidden))
         return project(hidden)
 
-    def counting_propose(hidden, request, column, slot, begin, first):
+    def counting_propose(hidden, request, column, slot, *others):
         window = worker.model_runner.model_state.window.rows(slot)
         undecided = (torch.arange(WINDOW) < window.open_R[:, None]) & ~window.decided_RW
         assert undecided[request, column].all()
         masked.append(int(undecided.sum()))
-        return propose(hidden, request, column, slot, begin, first)
+        return propose(hidden, request, column, slot, *others)
 
     sampler.project, sampler._propose = counting_project, counting_propose
     chunk, sampler.rows_per_chunk = sampler.rows_per_chunk, 16

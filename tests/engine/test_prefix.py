@@ -159,7 +159,10 @@ def test_block_causal_prompts_are_cut_between_blocks(model, caching):
 
 
 def test_block_causal_requests_come_back_in_pieces(model):
-    """Preempted ones compute prompt and committed blocks again, cut where either kind ends."""
+    """Preempted ones compute prompt and committed blocks again, cut where either kind ends.
+
+    (Scheduled ahead, a query is wider and this budget too small to cut answers.)
+    """
     cases = [Case(c.prompt[:150], D2FParams(4, 4, 0.1, 0.95, 0.7), 120) for c in causal_cases()]
     expected = reference_answers(model, cases, MAX_LEN, prompt_block=BLOCK)
     llm = causal_engine(
@@ -167,6 +170,7 @@ def test_block_causal_requests_come_back_in_pieces(model):
         max_num_batched_tokens=64,
         num_gpu_blocks_override=-(-MAX_LEN // PAGE) + 8,
         max_num_seqs=12,
+        async_scheduling=False,
     )
     chunks = watch_chunks(llm)
     check(cases, expected, engine_answers(llm, cases, "batch"))
@@ -208,14 +212,15 @@ def test_pages_that_end_inside_blocks_are_shared_by_identical_prompts_only(model
     shut_down(llm)
 
 
-def test_a_budget_below_the_window_is_refused(dream):
-    with pytest.raises(ValueError, match="--max-num-batched-tokens 16 must be at least 32"):
-        causal_engine(dream, max_num_batched_tokens=16, max_num_seqs=4)
+@pytest.mark.parametrize("ahead, least", [(False, 32), (True, 64)])
+def test_a_budget_below_the_window_is_refused(dream, ahead, least):
+    with pytest.raises(ValueError, match=f"--max-num-batched-tokens 16 must be at least {least}"):
+        causal_engine(dream, max_num_batched_tokens=16, max_num_seqs=4, async_scheduling=ahead)
 
 
 def test_a_request_of_its_own_asks_for_chunks_too(dream):
     """One long prompt alone: the budget alone makes pieces of it."""
-    llm = causal_engine(dream, max_num_batched_tokens=48, max_num_seqs=4)
+    llm = causal_engine(dream, max_num_batched_tokens=48, max_num_seqs=4, async_scheduling=False)
     case = Case(long_prompt(200), D2FParams(16, 2, 0.1, 0.95, 0.7), 20)
     chunks = watch_chunks(llm)
     check(

@@ -154,14 +154,20 @@ def check_accounting(scheduler, runner, request_id, request, frames):
     forwards = sum(request.spec_decode_metrics.histogram)
     if not forwards:
         return
-    committed = known[forwards - 1].committed
+    # Scheduling ahead, the worker has had one forward more than is accounted for, its queries begin
+    # where the one before began, and what the last one committed may be held.
+    stream = scheduler.streams[request_id]
+    had = min(forwards + stream.in_flight, len(known))
+    assert scheduler.run_ahead or had == forwards and stream.held == 0
+    committed = known[forwards - 1].committed - stream.held
     assert list(request.output_token_ids) == known[-1].tokens[:committed]
     assert request.num_computed_tokens == len(case.prompt) + committed
     slot = runner.req_states.req_id_to_index[request_id]
     computed = int(runner.req_states.num_computed_tokens.gpu[slot])
-    assert computed == request.num_computed_tokens
+    before = had - 1 - scheduler.run_ahead
+    assert computed == len(case.prompt) + (known[before].committed if before >= 0 else 0)
     total = int(runner.req_states.total_len.gpu[slot])
-    sent = len(decided_prefix(known[forwards - 1]))
+    sent = len(decided_prefix(known[had - 1]))
     assert total == len(case.prompt) + sent
     said = runner.req_states.all_token_ids.gpu[slot, len(case.prompt) : total]
     assert said.tolist() == known[-1].tokens[:sent]

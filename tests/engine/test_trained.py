@@ -84,7 +84,12 @@ def test_a_student_with_a_block_causal_prompt_is_served_in_chunks(tmp_path):
     whole = reference_answers(model, cases, 256)
     assert [e.answer.tokens for e in expected] != [e.answer.tokens for e in whole]
     llm = start_engine(
-        model, window=64, max_model_len=256, additional_config={}, max_num_batched_tokens=64
+        model,
+        window=64,
+        max_model_len=256,
+        additional_config={},
+        max_num_batched_tokens=64,
+        async_scheduling=False,  # else a step must hold 128
     )
     vllm_config = llm.llm_engine.vllm_config
     assert vllm_config.scheduler_config.enable_chunked_prefill

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The padded list of undecided positions, against `nonzero`."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -13,22 +14,29 @@ def test_equals_nonzero(seed):
     generator = torch.Generator().manual_seed(seed)
     requests, width = (int(torch.randint(1, n, (), generator=generator)) for n in (9, 70))
     masked = torch.rand(requests, width, generator=generator) < seed % 5 / 4  # none .. all
-    request, column = masked.nonzero(as_tuple=True)
-    count = len(request)
-    for bound in {count, requests * width, (count + requests * width) // 2}:
-        buffer = torch.full((requests * width + 1,), -7)
-        rows = masked_rows(masked, bound, buffer)
-        assert rows.target_N.data_ptr() == buffer.data_ptr() or bound == 0
-        assert len(rows.request_N) == len(rows.column_N) == bound
-        assert torch.equal(rows.request_N[:count], request)
-        assert torch.equal(rows.column_N[:count], column)
-        # Padding can be read anywhere and is written nowhere.
-        assert (rows.request_N < requests).all() and (rows.column_N < width).all()
-        values = torch.rand(bound, generator=generator) + 1
-        back = scatter(rows, values, (requests, width))
-        want = torch.zeros(requests, width)
-        want[request, column] = values[:count]
-        assert torch.equal(back, want)
+    exact = masked.sum(1).numpy()
+    some = exact + (np.random.default_rng(seed).random(requests) * (width - exact)).astype(int)
+    for bound in (exact, np.full(requests, width), some):
+        multiple = (1, 16)[seed % 2]
+        buffer = torch.full((requests * width + multiple + 1,), -7)
+        rows = masked_rows(masked, bound, multiple, buffer)
+        assert rows.target_N.data_ptr() == buffer.data_ptr()
+        num_rows = len(rows.request_N)
+        assert num_rows == -(-max(bound.sum(), 1) // multiple) * multiple
+        assert len(rows.column_N) == len(rows.target_N) == num_rows
+        values = torch.rand(num_rows, generator=generator) + 1
+        want, end = torch.zeros(requests, width), bound.cumsum()
+        for d in range(requests):
+            begin = end[d] - bound[d]
+            column = masked[d].nonzero()[:, 0]
+            assert torch.equal(rows.column_N[begin : begin + exact[d]], column)
+            assert (rows.request_N[begin : end[d]] == d).all()
+            want[d, column] = values[begin : begin + exact[d]]
+        assert (rows.request_N[end[-1] :] == requests - 1).all()
+        # Padding reads its request's first position and is written nowhere.
+        padding = rows.target_N == requests * width
+        assert int(padding.sum()) == num_rows - exact.sum() and not rows.column_N[padding].any()
+        assert torch.equal(scatter(rows, values, (requests, width)), want)
 
 
 def test_waits_for_no_device():
@@ -37,13 +45,15 @@ def test_waits_for_no_device():
         masked = torch.zeros(4, 32, dtype=torch.bool)
         with pytest.raises(DynamicOutputShapeException):
             masked.nonzero()
-        rows = masked_rows(masked, 100, torch.empty(129, dtype=torch.int64))
+        bound = np.array([32, 20, 16, 32])
+        rows = masked_rows(masked, bound, 4, torch.empty(129, dtype=torch.int64))
         assert scatter(rows, torch.ones(100), (4, 32)).shape == (4, 32)
 
 
 def test_a_short_buffer_is_refused():
     with pytest.raises(ValueError, match="buffer"):
-        masked_rows(torch.zeros(2, 4, dtype=torch.bool), 8, torch.zeros(8, dtype=torch.int64))
+        masked = torch.zeros(2, 4, dtype=torch.bool)
+        masked_rows(masked, np.array([4, 4]), 1, torch.zeros(8, dtype=torch.int64))
 
 
 @pytest.mark.gpu
@@ -53,7 +63,7 @@ def test_proposing_waits_for_no_device():
     from vllm_d2f.proposal import Sampling
 
     masked = torch.rand(8, 128, device="cuda") < 0.5
-    buffer = torch.empty(8 * 128 + 1, dtype=torch.int64, device="cuda")
+    bound, buffer = np.full(8, 128), torch.empty(8 * 128 + 1, dtype=torch.int64, device="cuda")
     head = torch.randn(256, 32000, device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(8 * 128, 256, device="cuda", dtype=torch.bfloat16)
     sampling = Sampling.greedy(8, "cuda")
@@ -61,7 +71,7 @@ def test_proposing_waits_for_no_device():
     forward = torch.zeros(8, dtype=torch.int64, device="cuda")
 
     def step():
-        rows = masked_rows(masked, 8 * 128, buffer)
+        rows = masked_rows(masked, bound, 16, buffer)
         logits = hidden[rows.request_N * 128 + rows.column_N] @ head
         token, value = confidence.propose(
             logits, 3, sampling.rows(rows.request_N), rows.column_N, forward[rows.request_N]
