@@ -176,14 +176,3 @@ def test_what_leaves_is_in_order_and_as_wide_as_the_widest():
     assert (value_NK[:2, 2:] == -torch.inf).all() and value_NK[2:].isfinite().all()
     token_NK, *_, begin = take_all(stores, torch.tensor([2, 1]), [2, 1])
     assert token_NK[:, 0].tolist() == [3, 4, 3] and begin == [0, 2, 3]
-
-
-def test_rows_that_only_fill_up_are_not_kept():
-    store = LogprobStore(4, 1, None, "raw_logits", "cpu")
-    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(5))
-    at = torch.tensor([5, 6, 4])
-    store.write(logits, at, torch.tensor([1, 2, 3]))
-    later = torch.tensor([7, 8, 9])
-    store.write(logits, at, later, torch.tensor([False, True, False]))
-    store.take(4, 0)
-    assert store.take(3, 3)[0][:, 0].tolist() == [3, 1, 8]

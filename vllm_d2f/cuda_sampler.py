@@ -73,10 +73,11 @@ class CudaSampler(D2FSampler):
             return super()._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
         rows = masked_rows(masked_DW, bound_D, ROWS, self.rows_N)
         end_D = bound_D.cumsum()
+        # Padding among them repeats the window's first position. It is undecided like the others
+        # (then the same is said twice), or its token has left and nobody asks about it any more.
         own = [(slots[d], int(end_D[d] - bound_D[d]), int(end_D[d])) for d in proposers]
-        real_N = rows.target_N < masked_DW.numel() if own else None
         token_N, confidence_N = self._propose(
-            hidden_TH, rows.request_N, rows.column_N, slot_D, begin_D, first_D, own, real_N
+            hidden_TH, rows.request_N, rows.column_N, slot_D, begin_D, first_D, own
         )
         shape = (masked_DW.shape[0], masked_DW.shape[1])
         return scatter(rows, token_N, shape), scatter(rows, confidence_N, shape)

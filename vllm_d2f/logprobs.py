@@ -48,27 +48,19 @@ class LogprobStore:
         if token_ids:
             self.token_ids = to_device(torch.tensor(token_ids, dtype=torch.int64), device)
             self.num = len(token_ids)
-        # One entry more: what is written there is not read.
-        rows, columns = length + 1, 1 + self.num
-        self.token_LK = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-        self.value_LK = torch.zeros(rows, columns, dtype=torch.float32, device=device)
-        self.rank_L = torch.zeros(rows, dtype=torch.int64, device=device)
+        columns = 1 + self.num
+        self.token_LK = torch.zeros(length, columns, dtype=torch.int64, device=device)
+        self.value_LK = torch.zeros(length, columns, dtype=torch.float32, device=device)
+        self.rank_L = torch.zeros(length, dtype=torch.int64, device=device)
         self.taken = torch.zeros((), dtype=torch.int64, device=device)
 
-    def write(
-        self,
-        logits_NV: Tensor,
-        position_N: Tensor,
-        token_N: Tensor,
-        real_N: Tensor | None = None,
-    ) -> None:
+    def write(self, logits_NV: Tensor, position_N: Tensor, token_N: Tensor) -> None:
         """Note what a forward said.
 
         Args:
             logits_NV: float32, the model's, -inf for the mask token.
             position_N: int64, positions in the answer.
             token_N: int64, the proposed tokens.
-            real_N: bool, false for rows that only fill up; None if there are none of these.
         """
         if self.normalise:
             logits_NV = logits_NV.log_softmax(-1)
@@ -81,8 +73,6 @@ class LogprobStore:
         else:
             other_NK = logits_NV.topk(self.num, dim=-1).indices
         at_N = position_N % self.length
-        if real_N is not None:
-            at_N = torch.where(real_N, at_N, self.length)
         token_NK = torch.cat((token_N[:, None], other_NK), 1)
         self.token_LK[at_N] = token_NK
         self.value_LK[at_N] = logits_NV.gather(1, token_NK)

@@ -51,12 +51,7 @@ class Proposer:
             self.in_order.begin()
 
     def propose(
-        self,
-        logits_NV: Tensor,
-        position_N: Tensor,
-        forward_1: Tensor,
-        answer_T: Tensor | None,
-        real_N: Tensor | None = None,
+        self, logits_NV: Tensor, position_N: Tensor, forward_1: Tensor, answer_T: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens and confidences at rows of this forward; rows may come in several calls.
 
@@ -65,8 +60,6 @@ class Proposer:
             position_N: int64, positions in the answer.
             forward_1: int64, the number of forwards the request has had.
             answer_T: see `LogitProcessor.apply`.
-            real_N: bool, false for rows that only fill up, whose results mean nothing; None if
-                there are none of these. A request that is decided in order has none.
 
         Returns:
             token_N (int64) and confidence_N (float32), negative where the position must wait.
@@ -96,7 +89,7 @@ class Proposer:
                 logits_NV, lambda row: choose(slice(row, row + 1))
             )
         if self.logprobs is not None:
-            self.logprobs.write(raw_NV, position_N, token_N, real_N)
+            self.logprobs.write(raw_NV, position_N, token_N)
         return token_N, confidence_N
 
 

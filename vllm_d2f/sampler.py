@@ -221,13 +221,11 @@ class D2FSampler:
         begin_D: Tensor,
         first_D: Tensor,
         own: OwnRows,
-        real_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Token (int64) and confidence (float32) at the given window positions, [N] each.
 
         Args:
             own: the rows of requests with a proposer of their own.
-            real_N: bool, false for rows that only fill up; None if there are none of these.
         """
         state = self.state
         slot_N, source_N = slot_D[request_N], first_D[request_N] + column_N
@@ -268,7 +266,6 @@ class D2FSampler:
                         state.window.start_R[slot] + column_N[rows],
                         state.window.forward_R[slot],
                         self._answer(slot),
-                        None if real_N is None else real_N[rows],
                     )
         if self.simulate is not None:
             forward_N = state.window.forward_R[slot_N]
