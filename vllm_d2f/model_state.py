@@ -86,11 +86,11 @@ class D2FModelState(ModelState):
         self.sampling = Sampling.greedy(self.max_num_reqs, device)
         # Slots with a temperature, on the host: greedy decoding runs no sampling code.
         self.drawing: set[int] = set()
+        # Those of them that have top_k or top_p.
+        self.cutting: set[int] = set()
         # Requests that ask for more (penalties, log-probabilities, a grammar ...), by slot, and
         # those of them that were preempted, by id.
         self.proposers: dict[int, Proposer] = {}
-        # Slots that draw with top_k or top_p.
-        self.cutting: set[int] = set()
         self.grammars = Grammars(vllm_config, self.mask_id)
         self._proposers_aside: dict[str, Proposer] = {}
         # Slots of requests that have come back from a preemption.
@@ -179,6 +179,7 @@ class D2FModelState(ModelState):
         if proposer is not None:
             self.proposers[slot] = proposer
             self.drawing.discard(slot)  # it draws by itself
+            self.cutting.discard(slot)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)

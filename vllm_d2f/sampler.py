@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import vllm.envs as envs
 from torch import Tensor
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -71,6 +71,7 @@ class D2FSampler:
         self.simulate = state.settings.simulate_tokens_per_forward
         self.project: Callable[[Tensor], Tensor] = state.project
         self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
+        self.rank = get_tensor_model_parallel_rank() if state.sharded else 0
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """`D2FModelState.add_request` made the window; its first forward may come at once."""
@@ -241,28 +242,25 @@ class D2FSampler:
             hidden_NH = hidden_TH[source_N]
         token_N = torch.empty_like(column_N)
         confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
-        denoising = self.slots[: len(self.width_D)]
-        whole = bool(own) or any(slot in state.cutting for slot in denoising)
         step = self.rows_per_chunk
         if state.sharded and state.drawing:
             step = max(1, step // 8)  # noise takes several times the logits' memory
         for at in range(0, len(hidden_NH), step):
             chunk = slice(at, at + step)
-            if state.sharded and not whole:
-                token_N[chunk], confidence_N[chunk] = self._choose_sharded(
-                    hidden_NH[chunk], slot_N[chunk], column_N[chunk]
-                )
-                continue
-            logits_NV = self.project(hidden_NH[chunk])
-            token_N[chunk], confidence_N[chunk] = self._choose(
-                logits_NV, slot_N[chunk], column_N[chunk]
-            )
+            project = state.project_shard if state.sharded else self.project
+            choose = self._choose_sharded if state.sharded else self._choose
+            logits_NV = project(hidden_NH[chunk])
+            token_N[chunk], confidence_N[chunk] = choose(logits_NV, slot_N[chunk], column_N[chunk])
             for slot, begin, end in own:
                 # Rows of one request are neighbours, and a chunk may end among them.
-                rows = slice(max(begin, at), min(end, at + len(logits_NV)))
+                rows = slice(max(begin, at), min(end, at + step))
                 if rows.start < rows.stop:
+                    if state.sharded:  # what they ask for may need whole rows
+                        own_NV = self.project(hidden_NH[rows])
+                    else:
+                        own_NV = logits_NV[rows.start - at : rows.stop - at]
                     token_N[rows], confidence_N[rows] = state.proposers[slot].propose(
-                        logits_NV[rows.start - at : rows.stop - at].float(),
+                        own_NV.float(),
                         state.window.start_R[slot] + column_N[rows],
                         state.window.forward_R[slot],
                         self._answer(slot),
@@ -289,11 +287,10 @@ class D2FSampler:
         return token_N, confidence_N
 
     def _choose_sharded(
-        self, hidden_NH: Tensor, slot_N: Tensor, column_N: Tensor
+        self, logits_NV: Tensor, slot_N: Tensor, column_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `_choose`, with this rank's logits only."""
         state = self.state
-        logits_NV = state.project_shard(hidden_NH)
         if not state.drawing:
             return propose_sharded(logits_NV, state.mask_id, state.first_token, gather_ranks)
         return propose_sharded(
@@ -304,6 +301,7 @@ class D2FSampler:
             state.sampling.rows(slot_N),
             state.window.start_R[slot_N] + column_N,
             state.window.forward_R[slot_N],
+            self.rank if state.cutting else None,
         )
 
     def _own_proposers(self) -> dict[int, Proposer]:

@@ -5,22 +5,18 @@ A rank holds the logits of its tokens only. Gathering them would move rows x voc
 what a row needs from each rank is its best token, that token's logit, the largest logit and the sum
 of the exponentials. Greedy rows take one exchange of these, drawn ones another before it, for the
 largest logit, from which min_p counts. Noise is keyed by token, so a draw does not depend on the
-split. top_k and top_p cut a row at a place that no rank knows alone: such rows are gathered whole
-(`D2FSampler`).
+split. Where top_k and top_p cut a row takes some more (`vocab_cut`).
 
 Shape suffixes: N rows, V tokens of this rank, P ranks, C columns of an exchange.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_d2f.proposal import Sampling, gumbel
-
-Gather = Callable[[Tensor], Tensor]
-"""int32 [N, C] of this rank -> [P, N, C] of all of them, in the order of their tokens."""
+from vllm_d2f.vocab_cut import Gather, cut
 
 
 class Partial(NamedTuple):
@@ -49,14 +45,16 @@ def propose_sharded(
     sampling: Sampling | None = None,
     position_N: Tensor | None = None,
     forward_N: Tensor | None = None,
+    rank: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`proposal.propose_greedy` and `propose_drawn` (without top_k and top_p) over all ranks.
+    """`proposal.propose_greedy` and `propose_drawn` over all ranks.
 
     Args:
         logits_NV: this rank's, changed: the mask token's becomes -inf.
         first_token: the id of the first column.
         sampling: one entry per row, a temperature of 0 for greedy; None: all are greedy.
         position_N, forward_N: as for `proposal.propose_drawn`, given with `sampling`.
+        rank: this rank's place in what `gather` returns; None if top_k and top_p are not looked at.
 
     Returns:
         token_N (int64) and confidence_N (float32), the same on every rank.
@@ -73,6 +71,11 @@ def propose_sharded(
     max_N = max_PN.amax(0)
     floor_N = max_N + torch.where(drawn_N, sampling.min_p_R, 0.0).log()
     kept_NV = value_NV.masked_fill(value_NV < floor_N[:, None], -torch.inf)
+    if rank is not None:
+        top_k_N = torch.where(drawn_N, sampling.top_k_R, 0)
+        top_p_N = torch.where(drawn_N, sampling.top_p_R, 1.0)
+        stays_NV = cut(kept_NV, max_N, top_k_N, top_p_N, rank, gather)
+        kept_NV = kept_NV.masked_fill(~stays_NV, -torch.inf)
     token_V = first_token + torch.arange(value_NV.shape[1], device=value_NV.device)
     token_NV = token_V.expand(len(value_NV), -1)
     noise_NV = gumbel(sampling.seed_R, position_N, forward_N, token_NV)

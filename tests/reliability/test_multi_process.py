@@ -22,6 +22,7 @@ KINDS = (
     {"temperature": 0, "logprobs": 2},
     {"temperature": 0.8, "seed": 7},
     {"temperature": 0.9, "seed": 3, "top_k": 5},
+    {"temperature": 1.1, "seed": 4, "top_k": 30, "top_p": 0.8, "min_p": 0.02},
     {"temperature": 0, "structured_outputs": {"regex": "[0-9]{1,3}"}},
     {"temperature": 0, "frequency_penalty": 0.5},
     {"temperature": 0, "vllm_xargs": {"d2f_block_size": 8, "d2f_tau_conf": 0.5}},

@@ -91,7 +91,7 @@ def shard(
 
     Greedy rows need one exchange of partials. Drawn ones need the largest value of all ranks
     first: call with `sampling=None` on logits over temperature, take the maximum of `max_N`, call
-    again with it. top_k and top_p need the whole row; gather the rows that have them.
+    again with it. top_k and top_p are looked for in this shard only: leave them out here.
 
     Args:
         first_token: the id of the shard's first column.
