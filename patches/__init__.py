@@ -19,6 +19,7 @@ from vllm_d2f.patches import (
     p10_exit_status,
     p11_streamed_input,
     p12_full_graphs,
+    p13_warm_up,
 )
 from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
 
@@ -37,6 +38,7 @@ PATCHES: tuple[Patch, ...] = (
     p10_exit_status.PATCH,
     p11_streamed_input.PATCH,
     p12_full_graphs.PATCH,
+    p13_warm_up.PATCH,
 )
 
 _applied: dict[str, str] = {}

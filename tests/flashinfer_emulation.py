@@ -143,7 +143,17 @@ def put_in_place(monkeypatch):
 
 
 def make_builder(
-    monkeypatch, heads, page_size, layout, *, cache_dtype="auto", seqs=8, length=256, blocks=4
+    monkeypatch,
+    heads,
+    page_size,
+    layout,
+    *,
+    cache_dtype="auto",
+    seqs=8,
+    length=256,
+    blocks=4,
+    block_size=8,
+    canvas=32,
 ):
     """A real builder of a made-up configuration."""
     layer = SimpleNamespace(num_heads=heads[0], impl=SimpleNamespace(scale=HEAD**-0.5))
@@ -157,7 +167,9 @@ def make_builder(
         model_config=SimpleNamespace(
             dtype=torch.bfloat16,
             max_model_len=length,
-            hf_config=SimpleNamespace(d2f={"max_blocks": blocks}),
+            hf_config=SimpleNamespace(
+                d2f={"max_blocks": blocks, "block_size": block_size}, canvas_length=canvas
+            ),
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=seqs),
     )

@@ -92,6 +92,44 @@ def test_proposals_equal(monkeypatch, shift, drawing, spare):
     assert (got[1][masked] > 0).all() and (got[1][~masked] == 0).all()
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(cuda_sampler, "missing", lambda device: None)
+    monkeypatch.setattr(cuda_sampler.confidence, "propose", stand_in)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+def test_bounds_of_requests_that_came_back_and_are_scheduled_ahead(on_cpu):
+    """Nothing is known of their windows but the width, and a query may be wider than these."""
+    state = make_state(torch.Generator().manual_seed(3), False, ())
+    state.lagging = True
+    base = SimpleNamespace(req_states=None, penalties_state=None, sampling_states=None)
+    plain, cuda = D2FSampler(state, base), CudaSampler(state, base)
+    slots = list(range(SLOTS))
+    for slot in slots:
+        cuda.undecided.start(slot, WIDTH, 8)
+    cuda.undecided.note(slots, torch.full((SLOTS,), 5))  # under way: not read yet
+    for sampler in (plain, cuda):
+        sampler.slots, sampler.width_D = slots, np.full(SLOTS, 2 * WIDTH)
+    masked = torch.ones(SLOTS, WIDTH, dtype=torch.bool)
+    at = torch.arange(SLOTS) * 2 * WIDTH
+    hidden = torch.randn(SLOTS * 2 * WIDTH, HIDDEN, generator=torch.Generator().manual_seed(4))
+    want = plain._proposals(masked, hidden, torch.tensor(slots), at, at)
+    got = cuda._proposals(masked, hidden, torch.tensor(slots), at, at)
+    assert torch.equal(got[0], want[0])
+
+
+def test_the_profiling_run_takes_what_a_step_may(on_cpu):
+    state = make_state(torch.Generator().manual_seed(3), False, ())
+    base = SimpleNamespace(req_states=None, penalties_state=None, sampling_states=None)
+    seen, project = [], state.project
+    state.project = lambda hidden: seen.append(len(hidden)) or project(hidden)
+    cuda = CudaSampler(state, base)
+    cuda.rows_per_chunk = 40
+    output = cuda(torch.randn(100, HIDDEN), SimpleNamespace(num_reqs=100))
+    assert seen == [40] and not output.num_sampled.any()
+
+
 def test_without_cuda_it_says_what_is_missing():
     if torch.cuda.is_available():
         pytest.skip("there is a device")

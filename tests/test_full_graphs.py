@@ -217,11 +217,12 @@ class Steps:
 
     block, blocks, seqs, page, length = 8, 4, 8, 16, 256
 
-    def __init__(self, monkeypatch, heads=(4, 2)):
+    def __init__(self, monkeypatch, heads=(4, 2), **options):
         put_in_place(monkeypatch)
+        self.seqs = options.setdefault("seqs", self.seqs)
         layout = KVCacheLayout.LBNHC
         self.builder = make_builder(
-            monkeypatch, heads, self.page, layout, seqs=self.seqs, length=self.length
+            monkeypatch, heads, self.page, layout, length=self.length, **options
         )
         self.heads = heads
         self.impl = flashinfer.BlockCausalImpl(heads[0], HEAD, HEAD**-0.5, heads[1])
@@ -273,6 +274,19 @@ class Steps:
         slots, zeros = np.arange(shape.num_reqs), np.zeros(shape.num_reqs)
         lengths = np.full(shape.num_reqs, shape.width)
         return self.plan(shape, slots, zeros, lengths, tables, capture=True)
+
+
+def test_a_query_that_was_scheduled_ahead_fits_into_the_page_list(monkeypatch):
+    """It is up to twice as wide as a window, and each of its blocks lists all pages."""
+    steps = Steps(monkeypatch, seqs=1, canvas=64)
+    (shape,) = (s for s in shapes(steps.block, 64, 1, 512) if s.width == 64)
+    graph = steps.capture(shape)
+    start = steps.length - 64
+    steps.state.prompt_len_S[0], steps.state.block_size_S[0] = start, steps.block
+    tables = torch.arange(steps.length // steps.page, dtype=torch.int32)[None]
+    metadata = steps.plan(shape, [0], [start], [64], tables)
+    assert metadata.wrapper is graph.wrapper
+    assert int(metadata.wrapper.buffers[1][-1]) > steps.blocks * len(tables[0])
 
 
 def test_replays_read_what_was_planned_at_addresses_that_stay(monkeypatch):

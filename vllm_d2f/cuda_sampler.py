@@ -6,12 +6,14 @@ Shape suffixes as in `sampler`.
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_d2f.kernels import confidence, missing
 from vllm_d2f.kernels.rows import masked_rows, scatter
 from vllm_d2f.kernels.undecided import UndecidedBounds
+from vllm_d2f.proposal import Sampling, propose_drawn
 from vllm_d2f.sampler import D2FSampler
 
 if TYPE_CHECKING:
@@ -48,6 +50,14 @@ class CudaSampler(D2FSampler):
         known = state.settings.window if req_index in state.resumed else block_size
         self.undecided.start(req_index, known, block_size)
 
+    def _take_memory(self, hidden_TH: Tensor) -> None:
+        """One chunk of logits, and beside it a request that draws by itself, with a sort."""
+        logits_NV = self.project(hidden_TH[: self.rows_per_chunk])
+        own_NV = logits_NV[: self.state.settings.window].float()
+        sampling = Sampling.greedy(len(own_NV), own_NV.device)
+        sampling.temperature_R += 1
+        propose_drawn(own_NV, self.state.mask_id, sampling, sampling.seed_R, sampling.seed_R)
+
     def _denoise(
         self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +77,9 @@ class CudaSampler(D2FSampler):
         first_D: Tensor,
     ) -> tuple[Tensor, Tensor]:
         slots = self.slots[: len(self.width_D)]
-        bound_D = self.undecided.bound(slots, self.width_D)
+        # A query that was scheduled ahead may be wider than a window.
+        width_D = np.minimum(self.width_D, masked_DW.shape[1])
+        bound_D = self.undecided.bound(slots, width_D)
         proposers = self._own_proposers()
         if any(proposer.in_order is not None for proposer in proposers.values()):
             return super()._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)

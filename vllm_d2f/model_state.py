@@ -30,7 +30,7 @@ from vllm_d2f.d2f import Window, grow
 from vllm_d2f.full_graphs import fill_up, whole_blocks
 from vllm_d2f.grammar import Grammars
 from vllm_d2f.models.base import D2FModel
-from vllm_d2f.patches import p04_forget_finished, p12_full_graphs
+from vllm_d2f.patches import p04_forget_finished, p12_full_graphs, p13_warm_up
 from vllm_d2f.proposal import Sampling
 from vllm_d2f.proposer import Proposer, make_proposer
 from vllm_d2f.sampler import D2FSampler
@@ -58,6 +58,7 @@ class D2FModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         p04_forget_finished.install()
+        p13_warm_up.install()
         mode = vllm_config.compilation_config.cudagraph_mode
         self.full_graphs = mode is not None and mode.has_full_cudagraphs()
         if self.full_graphs:

@@ -102,8 +102,8 @@ class D2FSampler:
     ) -> SamplerOutput:
         state, device, num_reqs = self.state, hidden_TH.device, input_batch.num_reqs
         if num_reqs > state.max_num_reqs:
-            # vLLM's memory profiling takes every token for a request. Its peak is one chunk's.
-            self.project(hidden_TH[: self.rows_per_chunk])
+            # vLLM's memory profiling takes every token for a request.
+            self._take_memory(hidden_TH)
             return _nothing_sampled(num_reqs, device)
         # Lengths are known on the host; what is in the windows is known on the device only.
         drafts_np = input_batch.num_draft_tokens_per_req
@@ -163,6 +163,10 @@ class D2FSampler:
             )
             state.last_hidden_SH.index_copy_(0, slot_R, kept_RH)
         return output
+
+    def _take_memory(self, hidden_TH: Tensor) -> None:
+        """Take what a step takes at most: one chunk of logits."""
+        self.project(hidden_TH[: self.rows_per_chunk])
 
     def _denoise(
         self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor

@@ -168,9 +168,12 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         self.max_tokens = scheduler.max_num_batched_tokens
         page_size = kv_cache_spec.block_size
         pages_per_request = -(-vllm_config.model_config.max_model_len // page_size)
-        d2f = getattr(vllm_config.model_config.hf_config, "d2f", None) or {}
-        # Each open block, and a prompt, lists all pages of its request.
-        blocks = d2f.get("max_blocks", 1) + 1
+        config = vllm_config.model_config.hf_config
+        d2f = getattr(config, "d2f", None) or {}
+        # Each block of a query, and a prompt, lists all pages of its request. A query is longer
+        # than the window it holds if it was scheduled ahead.
+        canvas = getattr(config, "canvas_length", None) or 0
+        blocks = max(d2f.get("max_blocks", 1), canvas // d2f.get("block_size", 1)) + 1
         self.pages = PageLists(
             page_size, scheduler.max_num_seqs * blocks * pages_per_request, device
         )

@@ -57,7 +57,7 @@ class UndecidedBounds:
         """At most so many undecided positions go into the next forward, [D].
 
         Args:
-            width_D: positions each request has in it.
+            width_D: positions of its window that each request has in it, at most.
         """
         while len(self._noted) > self.under_way:
             self._settle(self._noted.popleft())
