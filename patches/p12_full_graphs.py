@@ -25,10 +25,15 @@ def _make_candidates(original: Callable[..., None]) -> Callable[..., None]:
 
         from vllm_d2f.settings import is_d2f
 
+        # Not whether vLLM has made one: it makes none where its only length, the canvas, exceeds
+        # what is captured, and windows may be narrower.
         full = CUDAGraphMode.FULL
-        if not is_d2f(self.vllm_config.model_config) or full not in self._capture_descs:
+        wanted = self.cudagraph_mode.decode_mode() == full
+        if not is_d2f(self.vllm_config.model_config) or not wanted:
             return
         mine = _descriptors(self)
+        if not mine:
+            return
         self._capture_descs[full] = sorted(mine, key=lambda d: d.num_tokens, reverse=True)
         # For a number of tokens: of each width the smallest graph that has room, then vLLM's own
         # piecewise ones. `dispatch` takes the first that fits.

@@ -68,6 +68,7 @@ class Emulated:
         q_data_type="float16",
         kv_data_type=None,
         seq_lens=None,
+        max_token_per_sequence=None,
     ):
         for x in (
             qo_indptr,
@@ -79,6 +80,7 @@ class Emulated:
             assert x.dtype == torch.int32 and x.is_contiguous() and x.dim() == 1
         size = len(qo_indptr) - 1
         assert len(paged_kv_indptr) == size + 1 and len(paged_kv_last_page_len) == size
+        assert max_token_per_sequence == qo_indptr.diff().max()
         assert qo_indptr[0] == 0 and paged_kv_indptr[0] == 0
         count = paged_kv_indptr.diff()
         if self.buffers is None:

@@ -106,6 +106,22 @@ def test_every_width_has_its_graphs(stock, mode):
     assert graphs.dispatch(2, 2 * 40, 40, 0, max_query_len=40).cg_mode != FULL
 
 
+def test_a_canvas_wider_than_what_is_captured(stock):
+    """vLLM has no FULL graph then; narrower windows do."""
+    graphs = manager(canvas=1024, seqs=4)
+    graphs._init_candidates()
+    assert FULL not in graphs._capture_descs
+    p12.install()
+    graphs = manager(canvas=1024, seqs=4)
+    graphs._init_candidates()
+    assert {d.uniform_token_count for d in graphs._capture_descs[FULL]} == set(range(32, 513, 32))
+    got = graphs.dispatch(3, 3 * 64, 64, 0, max_query_len=64)
+    assert got.cg_mode == FULL and got.uniform_token_count == 64
+    graphs = manager(canvas=1024, seqs=4, most=16)
+    graphs._init_candidates()
+    assert FULL not in graphs._capture_descs
+
+
 def test_other_models_and_piecewise_graphs_stay_vllms(stock):
     lists = {}
     for patched in (False, True):
@@ -228,6 +244,7 @@ class Steps:
         self.impl = flashinfer.BlockCausalImpl(heads[0], HEAD, HEAD**-0.5, heads[1])
         self.state = state = object.__new__(D2FModelState)
         state.settings = settings_from_dict({"block_size": self.block, "max_blocks": self.blocks})
+        state.max_model_len = self.length
         state.full_graphs, state.stale_pages, state.device = True, None, torch.device("cpu")
         state.prompt_len_S = np.full(self.seqs, 1 << 40)
         state.block_size_S = np.ones(self.seqs, dtype=np.int64)
@@ -274,6 +291,14 @@ class Steps:
         slots, zeros = np.arange(shape.num_reqs), np.zeros(shape.num_reqs)
         lengths = np.full(shape.num_reqs, shape.width)
         return self.plan(shape, slots, zeros, lengths, tables, capture=True)
+
+
+def test_a_run_without_requests_may_be_longer_than_the_page_tables(monkeypatch):
+    """vLLM's autotuning gives its whole budget to few made-up requests."""
+    steps = Steps(monkeypatch)
+    tables = torch.zeros(2, steps.length // steps.page, dtype=torch.int32)
+    metadata = steps.plan(None, [0, 1], [0, 0], [steps.length + 40, 16], tables, mode=NONE)
+    assert metadata.wrapper.call[3].tolist() == [steps.length, 16]
 
 
 def test_a_query_that_was_scheduled_ahead_fits_into_the_page_list(monkeypatch):

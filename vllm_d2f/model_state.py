@@ -254,6 +254,9 @@ class D2FModelState(ModelState):
             if self.settings.prompt_attention == "block_causal"
             else None,
         )
+        # vLLM's runs without requests may be longer than a request can be (autotuning with one slot
+        # and a budget beyond the model's length); page tables end there.
+        np.minimum(sequences.kv_len_S, self.max_model_len, out=sequences.kv_len_S)
         if self.full_graphs:
             replayed = for_capture or cudagraph_mode == CUDAGraphMode.FULL
             for attn_group in (one for several in attn_groups for one in several):

@@ -34,7 +34,7 @@ PIECE_BYTES = 60 << 20
 """Most of a piece: what can be copied to the host at once is little more."""
 PYTHON = "3.12"
 ARCHITECTURE = 90
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PLATFORMS = tuple(f"manylinux{version}_x86_64" for version in ("_2_31", "_2_28", "_2_17", "2014"))
 
 VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -324,3 +325,22 @@ def test_rehearsal(tmp_path):
 
     text = document(collect(tmp_path / "out"), "report")
     assert "A rehearsal on a CPU" in text and "## Steps" in text
+
+
+def test_device_tests_are_collected_where_there_is_only_a_bundle(tmp_path, monkeypatch):
+    """It holds three folders of the repository; tests of the others are not looked at."""
+    from benchmarks.gpu.bundle import REPOSITORY
+    from benchmarks.gpu.kernels import device_tests
+
+    for folder in REPOSITORY:
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    files = device_tests("tests")
+    assert {"tests/test_no_host_wait.py", "tests/kernels/test_rows.py"} <= set(files)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    done = subprocess.run([*words, "-m", "gpu", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_a_step_waits_for_nothing_on_a_device" in done.stdout
