@@ -244,7 +244,7 @@ class Steps:
         self.impl = flashinfer.BlockCausalImpl(heads[0], HEAD, HEAD**-0.5, heads[1])
         self.state = state = object.__new__(D2FModelState)
         state.settings = settings_from_dict({"block_size": self.block, "max_blocks": self.blocks})
-        state.max_model_len = self.length
+        state.model_config = SimpleNamespace(max_model_len=self.length)
         state.full_graphs, state.stale_pages, state.device = True, None, torch.device("cpu")
         state.prompt_len_S = np.full(self.seqs, 1 << 40)
         state.block_size_S = np.ones(self.seqs, dtype=np.int64)
