@@ -18,6 +18,12 @@ from benchmarks.gpu.stage import Options
 BLOCK, MAX_BLOCKS = 32, 8
 
 
+LASTING_WINDOWS = {"d2f_tau_add": 0.0, "d2f_tau_act": 1.0}
+"""A block is opened in every forward, and none but the first is fully active: each that is decides
+a position per forward, whatever is simulated.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What an engine is started for.
@@ -56,7 +62,9 @@ class DummyEngine:
             skip_tokenizer_init=True,
             max_model_len=self.limits.length,
             max_num_seqs=self.limits.requests,
-            max_num_batched_tokens=max(self.limits.step_tokens, self.limits.length),
+            # A prompt goes whole and beside windows that are full: without room for both the last
+            # requests would wait until others end.
+            max_num_batched_tokens=self.limits.step_tokens + self.limits.length,
             enable_prefix_caching=False,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -110,12 +118,10 @@ class DummyEngine:
         ]
 
     def sampling(self, max_tokens: int, blocks: int | None = None) -> Any:
-        """Greedy, to the last token. With `blocks`, a new one is opened in every step."""
+        """Greedy, to the last token. With `blocks`, windows of so many that last."""
         from vllm import SamplingParams
 
-        extra = None
-        if self.diffusion and blocks is not None:
-            extra = {"d2f_max_blocks": blocks, "d2f_tau_add": 0.0, "d2f_tau_act": 0.0}
+        extra = {"d2f_max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
         return SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,

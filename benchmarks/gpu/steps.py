@@ -52,7 +52,7 @@ def points(part: str, options: Options) -> Points:
     contexts: tuple[int, ...] = (CONTEXT,) if variant else (CONTEXT, LONG_CONTEXT)
     answer = ANSWER
     if options.rehearse:
-        requests, contexts, answer = (1, 4), (48, 96), 24
+        requests, contexts, answer = (1, 8), (48, 96), 24
     elif options.quick:
         requests, contexts = (1, 4) if variant else (1, 4, 64), (CONTEXT,)
     yield f"{part}/start", lambda: start(engine())
@@ -114,6 +114,8 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
         warm_until = _warm_up(engine, run, requests, width)
         began = time.monotonic()
         while len(full) < MOST_STEPS:
+            if not engine.llm.llm_engine.has_unfinished_requests():
+                raise RuntimeError(f"requests ended after {len(full)} full steps")
             at = len(clock.steps)
             waited.take()
             run()
@@ -145,6 +147,8 @@ def _warm_up(engine: DummyEngine, run: Any, requests: int, width: int) -> int:
     while not (
         clock.steps and clock.steps[-1].tokens == requests * width and not clock.steps[-1].new
     ):
+        if not engine.llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError(f"requests ended before a step of {requests * width} tokens")
         run()
         if len(clock.steps) > 40 + requests:
             raise RuntimeError(f"no step of {requests * width} tokens in {len(clock.steps)}")
@@ -212,6 +216,8 @@ def memory(engine: DummyEngine, requests: int, prompt: int) -> dict[str, Any]:
             prompt //= 2  # full multi-head caches of 256 long prompts are larger than the device
         else:
             raise Skip(reason)
+    if engine.diffusion:
+        engine.simulate(1.0)
     with engine.running(requests, prompt, 4, width + LASTING) as run:
         engine.clock.start()
         for _ in range(12 + requests):

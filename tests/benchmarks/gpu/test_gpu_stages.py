@@ -10,10 +10,14 @@ import torch
 
 from benchmarks.attention_variants import VARIANTS
 from benchmarks.gpu import attention, kernels, profiling, retrain, shapes, timing
+from benchmarks.gpu.engine import BLOCK, LASTING_WINDOWS
 from benchmarks.gpu.profiling import Span
 from benchmarks.gpu.stage import DONE, Options, Skip, drive
+from benchmarks.gpu.steps import LASTING
 from benchmarks.gpu.store import Store, read
 from benchmarks.gpu.widen import widen
+from vllm_d2f.d2f import D2FParams, Window, advance, grow
+from vllm_d2f.proposal import simulated_confidence
 
 CPU = torch.device("cpu")
 
@@ -21,6 +25,39 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def options(tmp_path):
     return Options(tmp_path / "out", tmp_path / "work", rehearse=True)
+
+
+# Steps.
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_windows_of_measured_steps_fill_and_last(blocks):
+    """One position per forward: full after as many forwards as blocks, for `LASTING` and more."""
+    extra = {name.removeprefix("d2f_"): value for name, value in LASTING_WINDOWS.items()}
+    params = D2FParams(block_size=BLOCK, max_blocks=blocks, tau_conf=0.9, **extra)
+    window = Window.empty(1, params.window, 1, 0, CPU)
+    answer = params.window + LASTING
+    window.start(0, params, max_tokens=answer, limit=4000, ends=(), mask_id=0)
+    grow(window)
+    open_, decided = [], []
+    while int(window.open_R) and len(open_) <= answer:
+        open_.append(int(window.open_R))
+        masked = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
+        request_N, column_N = masked.nonzero(as_tuple=True)
+        confidence = torch.zeros(1, params.window)
+        confidence[request_N, column_N] = simulated_confidence(
+            request_N, window.forward_R[request_N], 1.0
+        )
+        token = torch.ones(1, params.window, dtype=torch.int64)
+        step = advance(window, token, confidence, 0)
+        decided.append(int(step.accepted_RW.sum()))
+        if bool(step.done_R):
+            break
+        grow(window)
+    assert max(decided) == 1 and sum(decided) == answer
+    full = [forward for forward, width in enumerate(open_) if width == params.window]
+    assert full[0] < blocks and len(full) >= LASTING
+    assert full == list(range(full[0], full[-1] + 1))
 
 
 # Attention.
