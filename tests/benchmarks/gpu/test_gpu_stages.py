@@ -40,7 +40,7 @@ def test_windows_of_measured_steps_fill_and_last(blocks):
     window.start(0, params, max_tokens=answer, limit=4000, ends=(), mask_id=0)
     grow(window)
     open_, decided = [], []
-    while int(window.open_R) and len(open_) <= answer:
+    while int(window.open_R) and len(open_) <= 2 * answer:
         open_.append(int(window.open_R))
         masked = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
         request_N, column_N = masked.nonzero(as_tuple=True)
