@@ -4,6 +4,7 @@
 import hashlib
 import io
 import json
+import re
 import os
 import random
 import struct
@@ -159,6 +160,7 @@ def test_the_repository_part_can_run_and_is_small():
 
 def test_packages_are_named_once():
     names = [r.partition("==")[0] for r in bundle.LACKING]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+(==[0-9.]+)?", r) for r in bundle.LACKING)
     assert len(set(names)) == len(names)
 
 
