@@ -4,9 +4,9 @@
 import hashlib
 import io
 import json
-import re
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
