@@ -8,9 +8,10 @@ import pytest
 import torch
 from host_waits import no_host_waits
 
+from vllm_d2f.exchange import exchange
 from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy
 from vllm_d2f.vocab_cut import cut
-from vllm_d2f.vocab_shards import exchange, propose_sharded
+from vllm_d2f.vocab_shards import propose_sharded
 
 MASK, VOCABULARY, ROWS = 37, 101, 24
 
@@ -120,9 +121,9 @@ def test_cut_at_top_k_and_top_p(bounds, seed):
         assert torch.equal(token, want[0])
         torch.testing.assert_close(confidence, want[1], rtol=2e-5, atol=1e-7)
     assert torch.equal(results[0][1], results[-1][1])
-    # Of a row and rank: four digits of 256 float64 for each limit and three more of these, and
-    # what moves without limits.
-    assert volume == (len(bounds) - 1) * ROWS * (7 + 2 * (2 * (4 * 256 + 3)))
+    # Of a row and rank: for each limit four digits of 256 float64 and two numbers more, once the
+    # whole probability, and what moves without limits.
+    assert volume == (len(bounds) - 1) * ROWS * (7 + 2 * (2 * (4 * 256 + 2) + 1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -173,6 +174,9 @@ def test_one_exchange_is_exact():
         assert both.dtype == value.dtype
         for one in both:
             assert torch.equal(one.nan_to_num(7), value.nan_to_num(7))
+    table = torch.rand(2, 5, dtype=torch.float64)
+    back = exchange((table, values[1]), lambda bits: torch.stack((bits, bits, bits)))
+    assert torch.equal(back[0], table.expand(3, 2, 5)) and back[1].shape == (3, 2)
 
 
 def test_nothing_waits_for_the_device():

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors on their way from the host to a device."""
+"""Tensors on their way from the host to a device.
+
+vLLM has the same (`async_tensor_h2d`); what imports this is used without vLLM too.
+"""
 
 import torch
 from torch import Tensor

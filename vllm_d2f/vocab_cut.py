@@ -11,13 +11,10 @@ which takes the number of them on each rank.
 Shape suffixes: N rows, V tokens of this rank, P ranks, D values of a digit.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-Gather = Callable[[Tensor], Tensor]
-"""int32 [N, C] of this rank -> [P, N, C] of all of them, in the order of their tokens."""
+from vllm_d2f.exchange import Gather, exchange
 
 DIGIT_BITS = 8
 
@@ -39,13 +36,12 @@ def cut(
     """
     key_NV = _keys(value_NV)
     one_NV = torch.ones((), dtype=torch.float64, device=key_NV.device).expand(key_NV.shape)
-    tokens_N = _over_ranks(one_NV.sum(1, keepdim=True), gather).sum(0)[:, 0]
-    wanted_N = torch.where(top_k_N > 0, torch.minimum(top_k_N, tokens_N), tokens_N)
-    kept_NV = _prefix(key_NV, one_NV, wanted_N.double(), rank, gather)
+    kept_NV = _prefix(key_NV, one_NV, top_k_N.double(), rank, gather)
+    kept_NV |= (top_k_N == 0)[:, None]
 
     mass_NV = (value_NV.double() - max_N[:, None]).exp().masked_fill(~kept_NV, 0.0)
-    whole_N = _over_ranks(mass_NV.sum(1, keepdim=True), gather).sum(0)[:, 0]
-    likely_NV = _prefix(key_NV, mass_NV, top_p_N * whole_N, rank, gather)
+    (whole_PN,) = exchange((mass_NV.sum(1),), gather)
+    likely_NV = _prefix(key_NV, mass_NV, top_p_N * whole_PN.sum(0), rank, gather)
     return kept_NV & (likely_NV | (top_p_N >= 1)[:, None])
 
 
@@ -54,7 +50,7 @@ def _prefix(
 ) -> Tensor:
     """The shortest prefix of each row, in order of (key, then lower id), that weighs `wanted_N`.
 
-    The first token stays at any rate.
+    The first token stays at any rate, and all do that weigh something if they weigh less.
 
     Args:
         key_NV: int64, in [0, 2 ** 32).
@@ -67,12 +63,13 @@ def _prefix(
         digit_NV = torch.where(among_NV, (key_NV >> shift) & (digits - 1), digits)
         weight_ND = weight_NV.new_zeros(len(key_NV), digits + 1)
         weight_ND.scatter_add_(1, digit_NV, weight_NV)
-        weight_ND = _over_ranks(weight_ND[:, :digits], gather).sum(0)
+        (weight_PND,) = exchange((weight_ND[:, :digits],), gather)
+        weight_ND = weight_PND.sum(0)
         # With this digit and all above it.
         down_ND = weight_ND.flip(1).cumsum(1).flip(1)
         reached_ND = (down_ND >= wanted_N[:, None]) & (weight_ND > 0)
         digit_N = _last(reached_ND)
-        # Sums may miss what is wanted by a rounding: then the lowest digit that weighs something.
+        # If all weigh less, by a rounding or by far: the lowest digit that weighs something.
         first_N = (weight_ND > 0).int().argmax(1)
         digit_N = torch.where(digit_N < 0, first_N, digit_N)
         above_N = (down_ND - weight_ND).gather(1, digit_N[:, None])[:, 0]
@@ -81,10 +78,10 @@ def _prefix(
     equal_NV = key_NV == end_N[:, None]
     counted_NV = equal_NV & (weight_NV > 0)
     # All tokens with the end's key weigh the same. Lower ranks have lower ids.
-    each_N = _over_ranks(torch.where(counted_NV, weight_NV, 0.0).amax(1, keepdim=True), gather)
-    each_N = each_N.amax(0)[:, 0]
-    stay_N = (wanted_N / each_N).nan_to_num(1.0, posinf=1.0).ceil().clamp(min=1)
-    ties_PN = _over_ranks(counted_NV.sum(1, keepdim=True).double(), gather)[..., 0]
+    each_PN, ties_PN = exchange(
+        (torch.where(counted_NV, weight_NV, 0.0).amax(1), counted_NV.sum(1)), gather
+    )
+    stay_N = (wanted_N / each_PN.amax(0)).nan_to_num(1.0, posinf=1.0).ceil().clamp(min=1)
     stay_N = stay_N - ties_PN[:rank].sum(0)
     tie_NV = counted_NV.cumsum(1)
     return (key_NV > end_N[:, None]) | (counted_NV & (tie_NV <= stay_N[:, None]))
@@ -100,9 +97,3 @@ def _last(flag_ND: Tensor) -> Tensor:
     """The last true column of each row, -1 if there is none."""
     column_D = torch.arange(flag_ND.shape[1], device=flag_ND.device)
     return torch.where(flag_ND, column_D, -1).amax(1)
-
-
-def _over_ranks(values_NC: Tensor, gather: Gather) -> Tensor:
-    """Every rank's values [P, N, C]."""
-    values_NC = values_NC.contiguous()
-    return gather(values_NC.view(torch.int32)).contiguous().view(values_NC.dtype)

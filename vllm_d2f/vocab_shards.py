@@ -7,7 +7,7 @@ of the exponentials. Greedy rows take one exchange of these, drawn ones another 
 largest logit, from which min_p counts. Noise is keyed by token, so a draw does not depend on the
 split. Where top_k and top_p cut a row takes some more (`vocab_cut`).
 
-Shape suffixes: N rows, V tokens of this rank, P ranks, C columns of an exchange.
+Shape suffixes: N rows, V tokens of this rank, P ranks.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_d2f.exchange import Gather, exchange
 from vllm_d2f.proposal import Sampling, gumbel
-from vllm_d2f.vocab_cut import Gather, cut
+from vllm_d2f.vocab_cut import cut
 
 
 class Partial(NamedTuple):
@@ -114,14 +115,3 @@ def merge(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     sum_N = (sum_PN * (max_PN - max_N).exp()).sum(0)
     confidence_N = (value_PN.gather(0, rank_N[None])[0] - max_N).exp() / sum_N
     return token_N, confidence_N.nan_to_num_(0.0, posinf=0.0)
-
-
-def exchange(values: tuple[Tensor, ...], gather: Gather) -> tuple[Tensor, ...]:
-    """Every rank's values, [P, N] each: one gather of their bits."""
-    columns = [value.contiguous().view(torch.int32).view(len(value), -1) for value in values]
-    widths = [column.shape[1] for column in columns]
-    parts = gather(torch.cat(columns, 1)).split(widths, dim=-1)
-    return tuple(
-        part.contiguous().view(value.dtype)[..., 0]
-        for part, value in zip(parts, values, strict=True)
-    )

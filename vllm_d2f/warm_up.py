@@ -48,9 +48,9 @@ def warm_up(
     settings = runner.model_state.settings
     block_size = settings.params.block_size
     length = min(len(PROMPT) + settings.window, runner.max_model_len)
-    requests = _requests(runner, length)
+    requests = _requests(runner, length) if length > len(PROMPT) else []
     if not requests:
-        return  # no page is free; the first request compiles what it needs
+        return  # no room; the first request compiles what it needs
     zeroer = getattr(runner, "kv_block_zeroer", None)
     if zeroer is not None:
         zeroer.warmup(runner.kv_cache_config.num_blocks)

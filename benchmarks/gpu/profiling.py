@@ -6,7 +6,7 @@ ran between the first and the last one; waits are runtime calls in which the hos
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -61,17 +61,7 @@ def profile(engine: DummyEngine, requests: int, options: Options) -> dict[str, A
             for _ in range(STEPS):
                 run()
         took = [step.ms for step in engine.clock.steps[at:]]
-    spans = [
-        Span(
-            event.name,
-            event.time_range.start,
-            event.time_range.end,
-            event.device_type == torch.autograd.DeviceType.CUDA,
-        )
-        for event in traced.events()
-        # A named range of the host appears on the device too, over its kernels and gaps.
-        if not getattr(event, "is_user_annotation", False)
-    ]
+    spans = spans_of(traced.events())
     row = summary(spans, len(took) or 1)
     row["wall_ms_per_step"] = round(sum(took) / max(len(took), 1), 4)
     row["weights_gb"] = round(shapes.weight_bytes(engine.name)["step"] / 1e9, 3)
@@ -81,6 +71,24 @@ def profile(engine: DummyEngine, requests: int, options: Options) -> dict[str, A
             ops[found.key] += found.self_cpu_time_total
         row["top_cpu"] = _largest(ops, len(took) or 1)
     return row
+
+
+def spans_of(events: Iterable[Any]) -> list[Span]:
+    """A trace's events, without named ranges: the host's appear on the device too, over its
+    kernels and gaps.
+    """
+    import torch
+
+    return [
+        Span(
+            event.name,
+            event.time_range.start,
+            event.time_range.end,
+            event.device_type == torch.autograd.DeviceType.CUDA,
+        )
+        for event in events
+        if not event.is_user_annotation
+    ]
 
 
 def summary(spans: Sequence[Span], steps: int) -> dict[str, Any]:

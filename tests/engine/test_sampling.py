@@ -2,6 +2,7 @@
 """Every sampling parameter: the engine says what the reference says, with as many forwards."""
 
 import pytest
+import torch
 from common import MAX_LEN, WINDOW, random_prompts
 from rules import Rule, engine_answers, engine_outputs, reference_answers
 
@@ -208,7 +209,7 @@ def test_repetition_ends_an_answer(llm):
     assert cut.outputs[0].stop_reason == "repetition_detected"
 
 
-def test_who_asks_for_nothing_pays_nothing(llm, rules):
+def test_who_asks_for_nothing_pays_nothing(llm, rules, monkeypatch):
     """Plain requests leave no trace in what rules need, and rules none behind them."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     state, sampler = worker.model_runner.model_state, worker.model_runner.sampler
@@ -216,13 +217,17 @@ def test_who_asks_for_nothing_pays_nothing(llm, rules):
     found = []
     own_rows = sampler._own_rows
     sampler._own_rows = lambda *args: found.append(own_rows(*args)) or found[-1]
+    looked, searchsorted = [], torch.searchsorted
+    monkeypatch.setattr(
+        torch, "searchsorted", lambda *args, **kw: looked.append(1) or searchsorted(*args, **kw)
+    )
     try:
         plain = [Rule(rule.prompt, {}) for rule in rules[:4]]
         engine_outputs(llm, plain)
         assert state.proposers == {} and state._proposers_aside == {}
-        assert found and not any(found)
+        assert found and not any(found) and not looked
         engine_outputs(llm, [*plain, rules[5]])
-        assert any(found)
+        assert any(found) and looked
     finally:
         sampler._own_rows = own_rows
 

@@ -81,6 +81,10 @@ def test_few_slots_pages_and_positions(dream):
     warm_up(worker.model_runner, execute, worker.sample_tokens)
     assert steps == []
     config.num_blocks = before
+    longest, worker.model_runner.max_model_len = worker.model_runner.max_model_len, 3
+    warm_up(worker.model_runner, execute, worker.sample_tokens)
+    assert steps == []
+    worker.model_runner.max_model_len = longest
     case = make_cases([[5, 6, 7]], [D2FParams(8, 4, 0.1, 0.95, 0.6)], 10)
     check(case, reference_answers(dream, case, 20), engine_answers(llm, case, "batch"), decisive=0)
     shut_down(llm)

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_d2f.host_copy import to_device
+
 
 class PagedSequences(NamedTuple):
     """What FlashInfer's `plan` wants. int32; on the host, except the pages.
@@ -97,4 +99,4 @@ class PageLists:
         return out.pin_memory() if self.device.type == "cuda" else out
 
     def _put(self, values: NDArray[np.integer]) -> Tensor:
-        return self._pin(values).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(values.astype(np.int32)), self.device)

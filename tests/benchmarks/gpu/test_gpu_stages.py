@@ -4,6 +4,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks.gpu import attention, kernels, profiling, retrain, shapes, timin
 from benchmarks.gpu.engine import BLOCK, LASTING_WINDOWS
 from benchmarks.gpu.profiling import Span
 from benchmarks.gpu.stage import DONE, Options, Skip, drive
-from benchmarks.gpu.steps import LASTING
+from benchmarks.gpu.steps import LASTING, _warm_up
 from benchmarks.gpu.store import Store, read
 from benchmarks.gpu.widen import widen
 from vllm_d2f.d2f import D2FParams, Window, advance, grow
@@ -58,6 +59,18 @@ def test_windows_of_measured_steps_fill_and_last(blocks):
     full = [forward for forward, width in enumerate(open_) if width == params.window]
     assert full[0] < blocks and len(full) >= LASTING
     assert full == list(range(full[0], full[-1] + 1))
+
+
+def test_a_point_whose_requests_have_ended_stops():
+    """An engine without requests makes steps of nothing for ever."""
+    ran = []
+    engine = SimpleNamespace(
+        clock=SimpleNamespace(steps=[]),
+        llm=SimpleNamespace(llm_engine=SimpleNamespace(has_unfinished_requests=lambda: not ran)),
+    )
+    with pytest.raises(RuntimeError, match="ended before a step of 256 tokens"):
+        _warm_up(engine, lambda: ran.append(1), 2, 128)
+    assert ran == [1]
 
 
 # Attention.
@@ -260,6 +273,20 @@ def test_busy_idle_gaps_and_waits():
         "cudaMemcpyAsync": {"per_step": 0.5, "ms_per_step": 0.0005},
     }
     assert profiling.summary([], 1)["device_busy_ms"] == 0
+
+
+def test_named_ranges_of_a_trace_are_no_work():
+    on_cpu = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=on_cpu) as traced,
+        torch.profiler.record_function("a named range"),
+    ):
+        torch.ones(3) @ torch.ones(3)
+    assert "a named range" in {event.name for event in traced.events()}
+    spans = profiling.spans_of(traced.events())
+    assert "aten::dot" in {span.name for span in spans}
+    assert "a named range" not in {span.name for span in spans}
+    assert not any(span.on_device for span in spans)
 
 
 # Training.
