@@ -115,7 +115,7 @@ def resolve_model(option: str, name: str) -> str:
     Raises:
         UsageError: names the option and what it takes.
     """
-    from vllm_d2f.names import UnknownModelError, resolve
+    from vllm_d2f.hub.names import UnknownModelError, resolve
 
     hint = (
         f"pass {option} an embedded name (d2f-tiny, ar-tiny, dream-tiny) or a checkpoint's folder"

@@ -51,7 +51,7 @@ def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
             seen = SimpleNamespace(is_diffusion=False)
         original(self, seen, structured_outputs_config, tokenizer)
         if structured is not None:
-            from vllm_d2f.grammar import refuse_stuck
+            from vllm_d2f.worker.grammar import refuse_stuck
 
             refuse_stuck(structured)
 

@@ -18,7 +18,7 @@ TARGET = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
 
 def _make(original: Callable[..., None]) -> Callable[..., None]:
     def finish_requests(self: GPUModelRunner, scheduler_output: SchedulerOutput) -> None:
-        from vllm_d2f.model_state import D2FModelState
+        from vllm_d2f.worker.model_state import D2FModelState
 
         if isinstance(self.model_state, D2FModelState):
             self.model_state.forget_requests(scheduler_output.finished_req_ids)

@@ -16,14 +16,14 @@ OFFLINE = "vllm.engine.arg_utils:get_model_path"
 
 def _is_ours(model: Any) -> bool:
     """Whether `model` is a name of ours. Raises for a name that only looks like one."""
-    from vllm_d2f.names import is_name
+    from vllm_d2f.hub.names import is_name
 
     return is_name(model)
 
 
 def _make_redirect(original: Callable[..., str]) -> Callable[..., str]:
     def maybe_model_redirect(model: str) -> str:
-        from vllm_d2f.names import resolve
+        from vllm_d2f.hub.names import resolve
 
         # The user's own redirect file comes first.
         redirected = original(model)
@@ -42,7 +42,7 @@ def _make_speculators(original: Callable[..., Any]) -> Callable[..., Any]:
         hf_token: bool | str | None = None,
         **kwargs: Any,
     ) -> Any:
-        from vllm_d2f.names import refuse_unservable
+        from vllm_d2f.hub.names import refuse_unservable
 
         refuse_unservable(model)
         # The original asks the Hub for the config of `model`.
@@ -94,7 +94,7 @@ PATCH = Patch(
     why="vLLM takes a model name for a folder or a Hub id, so `vllm serve d2f-tiny` would ask the "
     "Hub for a model that ships with this package.",
     how="Wraps vLLM's own redirect (`VLLM_MODEL_REDIRECT_PATH`) to resolve the names of "
-    "`vllm_d2f.names`, and keeps the two Hub look-ups that run before it away from them. "
+    "`vllm_d2f.hub.names`, and keeps the two Hub look-ups that run before it away from them. "
     "Existing folders, Hub ids and the user's redirect file go to the original first.",
     upstream="none yet: wanted is a registry of model locations, as `register_model` is for "
     "architectures",

@@ -44,8 +44,8 @@ PATCH = Patch(
     target=(TARGET,),
     why="vLLM's CPU platform switches asynchronous scheduling off without a word. D2F models can "
     "have it there, and a CPU is where it is tested.",
-    how="Wraps the method: for a D2F model the flag stays what `vllm_d2f.config` decided, off on a "
-    "CPU unless the user asks. Other models keep what the original sets.",
+    how="Wraps the method: for a D2F model the flag stays what `vllm_d2f.startup` decided, off on "
+    "a CPU unless the user asks. Other models keep what the original sets.",
     upstream="none yet: wanted is an error for an explicit flag instead of a silent change",
     remove_when="the CPU platform leaves an explicit `--async-scheduling` alone",
     when="the platform is a CPU",

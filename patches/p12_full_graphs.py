@@ -59,7 +59,7 @@ def _descriptors(manager: CudaGraphManager) -> list[Any]:
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-    from vllm_d2f.full_graphs import shapes
+    from vllm_d2f.attention.cuda_graphs import shapes
     from vllm_d2f.settings import served_settings
 
     config = manager.vllm_config.model_config
@@ -86,7 +86,7 @@ def _make_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         state, uniform = original(self, scheduler_output, dummy_run)
         if state is None or uniform is None:
             return state, uniform
-        from vllm_d2f.model_state import D2FModelState
+        from vllm_d2f.worker.model_state import D2FModelState
 
         model_state = self.model_state
         if isinstance(model_state, D2FModelState) and not model_state.fits_full_graph(

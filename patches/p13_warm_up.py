@@ -23,11 +23,11 @@ def _make(original: Callable[..., None]) -> Callable[..., None]:
         worker_execute_model: Callable[[SchedulerOutput], Any],
         worker_sample_tokens: Callable[[GrammarOutput | None], Any],
     ) -> None:
-        from vllm_d2f.model_state import D2FModelState
+        from vllm_d2f.worker.model_state import D2FModelState
 
         if not isinstance(model_runner.model_state, D2FModelState):
             return original(model_runner, worker_execute_model, worker_sample_tokens)
-        from vllm_d2f.warm_up import warm_up
+        from vllm_d2f.worker.warmup import warm_up
 
         return warm_up(model_runner, worker_execute_model, worker_sample_tokens)
 
@@ -56,8 +56,8 @@ PATCH = Patch(
     "would be written over hidden states; with the whole canvas as a window where one block is "
     "open, so that tokens of -1 are embedded; and with requests that have no window. A D2F "
     "engine would end there.",
-    how="Wraps the function: for a D2F model `vllm_d2f.warm_up` runs steps as its scheduler makes "
-    "them. Other models keep vLLM's.",
+    how="Wraps the function: for a D2F model `vllm_d2f.worker.warmup` runs steps as its scheduler "
+    "makes them. Other models keep vLLM's.",
     upstream="none yet: wanted is a warm-up that the model state can replace",
     remove_when="a model state can say which steps warm it up",
     when="always, in workers of a D2F model; vLLM warms up on CUDA without `--enforce-eager`",

@@ -82,7 +82,7 @@ def test_serve_commands_parse(words):
 
 
 def test_the_request_is_json_for_an_embedded_model():
-    from vllm_d2f.names import EMBEDDED
+    from vllm_d2f.hub.names import EMBEDDED
 
     (curl,) = commands("curl")
     body = json.loads(curl[curl.index("-d") + 1])

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from vllm_d2f.hub.names import resolve
 from vllm_d2f.models.hf import load_hf
-from vllm_d2f.names import resolve
 from vllm_d2f.reference import decode, generate, hf_forward
 from vllm_d2f.watch.__main__ import QUESTION, main
 from vllm_d2f.watch.decoders import ARDecoder, D2FDecoder, WatchError

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm_d2f.tally import Tally
+from vllm_d2f.wire import Tally
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput

@@ -47,8 +47,8 @@ def register_all() -> None:
     apply_all()
     register_models()
 
-    from vllm_d2f.attention.select import register as register_attention
-    from vllm_d2f.config import register_hook
+    from vllm_d2f.attention.selection import register as register_attention
+    from vllm_d2f.startup import register_hook
 
     register_attention()
     register_hook()

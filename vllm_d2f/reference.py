@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vllm_d2f.d2f import D2FParams, Window, activated, advance, grow, may_attend
-from vllm_d2f.proposal import Sampling, propose_drawn, propose_greedy
-from vllm_d2f.proposer import Proposer
+from vllm_d2f.sampling.request_sampler import Proposer
+from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.logprobs import MODES as LOGPROB_MODES
+from vllm_d2f.sampling.logprobs import MODES as LOGPROB_MODES
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, StructuredOutputsConfig
@@ -279,7 +279,7 @@ def is_d2f(model_config: "ModelConfig") -> bool:
 
 
 def served_settings(model_config: "ModelConfig") -> Settings:
-    """The settings that start-up resolved (`vllm_d2f.config` left them in the model's config)."""
+    """The settings that start-up resolved (`vllm_d2f.startup` left them in the model's config)."""
     config = model_config.hf_config
     return replace(settings_from_dict(config.d2f), family=config.model_type.lower())
 

@@ -237,7 +237,7 @@ def _confidence(options: Options) -> Points:
 
 def sampling(rule: str, count: int, device: str) -> Any:
     """Settings of rows under one rule; None: greedy."""
-    from vllm_d2f.proposal import Sampling
+    from vllm_d2f.sampling.sample import Sampling
 
     if rule == "greedy":
         return None
@@ -255,7 +255,7 @@ def sampling(rule: str, count: int, device: str) -> Any:
 
 def confidence_figures(size: int, count: int, rule: str, device: str = "cuda") -> dict[str, Any]:
     """Right, and how fast against reading the logits once."""
-    from vllm_d2f.kernels import confidence
+    from vllm_d2f.sampling import confidence_kernel as confidence
 
     mask_id = size - 5
     sets = copies(2 * size * count)
@@ -289,7 +289,7 @@ def confidence_error(
 
     The limits of a rule are applied in float64 as well; the token is taken as given.
     """
-    from vllm_d2f.proposal import propose_drawn, propose_greedy
+    from vllm_d2f.sampling.sample import propose_drawn, propose_greedy
 
     plain_NV = logits_NV.float()
     if how is None:

@@ -71,7 +71,7 @@ def variants(part: str, options: Options) -> list[tuple[str, str, str]]:
 def model_folder(part: str, options: Options) -> Path:
     """d2f-tiny, or the widened one, written when first asked for."""
     from benchmarks.gpu.widen import widen
-    from vllm_d2f.names import resolve
+    from vllm_d2f.hub.names import resolve
 
     source = Path(resolve("d2f-tiny"))
     if part == "tiny":

@@ -81,7 +81,7 @@ def make_asks(count: int, seed: int, max_len: int, *, ruled: float) -> list[Ask]
     from transformers import AutoTokenizer
 
     from training.arithmetic import problems
-    from vllm_d2f.names import resolve
+    from vllm_d2f.hub.names import resolve
 
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(resolve("d2f-tiny"))

@@ -416,7 +416,7 @@ def fuzz_operation(
 
 def token_ids(target: Target) -> tuple[int, int, int]:
     """Tokens in the vocabulary, the mask token (0 without one), the longest sequence."""
-    from vllm_d2f.names import resolve
+    from vllm_d2f.hub.names import resolve
 
     config = json.loads((Path(resolve(target.model)) / "config.json").read_text())
     model = target.client.get("/v1/models").json()["data"][0]

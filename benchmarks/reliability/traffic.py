@@ -103,7 +103,7 @@ class _Maker:
         from transformers import AutoTokenizer
 
         from training.arithmetic import problems
-        from vllm_d2f.names import resolve
+        from vllm_d2f.hub.names import resolve
 
         self.rng, self.truth = rng, truth
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
@@ -426,7 +426,7 @@ def server_config() -> Any:
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_d2f.names import resolve
+    from vllm_d2f.hub.names import resolve
 
     return EngineArgs(
         model=resolve(MODEL),

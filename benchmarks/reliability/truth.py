@@ -10,10 +10,10 @@ from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from benchmarks.parity import TIE, Answer, load_forward
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.grammar import Grammars
-from vllm_d2f.proposal import Sampling
-from vllm_d2f.proposer import make_proposer
 from vllm_d2f.reference import Forward, decode
+from vllm_d2f.sampling.request_sampler import make_proposer
+from vllm_d2f.sampling.sample import Sampling
+from vllm_d2f.worker.grammar import Grammars
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ def broken_model(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from vllm_d2f.names import resolve
+    from vllm_d2f.hub.names import resolve
 
     folder = tmp_path / "broken" / "d2f-tiny"
     shutil.copytree(resolve("d2f-tiny"), folder)

@@ -13,7 +13,7 @@ from benchmarks import (
     sweep_report,
     throughput_report,
 )
-from vllm_d2f.names import resolve
+from vllm_d2f.hub.names import resolve
 
 
 @pytest.fixture

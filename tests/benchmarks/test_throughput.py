@@ -22,7 +22,7 @@ from benchmarks.workload import (
     refuse_simulated,
     resolve_model,
 )
-from vllm_d2f.names import resolve
+from vllm_d2f.hub.names import resolve
 
 TOP = {
     *("speedup_vs_ar_batch1", "score_d2f", "score_ar", "score_vanilla", "score_problems"),

@@ -28,7 +28,8 @@ def llada(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def plugin():
     """With D2F_TEST_ASYNC=1 every engine that does not choose schedules asynchronously."""
-    from vllm_d2f import config, register
+    from vllm_d2f import register
+    from vllm_d2f import startup as config
 
     register()
     if os.environ.get("D2F_TEST_ASYNC") == "1":

@@ -7,9 +7,9 @@ from typing import Any
 from benchmarks.parity import load_forward
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
-from vllm_d2f.proposal import Sampling
-from vllm_d2f.proposer import make_proposer
 from vllm_d2f.reference import Frame, decode
+from vllm_d2f.sampling.request_sampler import make_proposer
+from vllm_d2f.sampling.sample import Sampling
 
 PARAMS = D2FParams(8, 4, 0.1, 0.95, 0.6)
 

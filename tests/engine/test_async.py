@@ -74,7 +74,7 @@ def test_every_setting_with_preemptions(llm, cases, expected, way):
 
 
 def test_vectorised_sampler_of_other_devices(llm, cases, expected):
-    from vllm_d2f.sampler import D2FSampler
+    from vllm_d2f.worker.sampler import D2FSampler
 
     _, runner = parts(llm)
     compiled = runner.sampler

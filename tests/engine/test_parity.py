@@ -20,8 +20,8 @@ from benchmarks.parity import (
 )
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
-from vllm_d2f.proposal import Sampling
 from vllm_d2f.reference import generate
+from vllm_d2f.sampling.sample import Sampling
 
 
 @pytest.fixture(scope="module", params=["dream", "llada"])
@@ -44,22 +44,6 @@ def llm(model):
     llm = start_engine(model, window=WINDOW, max_model_len=MAX_LEN)
     yield llm
     shut_down(llm)
-
-
-def test_vectorised_sampler_of_other_devices(llm, cases, expected):
-    """The CPU runs a compiled step; the sampler that CUDA runs must say the same here."""
-    from vllm_d2f.cpu_sampler import CpuSampler
-    from vllm_d2f.sampler import D2FSampler
-
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    runner = worker.model_runner
-    compiled = runner.sampler
-    assert type(compiled) is CpuSampler
-    runner.sampler = D2FSampler(runner.model_state, compiled)
-    try:
-        check(cases, expected, engine_answers(llm, cases, "arrivals", seed=6))
-    finally:
-        runner.sampler = compiled
 
 
 @pytest.mark.parametrize("way", ["batch", "arrivals"])

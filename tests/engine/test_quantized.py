@@ -15,7 +15,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.parity import shut_down
 from training.arithmetic import problems
-from vllm_d2f.names import resolve
+from vllm_d2f.hub.names import resolve
 
 GROUP = 32
 """Input channels that share a scale in the 4-bit checkpoint."""

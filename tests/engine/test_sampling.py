@@ -129,7 +129,7 @@ def test_vectorised_sampler_of_other_devices(llm, rules, expected):
 
     Its chunks are made small, so that the rows of one request come in several of them.
     """
-    from vllm_d2f.sampler import D2FSampler
+    from vllm_d2f.worker.sampler import D2FSampler
 
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     runner = worker.model_runner

@@ -80,7 +80,7 @@ def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler
 
     And of each request vLLM counts, files and hashes no more than what is committed by then.
     """
-    from vllm_d2f.sampler import D2FSampler
+    from vllm_d2f.worker.sampler import D2FSampler
 
     scheduler, runner = parts(llm)
     compiled = runner.sampler

@@ -16,9 +16,9 @@ from vllm.exceptions import VLLMValidationError
 from benchmarks.parity import load_forward, preemptions, shut_down
 from benchmarks.structured import SCHEMAS, cases
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.grammar import Grammars
+from vllm_d2f.hub.names import resolve
 from vllm_d2f.metrics import denoising_forwards
-from vllm_d2f.names import resolve
+from vllm_d2f.worker.grammar import Grammars
 
 PARAMS = D2FParams(16, 4)  # as d2f-tiny is served
 
@@ -215,7 +215,7 @@ def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_e
 
     Admission refuses what it recognises, so here it looks away.
     """
-    monkeypatch.setattr("vllm_d2f.grammar.stuck_rules", lambda normal_form: [])
+    monkeypatch.setattr("vllm_d2f.worker.grammar.stuck_rules", lambda normal_form: [])
     lost = structured(
         grammar='root ::= "7" more\nmore ::= more', options=dict(ignore_eos=ignore_eos)
     )

@@ -14,7 +14,7 @@ from benchmarks.parity import (
     start_engine,
 )
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.warm_up import KINDS, STEPS, warm_up
+from vllm_d2f.worker.warmup import KINDS, STEPS, warm_up
 
 SECTION = {"block_size": 8, "max_blocks": 4}
 

@@ -18,9 +18,8 @@ from checkpoints import write_dream
 from lora import make
 from safetensors.torch import load_file, save_file
 
-from vllm_d2f import names
 from vllm_d2f.__main__ import main, show
-from vllm_d2f.hub import HubError, cache, download
+from vllm_d2f.hub import HubError, cache, download, names
 from vllm_d2f.hub.prepare import Plan, ensure, merge, plan_of, prepare
 from vllm_d2f.hub.registry import MODELS
 from vllm_d2f.settings import PRESETS, settings_from_dict

@@ -200,7 +200,7 @@ def test_is_causal_is_left_to_the_batch(dream_json):
 
 def test_importing_the_package_loads_neither_vllm_nor_transformers():
     code = (
-        "import sys, vllm_d2f.models, vllm_d2f.names; "
+        "import sys, vllm_d2f.models, vllm_d2f.hub.names; "
         "sys.exit(any(m in sys.modules for m in ('vllm', 'transformers', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from vllm_d2f import names
+from vllm_d2f.hub import names
+from vllm_d2f.hub.names import EMBEDDED, UnknownModelError, is_name, known_names, resolve
 from vllm_d2f.hub.registry import MODELS
-from vllm_d2f.names import EMBEDDED, UnknownModelError, is_name, known_names, resolve
 
 
 @pytest.fixture

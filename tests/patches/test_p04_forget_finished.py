@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_d2f.patches.p04_forget_finished import PATCH, install
 from vllm_d2f.patches.patch import function_of, source_hash
 
-from vllm_d2f.model_state import D2FModelState
+from vllm_d2f.worker.model_state import D2FModelState
 
 STEP = SimpleNamespace(finished_req_ids={"a"}, preempted_req_ids={"b"})
 

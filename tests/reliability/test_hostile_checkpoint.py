@@ -22,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.tokenizers import get_tokenizer  # noqa: E402
 
 import vllm_d2f  # noqa: E402
-from vllm_d2f.config import D2FConfigHook  # noqa: E402
+from vllm_d2f.startup import D2FConfigHook  # noqa: E402
 
 vllm_d2f.register()
 

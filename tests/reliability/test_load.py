@@ -18,7 +18,7 @@ from benchmarks.reliability.inside import Inside, objects
 from benchmarks.reliability.overload import burst, equal_asks
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import StepCounts
-from vllm_d2f.streaming import Trace
+from vllm_d2f.scheduler.stream import Trace
 
 MAX_LEN = 320
 

@@ -34,7 +34,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import get_flashinfer_layout_string
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_d2f.attention.pages import PageLists
+from vllm_d2f.attention.page_lists import PageLists
 
 CACHE_TYPES = {
     "fp8": torch.float8_e4m3fn,

@@ -79,7 +79,7 @@ def _add_sources(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def overview() -> list[dict[str, Any]]:
     """Every model by name: what it is, its state, its size in bytes, where it is from."""
-    from vllm_d2f.names import EMBEDDED, resolve_embedded
+    from vllm_d2f.hub.names import EMBEDDED, resolve_embedded
 
     rows: list[dict[str, Any]] = []
     for name, about in EMBEDDED.items():
@@ -176,7 +176,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from vllm_d2f.names import EMBEDDED
+    from vllm_d2f.hub.names import EMBEDDED
 
     if args.name in EMBEDDED:
         raise HubError(f"{args.name} ships with the package; there is nothing to free")

@@ -3,7 +3,7 @@
 
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-from vllm_d2f.models.base import D2FModel
+from vllm_d2f.worker.model import D2FModel
 
 __all__ = ["DreamForD2F"]
 

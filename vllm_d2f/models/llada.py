@@ -7,8 +7,8 @@ import torch
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from vllm_d2f.models.base import D2FModel
 from vllm_d2f.models.olmo_names import LLAMA_OF_OLMO
+from vllm_d2f.worker.model import D2FModel
 
 __all__ = ["OLMO_TO_LLAMA", "LLaDAForD2F"]
 

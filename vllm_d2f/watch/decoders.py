@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from vllm_d2f.hub.names import resolve
 from vllm_d2f.models.hf import load_hf
-from vllm_d2f.names import resolve
 from vllm_d2f.reference import decode, hf_forward
 from vllm_d2f.settings import MAX_WINDOW, Settings, settings_from_dict
 from vllm_d2f.watch.picture import Picture, autoregressive, pictures

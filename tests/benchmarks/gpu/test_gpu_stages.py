@@ -18,7 +18,7 @@ from benchmarks.gpu.steps import LASTING, _warm_up
 from benchmarks.gpu.store import Store, read
 from benchmarks.gpu.widen import widen
 from vllm_d2f.d2f import D2FParams, Window, advance, grow
-from vllm_d2f.proposal import simulated_confidence
+from vllm_d2f.sampling.sample import simulated_confidence
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def test_inputs_rotate():
 @pytest.mark.parametrize("rule", list(kernels.RULES))
 def test_confidences_are_compared_with_float64(rule):
     """What `proposal` gives passes, a confidence or token that is off does not."""
-    from vllm_d2f.proposal import propose_drawn, propose_greedy
+    from vllm_d2f.sampling.sample import propose_drawn, propose_greedy
 
     rows, size, mask_id = 16, 1000, 7
     logits = (3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(1))).bfloat16()
@@ -229,8 +229,8 @@ def test_shapes_are_those_of_the_models(tmp_path):
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_a_widened_model_is_the_same_function(tmp_path, factor):
+    from vllm_d2f.hub.names import resolve
     from vllm_d2f.models.hf import load_hf
-    from vllm_d2f.names import resolve
 
     source = Path(resolve("d2f-tiny"))
     target = widen(source, tmp_path / "wide", factor)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The confidence kernel gives what `proposal` gives.
+
+On CUDA as it is; on a CPU under Triton's interpreter, which `test_interpreted.py` starts.
+"""
+
+import os
+
+import pytest
+import torch
+
+from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="runs in test_interpreted.py"
+    ),
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
+
+if INTERPRETED or torch.cuda.is_available():
+    from vllm_d2f.sampling import confidence_kernel as confidence
+
+SIZES = (5, 448, 8193, 126464, 152064)
+MASK = 3
+
+
+def random_logits(rows, size, dtype=torch.float32, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed + size)
+    return (torch.randn(rows, size, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def random_sampling(rows, seed=0):
+    """Every rule alone and together; the first row is greedy."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(values, dtype):
+        index = torch.randint(len(values), (rows,), generator=generator)
+        return torch.tensor(values, dtype=dtype)[index].to(DEVICE)
+
+    out = Sampling(
+        temperature_R=pick([0.0, 0.3, 0.7, 1.0, 1.7], torch.float32),
+        top_k_R=pick([0, 1, 4, 50, 10**6], torch.int64),
+        top_p_R=pick([1.0, 0.95, 0.5, 0.01], torch.float32),
+        min_p_R=pick([0.0, 0.0, 0.05, 0.4], torch.float32),
+        seed_R=torch.randint(1 << 62, (rows,), generator=generator).to(DEVICE),
+    )
+    out.temperature_R[0] = 0
+    return out
+
+
+def counters(rows):
+    index = torch.arange(rows, device=DEVICE)
+    return index * 7 % 31, index % 5
+
+
+def expected(logits, sampling, position, forward):
+    """`proposal`, greedy and drawn rows apart, from float32."""
+    token, value = propose_greedy(logits.float().clone(), MASK)
+    drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
+    token[drawn], value[drawn] = propose_drawn(
+        logits[drawn], MASK, sampling.rows(drawn), position[drawn], forward[drawn]
+    )
+    return token, value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_greedy(size, dtype):
+    logits = random_logits(5, size, dtype)
+    logits[:, MASK] += 100
+    before = logits.clone()
+    token, value = confidence.propose(logits, MASK)
+    want_token, want = propose_greedy(logits.float().clone(), MASK)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize(("size", "rows"), [(5, 24), (448, 12), (8193, 5), (152064, 2)])
+def test_drawn(size, rows, dtype):
+    logits = random_logits(rows, size, dtype)
+    logits[:, MASK] += 100
+    rule, (position, forward) = random_sampling(rows, size), counters(rows)
+    token, value = confidence.propose(logits, MASK, rule, position, forward)
+    want_token, want = expected(logits, rule, position, forward)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want, rtol=2e-5, atol=1e-7)
+    assert MASK not in token.tolist()
+
+
+def test_without_limits_every_token_can_be_drawn():
+    rows = 80
+    rule = Sampling.greedy(rows, DEVICE)
+    rule.temperature_R[:] = 1
+    rule.seed_R[:] = torch.arange(rows, device=DEVICE)
+    logits = torch.zeros(rows, 9, device=DEVICE)
+    zero = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    token, value = confidence.propose(logits, MASK, rule, zero, zero)
+    assert set(token.tolist()) == set(range(9)) - {MASK}
+    torch.testing.assert_close(value, torch.full_like(value, 1 / 8))
+    assert torch.equal(token, expected(logits, rule, zero, zero)[0])
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 7, 9])
+def test_ties_at_the_limit_keep_the_lower_ids(k):
+    rows = 12
+    rule = Sampling.greedy(rows, DEVICE)
+    rule.temperature_R[:] = 5
+    rule.top_k_R[:] = k
+    rule.seed_R[:] = torch.arange(rows, device=DEVICE)
+    row = torch.tensor([1.0, 2, 2, 9, -0.0, 2, 1, 0.0, 2, -1])  # 9 is the mask's
+    logits = row.to(DEVICE).repeat(rows, 1)
+    zero = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    token, value = confidence.propose(logits, MASK, rule, zero, zero)
+    want_token, want = expected(logits, rule, zero, zero)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want)
+    order = [1, 2, 5, 8, 0, 6, 4, 7, 9]
+    assert set(token.tolist()) <= set(order[:k])
+    rule.top_k_R[:] = 0
+    rule.top_p_R[:] = 0.05 * k
+    token, value = confidence.propose(logits, MASK, rule, zero, zero)
+    want_token, want = expected(logits, rule, zero, zero)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want)
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = random_logits(3, 20000)
+    logits[0] = 1.5
+    logits[1, [9, 17000, 19999]] = 50
+    logits[2, :] = 0.0
+    logits[2, :100] = -0.0
+    token, value = confidence.propose(logits, MASK)
+    assert token.tolist() == [0, 9, 0]
+    torch.testing.assert_close(value.cpu(), torch.tensor([1 / 19999, 1 / 3, 1 / 19999]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("limited", [False, True])
+def test_rows_without_a_distribution(temperature, limited):
+    """A NaN, +inf, nothing finite: confidence 0, and the token that `proposal` takes."""
+    logits = random_logits(7, 9000)
+    logits[0, 8500] = torch.nan
+    logits[1, [5, 8999]] = torch.nan
+    logits[1, 4] = torch.inf
+    logits[2, 700] = torch.inf
+    logits[3] = -torch.inf
+    logits[4] = -torch.inf
+    logits[4, 8700] = -3.0  # the only one: certain
+    logits[5, MASK] = torch.nan  # the mask token's logit does not count
+    logits[6, 10:] = -torch.inf
+    rule = Sampling.greedy(7, DEVICE)
+    rule.temperature_R[:] = temperature
+    if limited:
+        rule.top_k_R[:], rule.top_p_R[:], rule.min_p_R[:] = 20, 0.9, 0.01
+    position, forward = counters(7)
+    token, value = confidence.propose(logits, MASK, rule, position, forward)
+    want_token, want = expected(logits, rule, position, forward)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-7)
+    assert value[:4].tolist() == [0, 0, 0, 0]
+    assert value[4] == 1 and (value[5:] > 0).all()
+    if temperature == 0:
+        assert token[:4].tolist() == [8500, 5, 700, 0]
+
+
+def test_result_does_not_depend_on_the_batch():
+    logits = random_logits(12, 9000)
+    rule, (position, forward) = random_sampling(12), counters(12)
+    token, value = confidence.propose(logits, MASK, rule, position, forward)
+    for some in ([7], [11, 0, 5], list(range(0, 12, 3))):
+        index = torch.tensor(some, device=DEVICE)
+        part = confidence.propose(
+            logits[index], MASK, rule.rows(index), position[index], forward[index]
+        )
+        assert torch.equal(part[0], token[index])
+        assert torch.equal(part[1], value[index])
+
+
+def test_rows_of_a_wider_tensor_and_none():
+    wide = random_logits(6, 1000)
+    for logits in (wide[:, :600], wide[::2], wide.t().contiguous().t()):
+        token, value = confidence.propose(logits, MASK)
+        want_token, want = propose_greedy(logits.clone(), MASK)
+        assert torch.equal(token, want_token)
+        torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
+    token, value = confidence.propose(wide[:0], MASK)
+    assert token.shape == value.shape == (0,)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_of_the_vocabulary(ranks):
+    """Partials of tensor-parallel ranks, in any order, are the whole row."""
+    rows, size = 8, 20000
+    logits = random_logits(rows, size)
+    logits[0, [300, 19000]] = 60  # equal on two ranks: the lower id
+    logits[1, 19500] = torch.nan
+    cuts = [size * rank // ranks for rank in range(ranks + 1)]
+
+    def parts(*args, source=logits, **named):
+        pieces = [
+            confidence.shard(source[:, low:high], MASK, *args, first_token=low, **named)
+            for low, high in zip(cuts, cuts[1:], strict=False)
+        ]
+        return pieces[::-1]
+
+    token, value = confidence.merge(parts())
+    want_token, want = propose_greedy(logits.clone(), MASK)
+    assert torch.equal(token, want_token) and token[0] == 300 and token[1] == 19500
+    torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
+
+    rule, (position, forward) = random_sampling(rows), counters(rows)
+    rule.top_k_R[:], rule.top_p_R[:] = 0, 1.0
+    rule.temperature_R[2:] = 0.9
+    scaled = logits / torch.where(rule.temperature_R > 0, rule.temperature_R, 1.0)[:, None]
+    largest = torch.stack([part.max_N for part in parts(source=scaled)]).amax(0)
+    token, value = confidence.merge(
+        parts(rule, position, forward, max_N=largest), rule.temperature_R > 0
+    )
+    want_token, want = expected(logits, rule, position, forward)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want, rtol=2e-5, atol=1e-7)
+
+
+def test_drawing_without_counters_is_refused():
+    with pytest.raises(ValueError, match="position_N"):
+        confidence.propose(random_logits(1, 9), MASK, Sampling.greedy(1, DEVICE))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention backend serves a D2F model on CUDA, and what vLLM may capture around it."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+PATH = "vllm_d2f.attention.flashinfer.BlockCausalBackend"
+
+HEAD_SIZES = (64, 128, 256)
+"""Sizes that FlashInfer has kernels for; those of published models. The embedded ones have 32."""
+
+
+def register() -> None:
+    """Take vLLM's name for a plugin's backend, CUSTOM, unless another plugin has it."""
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, PATH)
+
+
+def prepare(vllm_config: "VllmConfig") -> None:
+    """Choose the backend, and which CUDA graphs it can be part of.
+
+    FlashInfer is the default and means the backend of this package: vLLM's own sizes its buffers
+    for `max_num_seqs` sequences, and here every open block is one. Other backends stay selectable,
+    and vLLM chooses one for head sizes that FlashInfer does not have.
+
+    A FULL graph records how many sequences a batch has, and FLASH_ATTN and TRITON_ATTN keep
+    buffers for `max_num_seqs` of them in that mode. A window has as many sequences as open blocks,
+    so with these only what lies between the attention layers is captured. The backend of this
+    package can be part of a FULL graph (see `vllm_d2f.attention.cuda_graphs`). It is only on
+    request, with `--compilation-config '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'`: no device has
+    shown yet that it wins.
+
+    Raises:
+        ValueError: when FlashInfer is wanted and is not there or does not have the head size, or
+            the name is taken.
+    """
+    attention = vllm_config.attention_config
+    attention.use_non_causal = True
+    wanted = attention.backend
+    head_size = vllm_config.model_config.get_head_size()
+    if wanted is None and head_size not in HEAD_SIZES:
+        logger.info(
+            "FlashInfer has no heads of %d, only of %s; vLLM chooses the attention backend.",
+            head_size,
+            HEAD_SIZES,
+        )
+    elif wanted is None and find_spec("flashinfer") is None:
+        logger.warning(
+            "FlashInfer is not installed (pip install flashinfer-python); vLLM chooses the "
+            "attention backend."
+        )
+    elif wanted in (None, AttentionBackendEnum.FLASHINFER):
+        if find_spec("flashinfer") is None:
+            raise ValueError(
+                "--attention-backend FLASHINFER needs FlashInfer: pip install flashinfer-python"
+            )
+        if head_size not in HEAD_SIZES:
+            raise ValueError(
+                f"FlashInfer has no heads of {head_size}, only of {HEAD_SIZES}; give "
+                "--attention-backend TRITON_ATTN or leave the option out"
+            )
+        if AttentionBackendEnum.CUSTOM.get_path() != PATH:
+            raise ValueError(
+                "another plugin has registered its attention backend as CUSTOM: "
+                f"{AttentionBackendEnum.CUSTOM.get_path()}. Leave it out of VLLM_PLUGINS, or give "
+                "--attention-backend FLASH_ATTN"
+            )
+        attention.backend = AttentionBackendEnum.CUSTOM
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif mode.has_full_cudagraphs() and attention.backend is not AttentionBackendEnum.CUSTOM:
+        logger.warning(
+            "Only the FlashInfer backend of D2F can be part of a FULL graph: cudagraph_mode %s "
+            "becomes PIECEWISE",
+            mode,
+        )
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm_d2f.sampling.sample` on CUDA: a token and its probability from each row of logits.
+
+One program takes one tile of one row and leaves a maximum, a sum and the best token; a second
+kernel reduces the tiles. So few rows still fill the device, no softmax is stored, and because tiles
+depend on the vocabulary alone, a row's result does not depend on the batch. Logits are read in
+their own type and reduced in float32.
+
+What top_k and top_p keep is a prefix of the tokens in order of (logit, then lower id). Its end, the
+last logit and among equal logits the last id, is found without a sort by bisection over the float's
+bit pattern, which is exact after at most 32 counts of the row.
+
+A row with a NaN or +inf, or without a finite logit, gets confidence 0; its token is that of
+`proposal`: the first NaN, else the first largest when greedy, and token 0 when drawn.
+
+Shape suffixes: N rows, V vocabulary (or a rank's shard of it), C tiles of a row.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_d2f.sampling.sample import Sampling
+
+MAX_TILE = 4096
+"""Logits of a program. Never chosen by the number of rows: sums must not depend on the batch."""
+
+MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+MIX_2 = tl.constexpr(0x94D049BB133111EB)
+STEP = tl.constexpr(0x9E3779B97F4A7C15)
+LEAST = tl.constexpr(-(1 << 63))
+
+
+class Partial(NamedTuple):
+    """What one shard of the vocabulary contributes to each row.
+
+    Attributes:
+        order_N: int64, the best token's score and id in one number: the larger is the better.
+        value_N: float32, that token's logit over the temperature.
+        max_N: float32, the largest of these.
+        sum_N: float32, the sum of exp(value - max) over what may be drawn.
+    """
+
+    order_N: Tensor
+    value_N: Tensor
+    max_N: Tensor
+    sum_N: Tensor
+
+
+def propose(
+    logits_NV: Tensor,
+    mask_id: int,
+    sampling: Sampling | None = None,
+    position_N: Tensor | None = None,
+    forward_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A token and its confidence for each row, greedy rows and drawn ones alike.
+
+    Args:
+        logits_NV: bfloat16, float16 or float32; not changed.
+        sampling: one entry per row, a temperature of 0 for greedy; None: all are greedy.
+        position_N, forward_N: as for `proposal.propose_drawn`, given with `sampling`.
+
+    Returns:
+        token_N (int64) and confidence_N (float32).
+    """
+    drawn = None
+    if sampling is not None:
+        if position_N is None or forward_N is None:
+            raise ValueError("drawing needs position_N and forward_N")
+        drawn = sampling.temperature_R > 0
+    partial = shard(logits_NV, mask_id, sampling, position_N, forward_N)
+    return merge([partial], drawn)
+
+
+def shard(
+    logits_NV: Tensor,
+    mask_id: int,
+    sampling: Sampling | None = None,
+    position_N: Tensor | None = None,
+    forward_N: Tensor | None = None,
+    *,
+    first_token: int = 0,
+    max_N: Tensor | None = None,
+) -> Partial:
+    """One rank's part of `propose`, for a vocabulary that is split over ranks.
+
+    Greedy rows need one exchange of partials. Drawn ones need the largest value of all ranks
+    first: call with `sampling=None` on logits over temperature, take the maximum of `max_N`, call
+    again with it. top_k and top_p are looked for in this shard only: leave them out here.
+
+    Args:
+        first_token: the id of the shard's first column.
+        max_N: largest logit over temperature of the whole row, if this is not all of it.
+    """
+    if logits_NV.stride(1) != 1:
+        logits_NV = logits_NV.contiguous()
+    rows, vocabulary = logits_NV.shape
+    tile = min(MAX_TILE, max(triton.next_power_of_2(vocabulary), 16))
+    tiles = triton.cdiv(vocabulary, tile)
+
+    def new(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits_NV.device)
+
+    out = Partial(new(torch.int64, rows), *(new(torch.float32, rows) for _ in range(3)))
+    if rows == 0:
+        return out
+    order_NC = new(torch.int64, rows, tiles)
+    max_NC, sum_NC = new(torch.float32, rows, tiles), new(torch.float32, rows, tiles)
+    kept_NC = cut_N = last_N = None
+    warps = 8 if tile > 2048 else 4
+    line = (logits_NV, logits_NV.stride(0), vocabulary, mask_id - first_token)
+    temperature_N = None if sampling is None else sampling.temperature_R
+    _tiles[(rows, tiles)](
+        *line, temperature_N, order_NC, max_NC, sum_NC, first_token, tile, num_warps=warps
+    )
+    row_tiles = triton.next_power_of_2(tiles)
+    if sampling is not None:
+        cut_N, last_N = new(torch.float32, rows), new(torch.int32, rows)
+        kept_NC = new(torch.float32, rows, tiles)
+        _cut[(rows,)](
+            *line,
+            temperature_N,
+            sampling.top_k_R,
+            sampling.top_p_R,
+            sampling.min_p_R,
+            max_NC,
+            max_N,
+            cut_N,
+            last_N,
+            tiles,
+            row_tiles,
+            tile,
+            num_warps=warps,
+        )
+        _draw[(rows, tiles)](
+            *line,
+            temperature_N,
+            sampling.seed_R,
+            position_N,
+            forward_N,
+            max_NC,
+            max_N,
+            cut_N,
+            last_N,
+            order_NC,
+            kept_NC,
+            first_token,
+            tiles,
+            row_tiles,
+            tile,
+            num_warps=warps,
+        )
+    _reduce[(rows,)](
+        *line,
+        temperature_N,
+        order_NC,
+        max_NC,
+        sum_NC,
+        kept_NC,
+        max_N,
+        *out,
+        first_token,
+        tiles,
+        row_tiles,
+        num_warps=1,
+    )
+    return out
+
+
+def merge(partials: Sequence[Partial], drawn_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Token (int64) and confidence (float32) from the partials of all ranks, in any order.
+
+    Args:
+        drawn_N: bool, rows with a temperature; None: none.
+    """
+    order_N, value_N, max_N, sum_N = partials[0]
+    if len(partials) > 1:
+        order_PN, value_PN, max_PN, sum_PN = (
+            torch.stack(parts) for parts in zip(*partials, strict=True)
+        )
+        order_N, best_N = order_PN.max(0)
+        value_N = value_PN.gather(0, best_N[None])[0]
+        max_N = max_PN.amax(0)
+        base_N = torch.where(max_N == -torch.inf, 0, max_N)
+        sum_N = (sum_PN * (max_PN - base_N).exp()).sum(0)
+    token_N = 0x7FFFFFFF - (order_N & 0xFFFFFFFF)
+    confidence_N = (value_N - max_N).exp() / sum_N
+    bad_N = ~confidence_N.isfinite()
+    if drawn_N is not None:
+        token_N = token_N.masked_fill(bad_N & drawn_N, 0)
+    return token_N, confidence_N.masked_fill(bad_N, 0)
+
+
+@triton.jit
+def _key(x):
+    """int32 in the order of the floats, NaN above all, and -0 equal to 0."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _from_key(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _order(score, token):
+    """Score and id in one number: of equal scores the lower id is the larger."""
+    return (_key(score).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+
+
+@triton.jit
+def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.constexpr):
+    """Logits over temperature, -inf for the mask token and beyond the row."""
+    row = tl.program_id(0).to(tl.int64)
+    inside = (column < size) & (column != mask_at)
+    x = tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf"))
+    x = x.to(tl.float32)
+    if DRAWN:
+        t = tl.load(temperature + row)
+        # Rounded as PyTorch divides; `/` is an approximation here. The shapes must agree.
+        x = tl.where(t > 0, tl.div_rn(x, tl.where(t > 0, t, 1.0) + tl.zeros_like(x)), x)
+    return x
+
+
+@triton.jit
+def _row_max(max_tiles, row_max, tiles, ROW_TILES: tl.constexpr):
+    """The row's largest value: given, or that of the tiles."""
+    row = tl.program_id(0).to(tl.int64)
+    if row_max is None:
+        at = tl.arange(0, ROW_TILES)
+        value = tl.load(max_tiles + row * tiles + at, mask=at < tiles, other=-float("inf"))
+        largest = tl.max(value)
+    else:
+        largest = tl.load(row_max + row)
+    return largest
+
+
+@triton.jit
+def _tiles(
+    logits,
+    row_stride,
+    size,
+    mask_at,
+    temperature,
+    order_out,
+    max_out,
+    sum_out,
+    first_token,
+    TILE: tl.constexpr,
+):
+    """A tile's best token, largest value and sum of exponentials."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    column = tile * TILE + tl.arange(0, TILE)
+    x = _values(logits, row_stride, size, mask_at, temperature, column, temperature is not None)
+    order = tl.where(column < size, _order(x, column + first_token), LEAST)
+    largest = tl.max(tl.where(x != x, -float("inf"), x))
+    base = tl.where(largest == -float("inf"), 0.0, largest)
+    at = row * tl.num_programs(1) + tile
+    tl.store(order_out + at, tl.max(order))
+    tl.store(max_out + at, largest)
+    tl.store(sum_out + at, tl.sum(tl.exp(x - base)))
+
+
+@triton.jit
+def _mass(
+    logits, row_stride, size, mask_at, temperature, base, least, COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """How many values have a key of at least `least`, or the sum of their exponentials."""
+    total = tl.full((), 0.0, tl.float32)
+    if COUNT:
+        total = tl.full((), 0, tl.int32)
+    for begin in range(0, size, TILE):
+        column = begin + tl.arange(0, TILE)
+        x = _values(logits, row_stride, size, mask_at, temperature, column, True)
+        kept = (_key(x).to(tl.int64) >= least) & (column < size)
+        if COUNT:
+            total += tl.sum(kept.to(tl.int32))
+        else:
+            total += tl.sum(tl.where(kept, tl.exp(x - base), 0.0))
+    return total
+
+
+@triton.jit
+def _cut(
+    logits,
+    row_stride,
+    size,
+    mask_at,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    max_tiles,
+    row_max,
+    cut_out,
+    last_out,
+    tiles,
+    ROW_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The end of what min_p, top_k and top_p keep: the least value, and the last id that has it."""
+    row = tl.program_id(0).to(tl.int64)
+    base = _row_max(max_tiles, row_max, tiles, ROW_TILES)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
+    floor = tl.load(min_p + row)
+    cut = tl.where(floor > 0, base + tl.log(floor), -float("inf"))
+    low = _key(cut).to(tl.int64)
+    last = size
+    # A greedy row keeps all, and a row without a finite maximum has nothing to keep.
+    limited = ((k > 0) | (p < 1)) & (tl.load(temperature + row) > 0)
+    if limited & (base > -float("inf")) & (base < float("inf")):
+        top = _key(base).to(tl.int64)
+        # Of the values equal to the cut so many stay.
+        ties = tl.full((), 0x7FFFFFFF, tl.int32)
+        if k > 0:
+            count = _mass(logits, row_stride, size, mask_at, temperature, base, low, True, TILE)
+            if k < count:
+                high = top
+                while low < high:
+                    middle = low + (high - low + 1) // 2
+                    count = _mass(
+                        logits, row_stride, size, mask_at, temperature, base, middle, True, TILE
+                    )
+                    if count >= k:
+                        low = middle
+                    else:
+                        high = middle - 1
+                above = _mass(
+                    logits, row_stride, size, mask_at, temperature, base, low + 1, True, TILE
+                )
+                ties = (k - above).to(tl.int32)
+        if p < 1:
+            above = _mass(
+                logits, row_stride, size, mask_at, temperature, base, low + 1, False, TILE
+            )
+            equal = _mass(logits, row_stride, size, mask_at, temperature, base, low, True, TILE)
+            equal -= _mass(
+                logits, row_stride, size, mask_at, temperature, base, low + 1, True, TILE
+            )
+            each = tl.exp(_from_key(low.to(tl.int32)) - base)
+            goal = p * (above + tl.minimum(equal, ties).to(tl.float32) * each)
+            high = top
+            edge = low
+            while edge < high:
+                middle = edge + (high - edge + 1) // 2
+                mass = _mass(
+                    logits, row_stride, size, mask_at, temperature, base, middle, False, TILE
+                )
+                if mass >= goal:
+                    edge = middle
+                else:
+                    high = middle - 1
+            if edge > low:
+                ties = tl.full((), 0x7FFFFFFF, tl.int32)
+            low = edge
+            above = _mass(
+                logits, row_stride, size, mask_at, temperature, base, low + 1, False, TILE
+            )
+            each = tl.exp(_from_key(low.to(tl.int32)) - base)
+            if each > 0:
+                need = tl.ceil((goal - above) / each)
+                need = tl.minimum(tl.maximum(need, 1.0), 2147483520.0).to(tl.int32)
+                ties = tl.minimum(ties, need)
+        cut = _from_key(low.to(tl.int32))
+        seen = tl.full((), 0, tl.int32)
+        last = tl.full((), -1, tl.int32)
+        for begin in range(0, size, TILE):
+            column = begin + tl.arange(0, TILE)
+            x = _values(logits, row_stride, size, mask_at, temperature, column, True)
+            equals = (_key(x).to(tl.int64) == low) & (column < size)
+            rank = seen + tl.cumsum(equals.to(tl.int32), 0)
+            last = tl.maximum(last, tl.max(tl.where(equals & (rank <= ties), column, -1)))
+            seen += tl.sum(equals.to(tl.int32))
+    tl.store(cut_out + row, cut)
+    tl.store(last_out + row, last)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 30)) * MIX_1
+    x = (x ^ (x >> 27)) * MIX_2
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _draw(
+    logits,
+    row_stride,
+    size,
+    mask_at,
+    temperature,
+    seed,
+    position,
+    forward,
+    max_tiles,
+    row_max,
+    cut_in,
+    last_in,
+    order_out,
+    kept_out,
+    first_token,
+    tiles,
+    ROW_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A tile's best token with its noise, and the sum of what may be drawn in it."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    if tl.load(temperature + row) > 0:
+        base = _row_max(max_tiles, row_max, tiles, ROW_TILES)
+        column = tile * TILE + tl.arange(0, TILE)
+        x = _values(logits, row_stride, size, mask_at, temperature, column, True)
+        cut = tl.load(cut_in + row)
+        last = tl.load(last_in + row)
+        # A NaN is never kept here; `sum_out` of the first pass carries it.
+        kept = (x > cut) | ((x == cut) & (column <= last))
+        # proposal.gumbel
+        start = _mix(tl.load(seed + row).to(tl.uint64)) + tl.load(position + row).to(tl.uint64)
+        start = _mix(_mix(start) + tl.load(forward + row).to(tl.uint64))
+        token = column + first_token
+        bits = _mix(start + token.to(tl.uint64) * STEP)
+        uniform = ((bits >> 40).to(tl.int32).to(tl.float64) + 0.5) / 16777216.0
+        noise = -tl.log(-tl.log(uniform)).to(tl.float32)
+        score = tl.where(kept, x - base + noise, -float("inf"))
+        order = tl.where(column < size, _order(score, token), LEAST)
+        at = row * tiles + tile
+        tl.store(order_out + at, tl.max(order))
+        tl.store(kept_out + at, tl.sum(tl.where(kept, tl.exp(x - base), 0.0)))
+
+
+@triton.jit
+def _reduce(
+    logits,
+    row_stride,
+    size,
+    mask_at,
+    temperature,
+    order_in,
+    max_in,
+    sum_in,
+    kept_in,
+    row_max,
+    order_out,
+    value_out,
+    max_out,
+    sum_out,
+    first_token,
+    tiles,
+    ROW_TILES: tl.constexpr,
+):
+    """From the tiles of a row to one partial."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, ROW_TILES)
+    there = at < tiles
+    order = tl.max(tl.load(order_in + row * tiles + at, mask=there, other=LEAST))
+    tile_max = tl.load(max_in + row * tiles + at, mask=there, other=-float("inf"))
+    tile_sum = tl.load(sum_in + row * tiles + at, mask=there, other=0.0)
+    largest = tl.max(tile_max)
+    base = tl.where(largest == -float("inf"), 0.0, largest)
+    total = tl.sum(tile_sum * tl.exp(tile_max - base))
+    if kept_in is not None:  # noqa: SIM102, the first is decided when the kernel is compiled
+        if tl.load(temperature + row) > 0:
+            largest = _row_max(max_in, row_max, tiles, ROW_TILES)
+            kept = tl.sum(tl.load(kept_in + row * tiles + at, mask=there, other=0.0))
+            # NaN and infinity are seen in the sum over the whole row only.
+            total = tl.where(total == total, kept, total)
+    column = (0x7FFFFFFF - (order & 0xFFFFFFFF)).to(tl.int32) - first_token
+    value = _values(logits, row_stride, size, mask_at, temperature, column, temperature is not None)
+    tl.store(order_out + row, order)
+    tl.store(value_out + row, value)
+    tl.store(max_out + row, largest)
+    tl.store(sum_out + row, total)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up: turn a Dream or LLaDA checkpoint into a D2F deployment, or refuse with the remedy."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import vllm.envs as envs
+from vllm.config import CUDAGraphMode
+from vllm.config.diffusion import DiffusionConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_d2f.attention.selection import prepare as prepare_attention
+from vllm_d2f.hub.weight_files import check_weight_files
+from vllm_d2f.models import ARCHITECTURES
+from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
+from vllm_d2f.settings import Settings, settings_from_dict
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+
+logger = init_logger(__name__)
+
+
+class D2FConfigHook(VerifyAndUpdateConfig):
+    """vLLM calls this for the architectures of `register_hook` when it builds its configuration."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        _check_model_type(vllm_config.model_config)
+        settings = _resolve(vllm_config)
+        _refuse(vllm_config)
+        check_weight_files(vllm_config)
+
+        model_config = vllm_config.model_config
+        if model_config.trust_remote_code:
+            logger.warning(
+                "--trust-remote-code is switched off: D2F models need none. Config, tokenizer and "
+                "model are classes of vllm-d2f and transformers, and no code of a checkpoint runs."
+            )
+            model_config.trust_remote_code = False
+        scheduler_config = vllm_config.scheduler_config
+        # Both travel to the engine and worker processes inside the model's config.
+        model_config.hf_config.d2f = settings.as_dict()
+        scheduler_config.scheduler_cls = "vllm_d2f.scheduler.D2FScheduler"
+        _set_async(vllm_config)
+        # vLLM takes a model with a canvas for a diffusion model; ours is the widest query.
+        canvas = widest_query(settings, scheduler_config)
+        model_config.hf_config.canvas_length = canvas
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas)
+
+        if current_platform.is_cuda():
+            prepare_attention(vllm_config)
+        if current_platform.is_cpu():
+            _refuse_on_cpu(vllm_config)
+            _bound_cpu_cache(vllm_config)
+        _set_prefill(settings, model_config.max_model_len, scheduler_config)
+
+        # The published setting is greedy. A request or the user's own default still decides.
+        if "temperature" not in model_config.get_diff_sampling_param():
+            model_config.override_generation_config.setdefault("temperature", 0.0)
+        logger.info("D2F settings: %s", settings)
+        if settings.simulate_tokens_per_forward is not None:
+            logger.warning(
+                "SIMULATED ACCEPTANCE: %s tokens per forward whatever the model says. Speeds can "
+                "be read, the text and any score cannot.",
+                settings.simulate_tokens_per_forward,
+            )
+
+
+def register_hook() -> None:
+    """Make vLLM call the hook for every D2F architecture."""
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP[architecture] = D2FConfigHook
+
+
+def widest_query(settings: Settings, scheduler_config: "SchedulerConfig") -> int:
+    """Positions of a request's widest query without its prompt.
+
+    Scheduled ahead it is a window and what the forward before it committed: at most what was open
+    and one block, and a block is at most a window.
+    """
+    return settings.window * (2 if scheduler_config.async_scheduling else 1)
+
+
+def _set_async(vllm_config: "VllmConfig") -> None:
+    """Whether a step is scheduled while the one before it runs.
+
+    Raises:
+        ValueError: asked for where it cannot be had.
+    """
+    scheduler_config = vllm_config.scheduler_config
+    reason = ""
+    if envs.VLLM_RAISE_ON_LOGIT_NANS:
+        reason = "VLLM_RAISE_ON_LOGIT_NANS takes the place in which widths come back; unset it"
+    if reason and scheduler_config.async_scheduling:
+        raise ValueError(f"--async-scheduling: {reason}, or give --no-async-scheduling")
+    if scheduler_config.async_scheduling is None:
+        scheduler_config.async_scheduling = not reason and async_by_default()
+
+
+def async_by_default() -> bool:
+    """Off until a device has shown that it wins there: it hides the host's work of a step and pays
+    for it with wider queries. A CPU has nothing to overlap that work with.
+    """
+    return False
+
+
+def _set_prefill(
+    settings: Settings, max_model_len: int, scheduler_config: "SchedulerConfig"
+) -> None:
+    """Prompts are prefilled whole, unless they may be cut between their attention blocks."""
+    budget = scheduler_config.max_num_batched_tokens
+    if settings.prompt_attention == "block_causal":
+        least = min(widest_query(settings, scheduler_config), max_model_len)
+        if budget < least:
+            raise ValueError(
+                f"--max-num-batched-tokens {budget} must be at least {least}: a step holds at "
+                "least one request's widest query"
+            )
+        return
+    scheduler_config.enable_chunked_prefill = False
+    if budget < max_model_len:
+        logger.info(
+            "D2F prefills a prompt in one step: raising max_num_batched_tokens from %d to "
+            "max_model_len = %d. Lower --max-model-len to save memory.",
+            budget,
+            max_model_len,
+        )
+        scheduler_config.max_num_batched_tokens = max_model_len
+
+
+def _refuse_on_cpu(vllm_config: "VllmConfig") -> None:
+    """What needs CUDA, which vLLM's CPU platform would drop without a word."""
+    backend = vllm_config.attention_config.backend
+    if backend not in (None, AttentionBackendEnum.CPU_ATTN):
+        raise ValueError(
+            f"--attention-backend {backend.name} needs CUDA, and this is vLLM for CPUs; remove it, "
+            "or install the build for CUDA: pip install 'vllm-d2f[gpu]'"
+        )
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode not in (None, CUDAGraphMode.NONE):
+        raise ValueError(
+            f"cudagraph_mode {mode.name} in --compilation-config needs CUDA, and this is vLLM for "
+            "CPUs; remove it, or install the build for CUDA: pip install 'vllm-d2f[gpu]'"
+        )
+
+
+CPU_PAGE = 128
+"""Tokens in a page of vLLM's CPU cache, unless the user says otherwise."""
+
+LEAST_CPU_CACHE = 1 << 28
+"""Bytes. Few requests at once still want room for the prompts of earlier ones."""
+
+
+def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
+    """Reserve no more of a CPU's memory than all requests at their longest can fill.
+
+    vLLM takes 92 % of the memory whatever the model, and does not start where less is free: too
+    much to ask for a model of some megabytes. What the user said about memory stands.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    default = type(cache).gpu_memory_utilization
+    if (
+        cache.kv_cache_memory_bytes is not None
+        or cache.num_gpu_blocks_override is not None
+        or cache.gpu_memory_utilization != default
+    ):
+        return
+    page = cache.block_size if cache.user_specified_block_size else CPU_PAGE
+    bytes_per_token = (
+        2  # keys and values
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+        * cast("torch.dtype", model.dtype).itemsize
+    )
+    # One page more: the last one of a request is seldom full, and one of all is nobody's.
+    tokens = (-(-model.max_model_len // page) + 1) * page * (scheduler.max_num_seqs + 1)
+    enough = max(tokens * bytes_per_token, LEAST_CPU_CACHE)
+    if enough < default * current_platform.get_device_total_memory():
+        logger.info(
+            "Reserving %.2f GiB for the KV cache, enough for %d requests of %d tokens. "
+            "--kv-cache-memory-bytes or --gpu-memory-utilization change that.",
+            enough / (1 << 30),
+            scheduler.max_num_seqs,
+            model.max_model_len,
+        )
+        cache.kv_cache_memory_bytes = enough
+
+
+def _check_model_type(model_config: "ModelConfig") -> None:
+    """A config of another class would not have had its values checked."""
+    config = model_config.hf_config
+    if not isinstance(config, (DreamConfig, LLaDAConfig)):
+        raise ValueError(
+            f"{model_config.model}: config.json says architecture {model_config.architecture} with "
+            f"model_type {config.model_type!r:.80}; D2F models have DreamModel with 'Dream' or "
+            "LLaDAModelLM with 'llada'"
+        )
+
+
+def _resolve(vllm_config: "VllmConfig") -> Settings:
+    model_config = vllm_config.model_config
+    additional = vllm_config.additional_config
+    given = additional.get("d2f") if isinstance(additional, dict) else None
+    try:
+        return settings_from_dict(
+            _generation_config(model_config).get("d2f"), model_config.hf_config.d2f, given
+        )
+    except ValueError as error:
+        raise ValueError(f"{model_config.model}: {error}") from None
+
+
+def _generation_config(model_config: "ModelConfig") -> dict[str, Any]:
+    """The file as it is: transformers' class drops sections it does not know."""
+    found = get_hf_file_to_dict("generation_config.json", model_config.model, model_config.revision)
+    return found or {}
+
+
+def _refuse(vllm_config: "VllmConfig") -> None:
+    """Options that D2F decoding cannot honour, by the flag to change."""
+    parallel = vllm_config.parallel_config
+    cases = {
+        "--speculative-config: D2F already decodes several tokens per step; remove it": (
+            vllm_config.speculative_config is not None
+        ),
+        "--pipeline-parallel-size must be 1: the window lives on one rank; use "
+        "--tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--prefill-context-parallel-size and --decode-context-parallel-size must be 1": (
+            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
+        ),
+        "--enable-dbo: not supported; remove it": parallel.enable_dbo,
+        "--logits-processors: not supported; remove it": bool(
+            vllm_config.model_config.logits_processors
+        ),
+        "--scheduler-cls: D2F brings its own; remove it": (
+            vllm_config.scheduler_config.scheduler_cls
+            not in (None, "vllm_d2f.scheduler.D2FScheduler")
+        ),
+        "--long-prefill-token-threshold must be 0: it would cut prompts and windows": (
+            vllm_config.scheduler_config.long_prefill_token_threshold > 0
+        ),
+        "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
+        f"--base {vllm_config.model_config.model} --adapter DIR --out FOLDER`, then `vllm serve "
+        "FOLDER`": vllm_config.lora_config is not None,
+        "--enable-prompt-embeds: a prompt is token ids; remove it": (
+            vllm_config.model_config.enable_prompt_embeds
+        ),
+        "--kv-transfer-config: not supported; remove it": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "--ec-transfer-config: not supported; remove it": (
+            vllm_config.ec_transfer_config is not None
+        ),
+        "--watermark-config: not supported; remove it": vllm_config.watermark_config is not None,
+        "--kv-sharing-fast-prefill: not supported; remove it": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        "--runner pooling: D2F models generate text; remove it": (
+            vllm_config.model_config.runner_type != "generate"
+        ),
+    }
+    if refused := [message for message, hit in cases.items() if hit]:
+        raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(refused))
