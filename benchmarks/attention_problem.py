@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_d2f.attention import VirtualSequences, virtual_sequences
+from vllm_d2f.blocks import BlockSequences as VirtualSequences
+from vllm_d2f.blocks import block_sequences as virtual_sequences
 from vllm_d2f.d2f import may_attend
 
 PAGE = 32

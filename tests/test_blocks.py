@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
+from vllm_d2f.blocks import NO_PROMPT_END, block_sequences
 from vllm_d2f.d2f import may_attend
 
 
@@ -40,7 +40,7 @@ def test_equals_dense_rule(seed):
         else:  # the tail behind cached pages
             stop[r] = prompt[r] + block[r] * rng.integers(0, 4)
             start[r] = rng.integers(0, stop[r])
-    sequences = virtual_sequences(start, stop, prompt, block)
+    sequences = block_sequences(start, stop, prompt, block)
     assert sequences.query_start_S1[-1] == (stop - start).sum()
     assert (np.diff(sequences.query_start_S1) > 0).all()
     for r in range(num_reqs):
@@ -58,14 +58,14 @@ def test_block_causal_prompt_equals_dense_rule(seed):
     prompt, block, inner = (int(rng.integers(1, n)) for n in (50, 12, 20))
     stop = prompt + block * int(rng.integers(0, 4))
     start = int(rng.integers(0, stop))
-    sequences = virtual_sequences(*(np.array([x]) for x in (start, stop, prompt, block, inner)))
+    sequences = block_sequences(*(np.array([x]) for x in (start, stop, prompt, block, inner)))
     position = torch.arange(stop)
     dense = may_attend(position[:, None], position[None, :], prompt, block, inner)
     np.testing.assert_array_equal(allowed(start, stop, sequences, 0), dense[start:].numpy())
 
 
 def test_block_causal_prompt():
-    sequences = virtual_sequences(
+    sequences = block_sequences(
         np.array([0, 8]), np.array([10, 24]), np.array([10, 20]), np.array([4, 4]), np.array([4, 4])
     )
     assert sequences.kv_len_S.tolist() == [4, 8, 10, 12, 16, 20, 24]
@@ -73,7 +73,7 @@ def test_block_causal_prompt():
 
 
 def test_row_without_a_request_is_one_block():
-    sequences = virtual_sequences(
+    sequences = block_sequences(
         np.array([0]), np.array([300]), np.array([NO_PROMPT_END]), np.array([1])
     )
     assert sequences.kv_len_S.tolist() == [300]

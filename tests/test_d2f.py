@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_d2f.d2f import D2FParams, Window, activated, advance, block_of, grow, may_attend
+from vllm_d2f.d2f import D2FParams, Window, activated, add, block_of, may_attend, step
 
 MASK, VOCAB = 0, 6
 
@@ -52,7 +52,7 @@ class Plain:
         """What has left as output: everything before the first undecided position."""
         return list(itertools.takewhile(lambda token: token is not None, self.all_tokens()))
 
-    def grow(self) -> None:
+    def add(self) -> None:
         first = len(self.committed) // self.params.block_size
         index = first + len(self.blocks)
         may_add = (
@@ -69,7 +69,7 @@ class Plain:
             if filled >= self.params.tau_act:
                 self.activated[i] = True
 
-    def advance(self, tokens: list[int], confidences: list[float]) -> None:
+    def step(self, tokens: list[int], confidences: list[float]) -> None:
         self.accepted = [0, 0]  # in fully activated blocks, in others
         full_before = [all(t is not None for t in block) for block in self.blocks]
         at = 0
@@ -132,36 +132,36 @@ def test_equals_the_plain_transcription(requests, seed):
     outputs: list[list[int]] = [[] for _ in requests]
     done = [False] * len(requests)
     for _ in range(2 * 60 + 5):
-        grow(window)
+        add(window)
         for p in plain:
             if not p.done:
-                p.grow()
+                p.add()
         proposal = torch.randint(1, VOCAB, (len(requests), width), generator=generator)
         # Few levels, so that equal confidences and exact thresholds occur.
         level = torch.randint(0, 11, (len(requests), width), generator=generator)
         confidence = level.float() / 10
         before = window.rows(torch.arange(len(requests)))
-        step = advance(window, proposal, confidence, MASK)
+        result = step(window, proposal, confidence, MASK)
         for row, p in enumerate(plain):
             if done[row]:
                 continue
             assert activated(before)[row, : before.open_R[row] : p.params.block_size].tolist() == (
                 p.activated
             )
-            p.advance(proposal[row].tolist(), confidence[row].tolist())
-            left = slice(int(step.sent_R[row]), int(step.output_R[row]))
-            outputs[row] += step.tokens_RW[row, left].tolist()
-            assert bool(step.done_R[row]) == p.done
+            p.step(proposal[row].tolist(), confidence[row].tolist())
+            left = slice(int(result.emitted_R[row]), int(result.emit_R[row]))
+            outputs[row] += result.tokens_RW[row, left].tolist()
+            assert bool(result.done_R[row]) == p.done
             assert outputs[row] == p.left()
-            decided, active = step.accepted_RW[row], step.active_RW[row]
+            decided, active = result.accepted_RW[row], result.active_RW[row]
             assert [int((decided & active).sum()), int((decided & ~active).sum())] == p.accepted
-            assert int(step.dropped_R[row]) == p.dropped
+            assert int(result.dropped_R[row]) == p.dropped
             if p.done:
                 done[row] = True
                 continue
             live = [t for block in p.blocks for t in block]
             assert int(window.open_R[row]) == len(live)
-            assert window.decided_RW[row, : len(live)].tolist() == [t is not None for t in live]
+            assert window.decoded_RW[row, : len(live)].tolist() == [t is not None for t in live]
             assert [t for t in window.tokens_RW[row, : len(live)].tolist() if t != MASK] == [
                 t for t in live if t is not None
             ]
@@ -184,25 +184,25 @@ def test_invariants_of_one_request(request_, seed):
     start = 0
     bound = max_tokens + params.block_size + blocks + 1
     for _ in range(bound):
-        grow(window)
+        add(window)
         assert bool(activated(window)[0, 0])
         open_before = int(window.open_R)
-        step = advance(
+        result = step(
             window,
             torch.randint(1, VOCAB, (1, 28), generator=generator),
             torch.rand(1, 28, generator=generator),
             MASK,
         )
-        for column in step.accepted_RW[0].nonzero()[:, 0].tolist():
+        for column in result.accepted_RW[0].nonzero()[:, 0].tolist():
             assert start + column not in decided
-            decided[start + column] = int(step.tokens_RW[0, column])
+            decided[start + column] = int(result.tokens_RW[0, column])
         for column in range(open_before):
             if start + column in decided:
-                assert int(step.tokens_RW[0, column]) == decided[start + column]
-        assert bool(step.accepted_RW.any()) or int(step.commit_R) > 0
-        if bool(step.done_R):
+                assert int(result.tokens_RW[0, column]) == decided[start + column]
+        assert bool(result.accepted_RW.any()) or int(result.commit_R) > 0
+        if bool(result.done_R):
             break
-        start += int(step.commit_R)
+        start += int(result.commit_R)
         assert start % params.block_size == 0
         assert int(window.open_R) <= params.window
     else:
@@ -232,15 +232,15 @@ def test_semi_activated_blocks_wait_below_the_threshold():
     params = D2FParams(4, 2, tau_add=0.25, tau_act=1.0, tau_conf=0.9)
     window.start(0, params, max_tokens=8, limit=99, ends=[], mask_id=MASK)
     token = torch.ones(1, 8, dtype=torch.int64)
-    grow(window)
-    advance(window, token, torch.full((1, 8), 0.5), MASK)
-    assert window.decided_RW[0].tolist() == [True, *[False] * 7]
-    grow(window)  # one of four decided: the second block opens, not activated
+    add(window)
+    step(window, token, torch.full((1, 8), 0.5), MASK)
+    assert window.decoded_RW[0].tolist() == [True, *[False] * 7]
+    add(window)  # one of four decided: the second block opens, not activated
     assert int(window.open_R) == 8
     assert activated(window)[0].tolist() == [True] * 4 + [False] * 4
     confidence = torch.tensor([[0.1, 0.1, 0.2, 0.1, 0.95, 0.89, 0.9, 0.91]])
-    advance(window, token, confidence, MASK)
-    assert window.decided_RW[0].tolist() == [True, False, True, False, True, False, False, True]
+    step(window, token, confidence, MASK)
+    assert window.decoded_RW[0].tolist() == [True, False, True, False, True, False, False, True]
 
 
 @pytest.mark.parametrize(

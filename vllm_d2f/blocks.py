@@ -1,27 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-causal attention as one non-causal sequence per block.
+"""Blocks: where they begin, and which positions attend to which.
 
-Position q may attend to k when block_of(k) <= block_of(q). All queries of one block therefore see
-the same keys: everything from the start to the end of their block. So each block becomes a virtual
-sequence with its own queries, its request's page table and a length that ends with the block,
-attended without a causal mask. That is exact, needs no custom mask and runs on every backend that
-takes non-causal batches. The same holds for a prompt (block 0), for committed blocks recomputed
-after a preemption, and for requests in different phases in one batch.
+The prompt is one block. The answer is cut into blocks of `block_size` positions that start where
+the prompt ends. Attention is bidirectional inside a block and causal between blocks:
 
-Everything here is index arithmetic on the host, a fixed number of NumPy calls whatever the batch.
-Shape suffixes: R requests, S virtual sequences.
+    position q attends to position k   exactly when   block_of(k) <= block_of(q)
+
+The rule appears in two forms. `may_attend` is the dense mask, for the reference loop and for
+training. `block_sequences` is the same rule for paged attention: one non-causal sequence per block,
+which is exact and needs no mask. A test holds the two together.
+
+Shape suffixes: R requests, S block sequences.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 NO_PROMPT_END = np.int64(1) << 40
 """Prompt length of a row without a request: all its tokens are one block."""
 
 
-class VirtualSequences(NamedTuple):
+def block_of(
+    position: Tensor,
+    prompt_len: Tensor | int,
+    block_size: Tensor | int,
+    prompt_block: int | None = None,
+) -> Tensor:
+    """Block of a position: 0 for the prompt, then 1, 2, ... for the blocks of the answer.
+
+    With `prompt_block` the prompt is block-causal too: it is cut from its start into blocks of that
+    size, which are numbered so that the last one is 0.
+    """
+    answer = 1 + torch.div(position - prompt_len, block_size, rounding_mode="floor")
+    if prompt_block is None:
+        prompt = torch.zeros_like(answer)
+    else:
+        prompt = torch.div(position, prompt_block, rounding_mode="floor")
+        prompt = prompt - (prompt_len - 1) // prompt_block
+    return torch.where(position < prompt_len, prompt, answer)
+
+
+def may_attend(
+    query: Tensor,
+    key: Tensor,
+    prompt_len: Tensor | int,
+    block_size: Tensor | int,
+    prompt_block: int | None = None,
+) -> Tensor:
+    """Whether a query position attends to a key position. Arguments broadcast.
+
+    `may_attend(p[:, None], p[None, :], n, B)` is the dense mask of one request.
+    """
+    rule = (prompt_len, block_size, prompt_block)
+    return block_of(key, *rule) <= block_of(query, *rule)
+
+
+class BlockSequences(NamedTuple):
     """One row per attention block that has queries in this forward, in token order.
 
     Attributes:
@@ -35,13 +73,13 @@ class VirtualSequences(NamedTuple):
     kv_len_S: NDArray[np.int32]
 
 
-def virtual_sequences(
+def block_sequences(
     start_R: NDArray[np.integer],
     stop_R: NDArray[np.integer],
     prompt_len_R: NDArray[np.integer],
     block_size_R: NDArray[np.integer],
     prompt_block_R: NDArray[np.integer] | None = None,
-) -> VirtualSequences:
+) -> BlockSequences:
     """Cut each request's query positions [start, stop) at its block boundaries.
 
     Args:
@@ -87,4 +125,4 @@ def virtual_sequences(
     offset_R = length_R.cumsum() - length_R - start_R
     query_start_S1 = np.zeros(len(request_S) + 1, dtype=np.int32)
     query_start_S1[1:] = end_S + offset_R[request_S]
-    return VirtualSequences(request_S, query_start_S1, end_S.astype(np.int32))
+    return BlockSequences(request_S, query_start_S1, end_S.astype(np.int32))

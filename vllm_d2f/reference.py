@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_d2f.d2f import D2FParams, Window, activated, advance, grow, may_attend
+from vllm_d2f.d2f import D2FParams, Window, activated, add, may_attend, step
 from vllm_d2f.sampling.request_sampler import Proposer
 from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
 
@@ -133,7 +133,7 @@ def decode(
         if run_on and any(t in ends for t in committed + _decided(window)):
             window.rest_R[:] = window.open_R
             window.goal_R[:] = torch.minimum(window.goal_R, window.open_R)
-        grow(window)
+        add(window)
         open_ = int(window.open_R)
         start = len(prompt) + len(committed)
         tokens_T = torch.cat(
@@ -148,7 +148,7 @@ def decode(
         rows = position_T[start:] - int(shift)
         logits_WV = logits_TV[rows].float()
         if proposer is not None:
-            masked = (~window.decided_RW[0, :open_]).nonzero()[:, 0]
+            masked = (~window.decoded_RW[0, :open_]).nonzero()[:, 0]
             token_W, confidence_W = torch.zeros(open_, dtype=torch.int64), torch.zeros(open_)
             proposer.begin()
             token_W[masked], confidence_W[masked] = proposer.propose(
@@ -170,30 +170,30 @@ def decode(
         margin = math.inf
         if proposer is None and (sampling is None or float(sampling.temperature_R) == 0):
             margin = _margin(window, logits_WV, confidence_W)
-        nonfinite = int((confidence_W[~window.decided_RW[0, :open_]] == 0).sum())
+        nonfinite = int((confidence_W[~window.decoded_RW[0, :open_]] == 0).sum())
         pad = params.window - open_
         active = activated(window)[0, : open_ : params.block_size].tolist()
-        step = advance(
+        result = step(
             window,
             torch.nn.functional.pad(token_W, (0, pad))[None],
             torch.nn.functional.pad(confidence_W, (0, pad))[None],
             mask_id,
         )
-        for column in step.accepted_RW[0].nonzero()[:, 0].tolist():
+        for column in result.accepted_RW[0].nonzero()[:, 0].tolist():
             confidences[len(committed) + column] = float(confidence_W[column])
             if proposer is not None and proposer.logprobs is not None:
                 logprobs[len(committed) + column] = proposer.logprobs.at(len(committed) + column)
-        done = bool(step.done_R)
-        commit = int(step.commit_R)
-        seen = int(step.output_R) if done else commit
-        accepted = (step.accepted_RW[0].nonzero()[:, 0] + len(committed)).tolist()
-        committed += step.tokens_RW[0, :seen].tolist()
+        done = bool(result.done_R)
+        commit = int(result.commit_R)
+        seen = int(result.emit_R) if done else commit
+        accepted = (result.accepted_RW[0].nonzero()[:, 0] + len(committed)).tolist()
+        committed += result.tokens_RW[0, :seen].tolist()
         live = slice(0, 0 if done else int(window.open_R))
         tokens = committed + window.tokens_RW[0, live].tolist()
         yield Frame(
             forward=forwards,
             tokens=tokens,
-            decided=[True] * len(committed) + window.decided_RW[0, live].tolist(),
+            decided=[True] * len(committed) + window.decoded_RW[0, live].tolist(),
             confidences=[confidences.get(position, 0.0) for position in range(len(tokens))],
             logprobs=[logprobs.get(position, 0.0) for position in range(len(tokens))],
             accepted=accepted,
@@ -220,14 +220,14 @@ def generate(*args, **kwargs) -> tuple[list[int], int]:
 def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     """See `Frame.margin`; `logits_WV` has no mask token any more."""
     open_ = len(confidence_W)
-    masked_W = ~window.decided_RW[0, :open_]
+    masked_W = ~window.decoded_RW[0, :open_]
     if not masked_W.any():
         return math.inf
     top_W2 = logits_WV.softmax(-1).topk(2, dim=-1).values
-    tau = float(window.tau_conf_R1)
+    tau = float(window.tau_R1)
     margin = float((confidence_W - tau).abs()[masked_W].min())
     taken_W = masked_W & (confidence_W > tau)
-    size, full_W = int(window.block_size_R), activated(window)[0]
+    size, full_W = int(window.block_R), activated(window)[0]
     for start in range(0, open_, size):
         block = slice(start, min(start + size, open_))
         if bool(full_W[start]) and masked_W[block].any() and not taken_W[block].any():
@@ -241,4 +241,4 @@ def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
 
 
 def _decided(window: Window) -> list[int]:
-    return window.tokens_RW[0][window.decided_RW[0]].tolist()
+    return window.tokens_RW[0][window.decoded_RW[0]].tolist()

@@ -126,7 +126,8 @@ def backend_error(
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheLayout
 
-    from vllm_d2f.attention import flashinfer, virtual_sequences
+    from vllm_d2f.attention import flashinfer
+    from vllm_d2f.blocks import block_sequences as virtual_sequences
     from vllm_d2f.d2f import may_attend
 
     device, rng = torch.device(where), np.random.default_rng(seed)

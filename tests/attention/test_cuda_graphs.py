@@ -24,9 +24,10 @@ from vllm.v1.worker.utils import get_uniform_decode_token_count  # noqa: E402
 from vllm_d2f.patches import p12_full_graphs as p12  # noqa: E402
 from vllm_d2f.patches.patch import function_of, source_hash  # noqa: E402
 
-from vllm_d2f.attention import flashinfer, virtual_sequences  # noqa: E402
+from vllm_d2f.attention import flashinfer  # noqa: E402
 from vllm_d2f.attention import selection as select  # noqa: E402
 from vllm_d2f.attention.cuda_graphs import Shape, fill_up, shapes, whole_blocks  # noqa: E402
+from vllm_d2f.blocks import block_sequences  # noqa: E402
 from vllm_d2f.settings import settings_from_dict  # noqa: E402
 from vllm_d2f.worker.model_state import D2FModelState  # noqa: E402
 
@@ -183,7 +184,7 @@ def test_whole_blocks_are_what_a_graph_has_recorded():
                 start[odd] = rng.integers(0, prompt[odd])
             case 4:
                 length[:] = rng.integers(1, 33)
-        sequences = virtual_sequences(start, start + length, prompt, block)
+        sequences = block_sequences(start, start + length, prompt, block)
         per_request = np.bincount(sequences.request_S, minlength=num_reqs)
         recorded = (
             (np.diff(sequences.query_start_S1) == 8).all()
@@ -401,7 +402,7 @@ def test_piecewise_steps_between_replays_have_a_plan_of_their_own(monkeypatch):
 
 
 def test_fill_up_refuses_what_has_no_room():
-    sequences = virtual_sequences(*(np.array([x]) for x in (8, 24, 8, 8)))
+    sequences = block_sequences(*(np.array([x]) for x in (8, 24, 8, 8)))
     assert fill_up(sequences, 2) is sequences
     with pytest.raises(ValueError, match="2 sequences in a graph of 1"):
         fill_up(sequences, 1)

@@ -19,9 +19,10 @@ from vllm.config import CUDAGraphMode  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import KVCacheLayout  # noqa: E402
 
-from vllm_d2f.attention import flashinfer, virtual_sequences  # noqa: E402
+from vllm_d2f.attention import flashinfer  # noqa: E402
 from vllm_d2f.attention import selection as select  # noqa: E402
 from vllm_d2f.attention.page_lists import PageLists  # noqa: E402
+from vllm_d2f.blocks import block_sequences  # noqa: E402
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_planned_calls_are_block_causal_attention(monkeypatch, emulated, heads, 
         inverse = [order.index(axis) for axis in range(4)]
         cache = cache.permute(*order).contiguous().permute(*inverse)
 
-        sequences = virtual_sequences(*batch)
+        sequences = block_sequences(*batch)
         tokens = int((stop - start).sum())
         query = random(tokens + 3, heads[0], HEAD)  # three rows of padding
         metadata = builder.build(0, common_metadata(sequences, table, page_size, 3))
@@ -109,7 +110,7 @@ def test_fp8_cache(monkeypatch, emulated, name, kind):
     impl = flashinfer.BlockCausalImpl(4, HEAD, HEAD**-0.5, 2, kv_cache_dtype=name)
     content = torch.randn(2, 2, 16, 2 * HEAD).to(kind)
     stored = content.view(torch.uint8) if name != "auto" else content
-    sequences = virtual_sequences(*(np.array([x]) for x in (12, 28, 12, 8)))
+    sequences = block_sequences(*(np.array([x]) for x in (12, 28, 12, 8)))
     metadata = builder.build(0, common_metadata(sequences, torch.tensor([[1, 0]]).int(), 16))
     query, output = torch.randn(2, 16, 4, HEAD, dtype=torch.float64)
     scales = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
@@ -123,7 +124,7 @@ def test_fp8_cache(monkeypatch, emulated, name, kind):
 def test_more_sequences_than_max_num_seqs(monkeypatch, emulated):
     """Where vLLM's FlashInfer builder writes beyond its buffers: one request, many blocks."""
     builder = make_builder(monkeypatch, (4, 2), 16, KVCacheLayout.LBNHC, seqs=1, blocks=2)
-    sequences = virtual_sequences(*(np.array([x]) for x in (0, 202, 10, 4)))
+    sequences = block_sequences(*(np.array([x]) for x in (0, 202, 10, 4)))
     assert len(sequences.kv_len_S) == 49
     table = torch.arange(16, dtype=torch.int32)[None]
     held = builder.pages.buffer_N.data_ptr()
@@ -146,7 +147,7 @@ def test_page_lists_stay_at_their_address():
         width = size * (blocks if step == 0 else int(rng.integers(1, blocks + 1)))
         prompt = rng.integers(1, length - width + 1, num_reqs)
         prompt[:] = length - width if step == 0 else prompt
-        sequences = virtual_sequences(prompt, prompt + width, prompt, np.full(num_reqs, size))
+        sequences = block_sequences(prompt, prompt + width, prompt, np.full(num_reqs, size))
         table = torch.from_numpy(rng.integers(0, 1 << 20, (num_reqs, per_request), dtype=np.int32))
         table_S = table[torch.from_numpy(sequences.request_S)]
         paged = lists.build(sequences.query_start_S1, sequences.kv_len_S, table_S)
@@ -168,7 +169,7 @@ def test_a_table_that_is_too_short_is_refused():
 def test_causal_batches_and_other_models_are_refused(monkeypatch, emulated):
     builder = make_builder(monkeypatch, (4, 2), 16, KVCacheLayout.LBNHC)
     common = common_metadata(
-        virtual_sequences(*(np.array([x]) for x in (0, 8, 8, 4))), torch.zeros(1, 1).int(), 16
+        block_sequences(*(np.array([x]) for x in (0, 8, 8, 4))), torch.zeros(1, 1).int(), 16
     )
     common.causal = True
     with pytest.raises(ValueError, match="attention-backend"):

@@ -201,7 +201,7 @@ def test_only_masked_rows_reach_the_head(llm, model):
 
     def counting_propose(hidden, request, column, slot, *others):
         window = worker.model_runner.model_state.window.rows(slot)
-        undecided = (torch.arange(WINDOW) < window.open_R[:, None]) & ~window.decided_RW
+        undecided = (torch.arange(WINDOW) < window.open_R[:, None]) & ~window.decoded_RW
         assert undecided[request, column].all()
         masked.append(int(undecided.sum()))
         return propose(hidden, request, column, slot, *others)

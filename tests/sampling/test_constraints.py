@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_d2f.d2f import D2FParams, Window, activated, advance, grow
+from vllm_d2f.d2f import D2FParams, Window, activated, add, step
 from vllm_d2f.sampling.constraints import HELD, BadWords, LeftToRight
 from vllm_d2f.sampling.sample import propose_greedy
 
@@ -120,13 +120,13 @@ def test_advance_decides_what_the_walk_accepted(seed):
     settings = dict(max_tokens=pick(5, 13, 40), limit=pick(17, 80), ends=ends, mask_id=MASK)
     window = Window.empty(1, width, 1, MASK)
     window.start(0, params, **settings)
-    grow(window)
+    add(window)
     seen = Recorder()
-    order = LeftToRight([seen], float(window.tau_conf_R1), ends)
+    order = LeftToRight([seen], float(window.tau_R1), ends)
     committed: list[int] = []
     for _ in range(200):
         open_ = int(window.open_R)
-        undecided = (~window.decided_RW[0, :open_]).nonzero()[:, 0]
+        undecided = (~window.decoded_RW[0, :open_]).nonzero()[:, 0]
         # What is decided is a beginning of the text, and what comes next may be forced.
         assert undecided.tolist() == list(range(open_ - len(undecided), open_))
         assert not len(undecided) or activated(window)[0, undecided[0]]
@@ -137,15 +137,15 @@ def test_advance_decides_what_the_walk_accepted(seed):
         proposal, confidence = torch.zeros(1, width, dtype=torch.int64), torch.zeros(1, width)
         proposal[0, undecided], confidence[0, undecided] = walk(order, logits)
         expected = seen.accepted[before:]
-        step = advance(window, proposal, confidence, MASK)
-        accepted = step.accepted_RW[0].nonzero()[:, 0]
+        result = step(window, proposal, confidence, MASK)
+        accepted = result.accepted_RW[0].nonzero()[:, 0]
         assert accepted.tolist() == undecided[: len(expected)].tolist()
-        assert step.tokens_RW[0, accepted].tolist() == expected
-        answer = committed + step.tokens_RW[0, : int(step.output_R)].tolist()
-        committed += step.tokens_RW[0, : int(step.commit_R)].tolist()
-        if bool(step.done_R):
+        assert result.tokens_RW[0, accepted].tolist() == expected
+        answer = committed + result.tokens_RW[0, : int(result.emit_R)].tolist()
+        committed += result.tokens_RW[0, : int(result.commit_R)].tolist()
+        if bool(result.done_R):
             break
-        grow(window)
+        add(window)
     else:
         pytest.fail("not done")
     assert answer == seen.accepted[: len(answer)]

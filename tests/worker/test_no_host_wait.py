@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from vllm.sampling_params import SamplingParams  # noqa: E402
 
-from vllm_d2f.d2f import D2FParams, Window, grow  # noqa: E402
+from vllm_d2f.d2f import D2FParams, Window, add  # noqa: E402
 from vllm_d2f.sampling.request_sampler import make_proposer  # noqa: E402
 from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy  # noqa: E402
 from vllm_d2f.worker import cuda_sampler  # noqa: E402
@@ -120,7 +120,7 @@ class Run:
         )
         row = torch.full((1,), slot, dtype=torch.int64, device=state.device)
         rows = state.window.rows(row)
-        grow(rows)
+        add(rows)
         state.window.put(row, rows)
         if slot in self.rules:
             asked = self.rules[slot]
@@ -201,12 +201,12 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
             )
             rows += count
         check_logprobs(want, got, busy, rules)
-        for name in ("tokens_RW", "decided_RW", "numbers"):
+        for name in ("tokens_RW", "decoded_RW", "counters"):
             theirs, ours = getattr(plain.state.window, name), getattr(cuda.state.window, name)
             assert torch.equal(theirs, ours), name
         drafts = [run.sampler.req_states.draft_tokens for run in (plain, cuda)]
         assert torch.equal(*drafts)
-        undecided = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
+        undecided = (window.column_W < window.open_R[:, None]) & ~window.decoded_RW
         bound = cuda.sampler.undecided.bound(busy, np.full(len(busy), WIDTH))
         exact = undecided.sum(1).cpu().numpy()[busy]
         assert (bound >= exact).all() and (lagging or (bound == exact).all())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_d2f.attention import VirtualSequences
+from vllm_d2f.blocks import BlockSequences
 
 
 class Shape(NamedTuple):
@@ -65,14 +65,14 @@ def whole_blocks(
     )
 
 
-def fill_up(sequences: VirtualSequences, size: int) -> VirtualSequences:
+def fill_up(sequences: BlockSequences, size: int) -> BlockSequences:
     """`size` sequences: what is missing has no queries and no keys."""
     missing = size - len(sequences.request_S)
     if missing < 0:
         raise ValueError(f"{len(sequences.request_S)} sequences in a graph of {size}")
     if not missing:
         return sequences
-    return VirtualSequences(
+    return BlockSequences(
         np.pad(sequences.request_S, (0, missing)),
         np.pad(sequences.query_start_S1, (0, missing), mode="edge"),
         np.pad(sequences.kv_len_S, (0, missing)),

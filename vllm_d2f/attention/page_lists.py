@@ -59,7 +59,7 @@ class PageLists:
         """Page lists of a step.
 
         Args:
-            query_start_S1, kv_len_S: as in `VirtualSequences`. A length of 0 is a sequence that
+            query_start_S1, kv_len_S: as in `BlockSequences`. A length of 0 is a sequence that
                 fills up a CUDA graph: without queries, keys and pages.
             table_SP: int32 on the device, each sequence's page table; entries beyond its last page
                 are not read.

@@ -65,7 +65,7 @@ class CudaSampler(D2FSampler):
         out = super()._denoise(hidden_TH, slot_D, begin_D, first_D)
         window = self.state.window
         open_DW = window.column_W < window.open_R[slot_D][:, None]
-        undecided_D = (open_DW & ~window.decided_RW[slot_D]).sum(1)
+        undecided_D = (open_DW & ~window.decoded_RW[slot_D]).sum(1)
         self.undecided.note(self.slots[: len(self.width_D)], undecided_D)
         return out
 

@@ -25,9 +25,9 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_d2f.attention import NO_PROMPT_END, virtual_sequences
 from vllm_d2f.attention.cuda_graphs import fill_up, whole_blocks
-from vllm_d2f.d2f import Window, grow
+from vllm_d2f.blocks import NO_PROMPT_END, block_sequences
+from vllm_d2f.d2f import Window, add
 from vllm_d2f.patches import p04_forget_finished, p12_full_graphs, p13_warm_up
 from vllm_d2f.sampling.request_sampler import Proposer, make_proposer
 from vllm_d2f.sampling.sample import Sampling
@@ -136,7 +136,7 @@ class D2FModelState(ModelState):
         rows = self._aside.pop(req_id, None)
         if rows is None:
             rows = self.window.rows(row)
-            grow(rows)
+            add(rows)
         else:
             self.resumed.add(req_index)
         self.window.put(row, rows)
@@ -245,7 +245,7 @@ class D2FModelState(ModelState):
             block_size_R = np.full_like(block_size_R, self.settings.params.block_size)
         if self.stale_pages is not None and not for_capture:
             self.stale_pages.clear(slot_R, start_R + length_R, block_tables, kv_cache_config)
-        sequences = virtual_sequences(
+        sequences = block_sequences(
             start_R,
             start_R + length_R,
             prompt_len_R,

@@ -29,7 +29,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_d2f.d2f import Window, advance, close, grow
+from vllm_d2f.d2f import Window, add, finish, step
 from vllm_d2f.sampling.logprobs import take_all
 from vllm_d2f.sampling.request_sampler import Proposer
 from vllm_d2f.sampling.sample import propose_drawn, propose_greedy, simulated_confidence
@@ -182,21 +182,21 @@ class D2FSampler:
         """
         state = self.state
         window = state.window.rows(slot_D)
-        masked_DW = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
+        masked_DW = (window.column_W < window.open_R[:, None]) & ~window.decoded_RW
         proposal_DW, confidence_DW = self._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
-        step = advance(window, proposal_DW, confidence_DW, state.mask_id)
-        grow(window)
+        result = step(window, proposal_DW, confidence_DW, state.mask_id)
+        add(window)
         if self.lagging:
-            close(window, step.done_R)
+            finish(window, result.done_R)
         state.window.put(slot_D, window)
-        self._publish(slot_D, window, step.tokens_RW)
-        column_DW = window.column_W + step.sent_R[:, None]
-        new_DW = step.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
-        active_D = (step.accepted_RW & step.active_RW).sum(1)
+        self._publish(slot_D, window, result.tokens_RW)
+        column_DW = window.column_W + result.emitted_R[:, None]
+        new_DW = result.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
+        active_D = (result.accepted_RW & result.active_RW).sum(1)
         nonfinite_D = (masked_DW & (confidence_DW == 0)).sum(1)
-        semi_D = step.accepted_RW.sum(1) - active_D
-        tally_D = pack(active_D, semi_D, step.dropped_R, window.open_R, nonfinite_D)
-        return new_DW, step.output_R - step.sent_R, step.commit_R, tally_D
+        semi_D = result.accepted_RW.sum(1) - active_D
+        tally_D = pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
+        return new_DW, result.emit_R - result.emitted_R, result.commit_R, tally_D
 
     def _proposals(
         self,
@@ -339,7 +339,7 @@ class D2FSampler:
         return torch.cat(
             (
                 torch.where(committed, known.long(), nothing),
-                torch.where(window.decided_RW[slot], window.tokens_RW[slot], nothing),
+                torch.where(window.decoded_RW[slot], window.tokens_RW[slot], nothing),
             )
         )
 

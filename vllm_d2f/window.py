@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The window: the open blocks of a batch of requests, as tensors.
+
+`vllm_d2f.d2f` holds the algorithm; this file holds the state that it changes. Column 0 of a row is
+the first position that is not committed. Blocks start at multiples of the block size from there.
+
+Shape suffixes: R requests, W window positions, E end tokens; R1 is a column [R, 1].
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class D2FParams:
+    """How one request is decoded. Names follow the paper; defaults are its most used setting.
+
+    Attributes:
+        block_size: positions per block, at least 1.
+        max_blocks: most blocks open at once, at least 1 (the paper has no such limit).
+        tau_add: open the next block once this fraction of the last one is decoded, in [0, 1].
+        tau_act: activate a block once this fraction of its predecessor is decoded.
+        tau_conf: accept a proposal whose probability is greater than this, in [0, 1].
+    """
+
+    block_size: int = 32
+    max_blocks: int = 4
+    tau_add: float = 0.1
+    tau_act: float = 0.95
+    tau_conf: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_blocks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("tau_add", "tau_act", "tau_conf"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+    @property
+    def window(self) -> int:
+        """Widest window in positions."""
+        return self.block_size * self.max_blocks
+
+
+def _column(index: int) -> property:
+    return property(lambda self: self.counters[:, index : index + 1])
+
+
+def _vector(index: int) -> property:
+    return property(lambda self: self.counters[:, index])
+
+
+@dataclass(slots=True)
+class Window:
+    """One row per request; every setting may differ between rows.
+
+    Whether a position is decoded is kept by position and never read from the token ids, so a mask
+    token in a prompt is an ordinary token.
+
+    The integers of a request lie side by side in `counters`, because on a small batch an operation
+    costs its launch. Use the properties: `open_R1` is a column, `open_R` the same as a vector.
+
+    Attributes:
+        tokens_RW: int64, decoded tokens, the mask token elsewhere.
+        decoded_RW: bool.
+        counters: int64 [R, 10 + E]. Six change with every forward:
+            open_R1: positions in open blocks;
+            rest_R1: positions up to the last one that may be decoded;
+            goal_R1: positions up to the last one that the request wants (max_tokens);
+            start_R1: answer position of column 0, which is the number of committed tokens;
+            forward_R1: forwards so far;
+            lead_R1: decoded positions before the first masked one.
+            Four and the end tokens are settings:
+            block_R1: the block size;
+            max_open_R1: positions of the widest window;
+            add_R1, act_R1: tau_add and tau_act as decoded positions of a block;
+            ends_RE: end tokens, padded with -1.
+        block_RW: int64, the column at which each column's block begins.
+        previous_RW: int64, the column at which the block before it begins; 0 for the first.
+        tau_R1: float32, the confidence threshold.
+        column_W: int64, 0, 1, 2, ...
+        num_ends: how many columns of ends_RE are in use.
+    """
+
+    tokens_RW: Tensor
+    decoded_RW: Tensor
+    counters: Tensor
+    block_RW: Tensor
+    previous_RW: Tensor
+    tau_R1: Tensor
+    column_W: Tensor
+    num_ends: int = 0
+
+    open_R1, rest_R1, goal_R1, start_R1, forward_R1, lead_R1 = map(_column, range(6))
+    block_R1, max_open_R1, add_R1, act_R1 = map(_column, range(6, 10))
+    open_R, rest_R, goal_R, start_R, forward_R, lead_R, block_R = map(_vector, range(7))
+
+    @property
+    def ends_RE(self) -> Tensor:
+        return self.counters[:, _SETTINGS_END : _SETTINGS_END + self.num_ends]
+
+    @property
+    def masked_RW(self) -> Tensor:
+        """Positions of open blocks that wait for a token."""
+        return (self.column_W < self.open_R1) & ~self.decoded_RW
+
+    @classmethod
+    def empty(
+        cls,
+        num_rows: int,
+        width: int,
+        num_ends: int,
+        mask_id: int,
+        device: torch.device | str | None = None,
+    ) -> "Window":
+        """Rows with nothing to decode; `start` fills them."""
+
+        def full(value: float, dtype: torch.dtype, columns: int) -> Tensor:
+            return torch.full((num_rows, columns), value, dtype=dtype, device=device)
+
+        return cls(
+            tokens_RW=full(mask_id, torch.int64, width),
+            decoded_RW=full(False, torch.bool, width),
+            counters=full(1, torch.int64, _SETTINGS_END + num_ends),
+            block_RW=full(0, torch.int64, width),
+            previous_RW=full(0, torch.int64, width),
+            tau_R1=full(0.0, torch.float32, 1),
+            column_W=torch.arange(width, device=device),
+        )
+
+    def start(
+        self,
+        row: int,
+        params: D2FParams,
+        *,
+        max_tokens: int,
+        limit: int,
+        ends: Sequence[int],
+        mask_id: int,
+    ) -> None:
+        """Begin a request in a row, whatever was there before.
+
+        Args:
+            max_tokens: positions the request wants.
+            limit: positions the model can still hold; a last block that does not fit is cut short.
+            ends: end tokens, at most E of them.
+        """
+        width, room = len(self.column_W), self.counters.shape[1] - _SETTINGS_END
+        if len(ends) > room:
+            raise ValueError(f"{len(ends)} end tokens, there is room for {room}")
+        size = params.block_size
+        whole_blocks = -(-max_tokens // size) * size
+        values = [0, min(whole_blocks, limit), min(max_tokens, limit), 0, 0, 0]
+        values += [size, min(params.window, width)]
+        values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
+        values += [*ends, *[-1] * (room - len(ends))]
+        _copy_in(self.counters[row], torch.tensor(values))
+        self.tokens_RW[row] = mask_id
+        self.decoded_RW[row] = False
+        self.block_RW[row] = torch.div(self.column_W, size, rounding_mode="floor") * size
+        self.previous_RW[row] = (self.block_RW[row] - size).clamp(min=0)
+        self.tau_R1[row] = params.tau_conf
+        self.num_ends = max(self.num_ends, len(ends))
+
+    def rows(self, index_R: Tensor) -> "Window":
+        """A copy of the given rows."""
+        return Window(
+            self.tokens_RW.index_select(0, index_R),
+            self.decoded_RW.index_select(0, index_R),
+            self.counters.index_select(0, index_R),
+            self.block_RW.index_select(0, index_R),
+            self.previous_RW.index_select(0, index_R),
+            self.tau_R1.index_select(0, index_R),
+            self.column_W,
+            self.num_ends,
+        )
+
+    def put(self, index_R: Tensor, rows: "Window") -> None:
+        """Write back rows that the algorithm has changed. Settings stay."""
+        self.tokens_RW.index_copy_(0, index_R, rows.tokens_RW)
+        self.decoded_RW.index_copy_(0, index_R, rows.decoded_RW)
+        state = self.counters[:, :_STATE_END]
+        state.index_copy_(0, index_R, rows.counters[:, :_STATE_END])
+
+    def set_state(self, *columns_R1: Tensor) -> None:
+        """Write open, rest, goal, start, forward and lead, in this order."""
+        self.counters[:, :_STATE_END] = torch.cat(columns_R1, dim=1)
+
+
+_STATE_END, _SETTINGS_END = 6, 10
+
+
+def _copy_in(row: Tensor, values: Tensor) -> None:
+    """Write host values to a row without waiting for the device."""
+    if row.is_cuda:
+        values = values.pin_memory()  # PyTorch reuses the memory only once the copy is done
+    row.copy_(values, non_blocking=True)
+
+
+def _fewest(fraction: float, size: int) -> int:
+    """The smallest count with count / size >= fraction."""
+    count = math.ceil(fraction * size)
+    # The product may be off by a rounding error; the quotient is what the rule compares.
+    return count - 1 if count and (count - 1) / size >= fraction else count
