@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vllm_d2f.d2f import D2FParams, Window, activated, add, may_attend, step
-from vllm_d2f.sampling.request_sampler import Proposer
-from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
+from vllm_d2f.sampling.request_sampler import RequestSampler
+from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""
@@ -87,7 +87,7 @@ def decode(
     run_on: bool = False,
     sampling: Sampling | None = None,
     prompt_block: int | None = None,
-    proposer: Proposer | None = None,
+    proposer: RequestSampler | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -150,17 +150,17 @@ def decode(
         if proposer is not None:
             masked = (~window.decoded_RW[0, :open_]).nonzero()[:, 0]
             token_W, confidence_W = torch.zeros(open_, dtype=torch.int64), torch.zeros(open_)
-            proposer.begin()
-            token_W[masked], confidence_W[masked] = proposer.propose(
+            proposer.begin_forward()
+            token_W[masked], confidence_W[masked] = proposer.sample(
                 logits_WV[masked],
                 masked + len(committed),
                 window.forward_R,
                 torch.tensor(committed + _decided(window), dtype=torch.int64),
             )
         elif sampling is None or float(sampling.temperature_R) == 0:
-            token_W, confidence_W = propose_greedy(logits_WV, mask_id)
+            token_W, confidence_W = sample_greedy(logits_WV, mask_id)
         else:
-            token_W, confidence_W = propose_drawn(
+            token_W, confidence_W = sample_drawn(
                 logits_WV,
                 mask_id,
                 sampling.rows(torch.zeros(open_, dtype=torch.int64)),
