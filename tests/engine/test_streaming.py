@@ -74,18 +74,12 @@ def parts(llm):
     return core.scheduler, core.model_executor.driver_worker.worker.model_runner
 
 
-@pytest.mark.parametrize("sampler", ["compiled", "vectorised"])
-def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler):
-    """After its k-th forward a request has said what the reference has decided without a gap.
+def test_emits_forward_by_forward_what_the_reference_decodes(llm, frames):
+    """After its k-th forward a request has emitted what the reference has decoded without a gap.
 
     And of each request vLLM counts, files and hashes no more than what is committed by then.
     """
-    from vllm_d2f.worker.sampler import D2FSampler
-
     scheduler, runner = parts(llm)
-    compiled = runner.sampler
-    if sampler == "vectorised":
-        runner.sampler = D2FSampler(runner.model_state, compiled)
     try:
         for index, (case, _) in enumerate(frames):
             add(llm, str(index), case)
@@ -112,7 +106,6 @@ def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler
         assert counted == expected_counts(frames)
         assert early > steps / 2, "hardly anything left before its block, so this tested nothing"
     finally:
-        runner.sampler = compiled
         vars(scheduler).pop("make_stats", None)
 
 
@@ -125,7 +118,7 @@ def count(scheduler):
 
     def watched(*args, **kwargs):
         for name in NAMES:
-            value = getattr(scheduler.counts, name)
+            value = getattr(scheduler.stats, name)
             total[name] += len(value) if isinstance(value, list) else value
         return make_stats(*args, **kwargs)
 
@@ -158,13 +151,13 @@ def check_accounting(scheduler, runner, request_id, request, frames):
     # where the one before began, and what the last one committed may be held.
     stream = scheduler.streams[request_id]
     had = min(forwards + stream.in_flight, len(known))
-    assert scheduler.run_ahead or had == forwards and stream.held == 0
-    committed = known[forwards - 1].committed - stream.held
+    assert scheduler.async_scheduling or had == forwards and stream.committed_in_flight == 0
+    committed = known[forwards - 1].committed - stream.committed_in_flight
     assert list(request.output_token_ids) == known[-1].tokens[:committed]
     assert request.num_computed_tokens == len(case.prompt) + committed
     slot = runner.req_states.req_id_to_index[request_id]
     computed = int(runner.req_states.num_computed_tokens.gpu[slot])
-    before = had - 1 - scheduler.run_ahead
+    before = had - 1 - scheduler.async_scheduling
     assert computed == len(case.prompt) + (known[before].committed if before >= 0 else 0)
     total = int(runner.req_states.total_len.gpu[slot])
     sent = len(decided_prefix(known[had - 1]))

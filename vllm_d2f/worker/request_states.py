@@ -71,7 +71,7 @@ class RequestStates:
         self.vocab_size = model_config.get_vocab_size()
         self.mask_id: int = model_config.hf_config.mask_token_id
         self.logits_shift: bool = model_config.hf_config.logits_shift
-        self.origin_zero = getattr(self.settings, "block_origin", "prompt_end") == "zero"
+        self.origin_zero = self.settings.block_origin == "zero"
         self.grammars = Grammars(vllm_config, self.mask_id)
 
         slots = self.max_num_reqs
@@ -101,7 +101,9 @@ class RequestStates:
         sampling = data.sampling_params
         assert sampling is not None and sampling.max_tokens is not None
         params = request_params(self.settings, sampling.extra_args)
-        prompt_len = data.prompt_len
+        prompt, prompt_len = data.prompt_token_ids or [], data.prompt_len
+        # Counted from position 0, the prompt's last tokens may share a block with the answer.
+        tail = prompt[prompt_len - prompt_len % params.block_size :] if self.origin_zero else ()
         self.slots[data.req_id] = slot
         self.prompt_len_S[slot] = prompt_len
         self.origin_S[slot] = 0 if self.origin_zero else prompt_len
@@ -116,6 +118,7 @@ class RequestStates:
             limit=self.model_config.max_model_len - prompt_len,
             ends=end_tokens(sampling),
             mask_id=self.mask_id,
+            tail=tail,
         )
         row = self.row(slot)
         preempted = self.preempted.pop(data.req_id, None)

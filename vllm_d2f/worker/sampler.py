@@ -35,7 +35,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_d2f.d2f import Step, Window, add, finish, step
 from vllm_d2f.sampling.logprobs import take_all
-from vllm_d2f.wire import pack
+from vllm_d2f.wire import StepStats
 from vllm_d2f.worker.proposals import Head, Proposals, Queries
 from vllm_d2f.worker.request_states import RequestStates
 
@@ -218,7 +218,7 @@ class D2FSampler:
     def _counters(
         self, queries: Queries, result: Step, window: Window, nonfinite_D: Tensor
     ) -> Tensor:
-        """What goes to the scheduler in place of NaN counts: `wire.pack` of the step, [D].
+        """What goes to the scheduler in place of NaN counts: the packed `StepStats`, [D].
 
         If a request has a trace, each row also has its window's start and tokens, [D, 2 + W].
         Synchronous scheduling gets these with the next query.
@@ -228,7 +228,7 @@ class D2FSampler:
             return nonfinite_D
         active_D = (result.accepted_RW & result.active_RW).sum(1)
         semi_D = result.accepted_RW.sum(1) - active_D
-        packed_D = pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
+        packed_D = StepStats.pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
         if not (states.async_scheduling and states.traced):
             return packed_D
         return torch.cat((packed_D[:, None], window.start_R[:, None], window.tokens_RW), dim=1)
