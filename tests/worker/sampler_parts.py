@@ -5,6 +5,7 @@ With `cuda=True` a sampler is composed as on CUDA and runs on CPU tensors, with 
 the Triton kernel in the kernel's place (`composed_as_on_cuda`).
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -46,7 +47,17 @@ def composed_as_on_cuda(monkeypatch, shard=tensor_parallel.shard):
 
 
 def make_states(
-    device, *, slots, width, hidden, vocabulary, mask, length=200, shift=False, ahead=False
+    device,
+    *,
+    slots,
+    width,
+    hidden,
+    vocabulary,
+    mask,
+    length=200,
+    shift=False,
+    ahead=False,
+    origin="prompt_end",
 ):
     """Real states. Blocks have 8 positions unless a request says otherwise."""
     hf_config = SimpleNamespace(
@@ -65,7 +76,10 @@ def make_states(
     )
     scheduler_config = SimpleNamespace(max_num_seqs=slots, async_scheduling=ahead)
     config = SimpleNamespace(model_config=model_config, scheduler_config=scheduler_config)
-    return RequestStates(config, torch.device(device))
+    states = RequestStates(config, torch.device(device))
+    states.settings = replace(states.settings, block_origin=origin)
+    states.origin_zero = origin == "zero"
+    return states
 
 
 class Head:

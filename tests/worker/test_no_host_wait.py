@@ -46,7 +46,7 @@ def make_base(device, lagging):
 class Run:
     """One sampler with states of its own, fed as vLLM's runner feeds it."""
 
-    def __init__(self, cuda, device, lagging, shift, drawing, rules=()):
+    def __init__(self, cuda, device, lagging, shift, drawing, rules=(), origin="prompt_end"):
         generator = torch.Generator().manual_seed(7)
         head = Head((3 * torch.randn(HIDDEN, VOCABULARY, generator=generator)).to(device))
         self.states = make_states(
@@ -59,6 +59,7 @@ class Run:
             length=LENGTH,
             shift=shift,
             ahead=lagging,
+            origin=origin,
         )
         self.drawing, self.rules = drawing, dict(rules)
         self.sampler = D2FSampler(self.states, head, make_base(device, lagging), cuda=cuda)
@@ -97,10 +98,10 @@ def make_batch(slots, lengths, widths, device):
     )
 
 
-def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
+def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", steps=40):
     """Random requests through both compositions; the calls of CUDA's are made under `guard`."""
     rng = np.random.default_rng(3)
-    setting = (device, lagging, shift, drawing, rules)
+    setting = (device, lagging, shift, drawing, rules, origin)
     plain, cuda = (Run(cuda, *setting) for cuda in (False, True))
     generator = torch.Generator().manual_seed(1)
     free, fresh, rows = set(range(SLOTS)), set(), 0
@@ -129,8 +130,20 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
         lag_S = plain.sampler.lag_S.tolist()
         # Behind the window some positions that the scheduler adds in case.
         spare = int(rng.integers(0, 4)) if lagging else 0
-        widths = [lag_S[s] + open_S[s] + spare for s in busy]
-        prompts = [int(plain.states.prompt_len_S[s]) if s in fresh else 0 for s in busy]
+        # What is left of the prompt's tail in the query, which is no draft.
+        start_S = window.start_R.tolist()
+        tails = [max(lag_S[s] - start_S[s], 0) for s in busy]
+        assert any(tails) <= (origin == "zero")
+        widths = [lag_S[s] + open_S[s] + spare - t for s, t in zip(busy, tails, strict=True)]
+        drafts = plain.sampler.req_states.draft_tokens
+        for s, tail, width in zip(busy, tails, widths, strict=True):
+            if not lagging:
+                assert torch.equal(drafts[s, :width], window.tokens_RW[s, tail : open_S[s]])
+                assert (drafts[s, width:] == -1).all()
+        prompts = [
+            int(plain.states.prompt_len_S[s]) if s in fresh else t
+            for s, t in zip(busy, tails, strict=True)
+        ]
         lengths = [w + p for w, p in zip(widths, prompts, strict=True)]
         fresh.clear()
         batch = make_batch(busy, lengths, widths, device)
@@ -140,6 +153,10 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
             got = cuda.step(batch, hidden)
         for name in ("num_sampled", "num_rejected", "num_nans"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
+        if not lagging:  # the next query begins where the window does
+            moved = plain.states.window.start_R[busy] - torch.tensor(start_S)[busy]
+            here = torch.tensor(tails) + torch.tensor(widths)
+            assert torch.equal(here - want.num_rejected.cpu(), moved.cpu())
         for row, count in enumerate(want.num_sampled.tolist()):
             assert torch.equal(
                 got.sampled_token_ids[row, :count], want.sampled_token_ids[row, :count]
@@ -207,6 +224,32 @@ def test_a_step_waits_for_nothing(monkeypatch, lagging, shift, drawing, rules):
     composed_as_on_cuda(monkeypatch)
     allowed = ("vllm_d2f.worker.masked_bounds",)
     play("cpu", lagging, shift, drawing, lambda: no_host_waits(allowed), rules)
+
+
+@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
+def test_with_a_tail_of_the_prompt_in_the_window(monkeypatch, lagging, rules):
+    composed_as_on_cuda(monkeypatch)
+    allowed = ("vllm_d2f.worker.masked_bounds",)
+    play("cpu", lagging, True, (1, 4), lambda: no_host_waits(allowed), rules, origin="zero")
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_prompt_is_computed_again_from_its_last_block(drafts):
+    """Blocks are counted from position 0: what of the prompt shares one with the answer is open."""
+    run = Run(False, "cpu", False, True, (), origin="zero")
+    run.admit(2, dict(d2f_block_size=4, d2f_max_blocks=2), 20, 6)
+    assert run.sampler.req_states.draft_tokens[2].tolist() == [MASK, MASK] + [-1] * (WIDTH - 2)
+    window = run.states.window
+    assert window.tokens_RW[2, :4].tolist() == [9, 10, MASK, MASK]
+    batch = make_batch([2], [8 if drafts else 6], [2 if drafts else 0], "cpu")
+    batch.num_computed_tokens_np, batch.prefill_len_np = np.array([0]), np.array([6])
+    output = run.step(batch, torch.randn(8 if drafts else 6, HIDDEN))
+    # The query is as long as the prompt and the drafts; the next one begins at position 4.
+    assert output.num_rejected.tolist() == [4 if drafts else 2]
+    batch.num_computed_tokens_np, batch.prefill_len_np = np.array([0]), np.array([9])
+    if not drafts:  # a chunk that ends earlier stays
+        assert run.step(batch, torch.randn(6, HIDDEN)).num_rejected.tolist() == [0]
 
 
 def test_the_plain_sampler_would_be_caught(monkeypatch):

@@ -14,7 +14,7 @@ Shape suffixes: N rows, V tokens of this rank, P ranks, C columns of an exchange
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,20 +46,8 @@ class Partial(NamedTuple):
     sum_N: Tensor
 
 
-class Shard(Protocol):
-    """`shard` on a CPU, `confidence_kernel.shard` on CUDA."""
-
-    def __call__(
-        self,
-        logits_NV: Tensor,
-        mask_id: int,
-        sampling: Sampling | None = None,
-        position_N: Tensor | None = None,
-        forward_N: Tensor | None = None,
-        *,
-        first_token: int = 0,
-        max_N: Tensor | None = None,
-    ) -> Partial: ...
+Shard = Callable[..., Partial]
+"""`shard` below, or `confidence_kernel.shard` on CUDA."""
 
 
 def sample_sharded(
