@@ -25,7 +25,8 @@ from vllm_d2f.sampling.sample import Sampling
 from vllm_d2f.sampling.tensor_parallel import Partial, finish
 
 MAX_TILE = 4096
-"""Logits of a program. Never chosen by the number of rows: sums must not depend on the batch."""
+"""Most logits of a program. It must not follow from the number of rows: sums would then depend on
+the batch."""
 
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 MIX_2 = tl.constexpr(0x94D049BB133111EB)
@@ -151,7 +152,7 @@ def shard(
 
 @triton.jit
 def _key(x):
-    """int32 in the order of the floats, NaN above all, and -0 equal to 0."""
+    """Map floats to int32 in the same order, NaN above all, and -0 equal to 0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
@@ -163,13 +164,13 @@ def _from_key(key):
 
 @triton.jit
 def _order(score, token):
-    """Score and id in one number: of equal scores the lower id is the larger."""
+    """Put score and id into one number; of equal scores the lower id gives the larger number."""
     return (_key(score).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
 @triton.jit
 def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.constexpr):
-    """Logits over temperature, -inf for the mask token and beyond the row."""
+    """Load logits over temperature, -inf for the mask token and beyond the row."""
     row = tl.program_id(0).to(tl.int64)
     inside = (column < size) & (column != mask_at)
     x = tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf"))
@@ -183,7 +184,7 @@ def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.co
 
 @triton.jit
 def _row_max(max_tiles, row_max, tiles, ROW_TILES: tl.constexpr):
-    """The row's largest value: given, or that of the tiles."""
+    """Load the row's largest value, or reduce those of its tiles."""
     row = tl.program_id(0).to(tl.int64)
     if row_max is None:
         at = tl.arange(0, ROW_TILES)
@@ -207,7 +208,7 @@ def _tiles(
     first_token,
     TILE: tl.constexpr,
 ):
-    """A tile's best token, largest value and sum of exponentials."""
+    """Reduce a tile to its best token, largest value and sum of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     column = tile * TILE + tl.arange(0, TILE)
@@ -226,7 +227,7 @@ def _mass(
     logits, row_stride, size, mask_at, temperature, base, least, COUNT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """How many values have a key of at least `least`, or the sum of their exponentials."""
+    """Count the values with a key of at least `least`, or sum their exponentials."""
     total = tl.full((), 0.0, tl.float32)
     if COUNT:
         total = tl.full((), 0, tl.int32)
@@ -259,7 +260,7 @@ def _cut(
     ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The end of what min_p, top_k and top_p keep: the least value, and the last id that has it."""
+    """Find the end of what min_p, top_k and top_p keep: the least value and its last id."""
     row = tl.program_id(0).to(tl.int64)
     base = _row_max(max_tiles, row_max, tiles, ROW_TILES)
     k = tl.load(top_k + row)
@@ -365,7 +366,7 @@ def _draw(
     ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile's best token with its noise, and the sum of what may be drawn in it."""
+    """Reduce a tile to its best token with noise, and the sum of what may be drawn in it."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     if tl.load(temperature + row) > 0:
@@ -410,7 +411,7 @@ def _reduce(
     tiles,
     ROW_TILES: tl.constexpr,
 ):
-    """From the tiles of a row to one partial."""
+    """Reduce the tiles of a row to one partial."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, ROW_TILES)
     there = at < tiles
