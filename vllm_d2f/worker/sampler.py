@@ -115,52 +115,38 @@ class D2FSampler:
             return _nothing_sampled(num_reqs, device)
         # Lengths are known on the host; what is in the windows is known on the device only.
         drafts_np = input_batch.num_draft_tokens_per_req
-        num_denoising = 0 if drafts_np is None else int((drafts_np > 0).sum())
-        lengths = np.empty((2, num_reqs), dtype=np.int64)
-        lengths[0] = input_batch.query_start_loc_np[:num_reqs]
-        lengths[1] = input_batch.query_start_loc_np[1 : num_reqs + 1]
+        denoising = 0 if drafts_np is None else int((drafts_np > 0).sum())
+        bounds = input_batch.query_start_loc_np
+        lengths = np.stack((bounds[:num_reqs], bounds[1 : num_reqs + 1])).astype(np.int64)
         begin_R, end_R = async_tensor_h2d(lengths, device=device)
         slot_R = input_batch.idx_mapping
-        last_R = end_R - 1  # the last position whose output the next window may need
         output = _nothing_sampled(num_reqs, device)
-        if num_denoising:
-            assert drafts_np is not None
-            slot_D, width_np = slot_R[:num_denoising], drafts_np[:num_denoising]
-            width_D = async_tensor_h2d(width_np.astype(np.int64), device=device)
-            lag_D = self.lag_S[slot_D]
-            tail_D = (lag_D - states.window.start_R[slot_D]).clamp(min=0)
-            slots = input_batch.idx_mapping_np[:num_denoising].tolist()
-            queries = Queries(
-                hidden_TH,
-                slots,
-                width_np,
-                slot_D,
-                begin_R[:num_denoising],
-                # The window is the end of the query; a prompt may come before it.
-                end_R[:num_denoising] - width_D - tail_D + lag_D,
-                {d: states.samplers[s] for d, s in enumerate(slots) if s in states.samplers},
-            )
+        last_R = end_R - 1  # the last position whose output the next window may need
+        if denoising:
+            queries = self._queries(hidden_TH, input_batch, begin_R, end_R, denoising)
             result, window, nonfinite_D = self._denoise(queries)
             new_D = result.emit_R - result.emitted_R
             column_DW = window.column_W + result.emitted_R[:, None]
             token_DW = result.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
-            stays_D = lag_D if states.async_scheduling else result.commit_R
+            again_D = end_R[:denoising] - queries.first_D
+            if states.async_scheduling:
+                self.lag_S.index_copy_(0, queries.slot_D, result.commit_R)
+            else:
+                again_D -= result.commit_R
             output = SamplerOutput(
                 sampled_token_ids=_pad_rows(token_DW, num_reqs),
                 logprobs_tensors=self._logprobs(queries, new_D, num_reqs),
                 num_nans=_pad_rows(self._counters(queries, result, window, nonfinite_D), num_reqs),
                 num_sampled=_pad_rows(new_D.int(), num_reqs),
-                num_rejected=_pad_rows((width_D + tail_D - stays_D).int(), num_reqs),
+                num_rejected=_pad_rows(again_D.int(), num_reqs),
             )
-            last_R[:num_denoising] = queries.first_D + result.commit_R - 1
-            if states.async_scheduling:
-                self.lag_S.index_copy_(0, slot_D, result.commit_R)
-        if states.origin_zero and num_denoising < num_reqs:
+            last_R[:denoising] = queries.first_D + result.commit_R - 1
+        if states.origin_zero and denoising < num_reqs:
             # The tail of a prompt that is complete belongs to the window: it is computed again.
             end_np = input_batch.num_computed_tokens_np + (lengths[1] - lengths[0])
             ends_R = async_tensor_h2d(end_np >= input_batch.prefill_len_np, device=device)
             tail_R = (-states.window.start_R[slot_R]).clamp(min=0) * ends_R
-            output.num_rejected[num_denoising:] = tail_R[num_denoising:].int()
+            output.num_rejected[denoising:] = tail_R[denoising:].int()
         if states.logits_shift:
             # Before `begin` nothing was committed, and what was kept before still holds.
             kept_RH = torch.where(
@@ -170,6 +156,33 @@ class D2FSampler:
             )
             states.last_hidden_SH.index_copy_(0, slot_R, kept_RH)
         return output
+
+    def _queries(
+        self,
+        hidden_TH: Tensor,
+        input_batch: InputBatch,
+        begin_R: Tensor,
+        end_R: Tensor,
+        denoising: int,
+    ) -> Queries:
+        """Find the windows: a window is the end of a query, and a prompt may come before it."""
+        assert input_batch.num_draft_tokens_per_req is not None
+        width_D = input_batch.num_draft_tokens_per_req[:denoising].astype(np.int64)
+        slot_D = input_batch.idx_mapping[:denoising]
+        slots = input_batch.idx_mapping_np[:denoising].tolist()
+        lag_D = self.lag_S[slot_D]
+        tail_D = (lag_D - self.states.window.start_R[slot_D]).clamp(min=0)
+        first_D = end_R[:denoising] - async_tensor_h2d(width_D, device=end_R.device)
+        samplers = self.states.samplers
+        return Queries(
+            hidden_TH,
+            slots,
+            width_D,
+            slot_D,
+            begin_R[:denoising],
+            first_D - tail_D + lag_D,
+            {d: samplers[slot] for d, slot in enumerate(slots) if slot in samplers},
+        )
 
     def _denoise(self, queries: Queries) -> tuple[Step, Window, Tensor]:
         """Run one iteration of the algorithm behind its forward, and publish the next query.
