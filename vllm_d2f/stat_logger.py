@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from vllm_d2f.metrics import StepCounts
-from vllm_d2f.patches import p08_request_fields, p10_exit_status, p11_streamed_input
+from vllm_d2f.patches import apply
 from vllm_d2f.settings import is_d2f, served_settings
 
 LABELS = ("model_name", "engine")
@@ -62,9 +62,7 @@ class D2FStatLogger(AggregateStatLoggerBase):
         self.counters: dict[str, dict[int, Any]] = {}
         if is_d2f(self.model_config):
             # Only a server's process makes a logger, and what these change exists only there.
-            p08_request_fields.install(vllm_config)
-            p10_exit_status.install()
-            p11_streamed_input.install()
+            apply("server", vllm_config)
 
     def log_engine_initialized(self) -> None:
         # Not earlier: vLLM's own logger is made later and begins with unregistering all `vllm:`.
