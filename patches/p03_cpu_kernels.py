@@ -37,39 +37,17 @@ METHODS = {
 # The kernels that the METHODS launch are among them, because the replacements do the same. A worker
 # checks these sources; other processes must not import the modules.
 SOURCES = {
-    f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": (
-        "96d1b0d0dffd63d4c564addcfecb5ada2d7835edad2256c31258f8db1d3d6509"
-    ),
-    f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": (
-        "33c07567a9fe63e1744b02482a33d24fcf9a80983cbf3797a33410ef7192487a"
-    ),
-    f"{_INPUT_BATCH}:_combine_sampled_and_draft_tokens_kernel": (
-        "c02435e0be07b2faaf3470fdc5bb3da56fe3feeb84a6754edabeb8a4a9c9ffb5"
-    ),
-    f"{_INPUT_BATCH}:_post_update_kernel": (
-        "1f8738a0c9e9928a4759df1b42a864d353daf89966051cc8abd96742fc99d4ec"
-    ),
-    f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": (
-        "7636f8d252d474bfcf2063d5d0909093055e6e73fffc3d910ac30c4d138caff4"
-    ),
-    f"{_BUFFERS}:_apply_write_kernel": (
-        "8f46fe0cc9897007b043b2759d321494411c8d6ea912093d844d51ca2b656355"
-    ),
-    f"{_TABLES}:BlockTables.gather_block_tables": (
-        "871191e91a4e328618e01b8611d1e29bfec7f74fbd16f7390e8ef3ec6539762a"
-    ),
-    f"{_TABLES}:BlockTables.compute_slot_mappings": (
-        "d62049117725d6258ba3151770338ae49b270187aa7bb8893c3aa25eb96b8fbc"
-    ),
-    f"{_BUFFERS}:FusedStagedWriter.apply": (
-        "42b569d01807d61eaace83c297854728f61ceecd21fa8288ba13e914d917ba87"
-    ),
-    f"{_TABLES}:_gather_block_tables_kernel": (
-        "e9f87a675c06a40b89a9e31fef29170598bbf5501869560c0f19fc2515dd77e4"
-    ),
-    f"{_TABLES}:_compute_slot_mappings_kernel": (
-        "a20a277ea0a5b778ab7eb96d28268f13a0fdcea9c74ed95bdb249f01c2e95ffe"
-    ),
+    f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": "96d1b0d0dffd63d4",
+    f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": "33c07567a9fe63e1",
+    f"{_INPUT_BATCH}:_combine_sampled_and_draft_tokens_kernel": "c02435e0be07b2fa",
+    f"{_INPUT_BATCH}:_post_update_kernel": "1f8738a0c9e9928a",
+    f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": "7636f8d252d474bf",
+    f"{_BUFFERS}:_apply_write_kernel": "8f46fe0cc9897007",
+    f"{_TABLES}:BlockTables.gather_block_tables": "871191e91a4e3286",
+    f"{_TABLES}:BlockTables.compute_slot_mappings": "d62049117725d625",
+    f"{_BUFFERS}:FusedStagedWriter.apply": "42b569d01807d61e",
+    f"{_TABLES}:_gather_block_tables_kernel": "e9f87a675c06a40b",
+    f"{_TABLES}:_compute_slot_mappings_kernel": "a20a277ea0a5b778",
 }
 
 
@@ -118,8 +96,8 @@ def register() -> None:
     when=CPU_WITHOUT_TRITON,
     needed=needed,
     written_against={
-        HOOK: "950067cb061535befc918ca5e83f67a1ac11caa04b5bd54a4754f09349eb2be8",
-        SCAN: "68f705141997c1e39cf146242eaa0947ed059462017ac96461944d2329b74f64",
+        HOOK: "950067cb061535be",
+        SCAN: "68f705141997c1e3",
     },
 )
 def p03_cpu_kernels(original: Callable[..., None], cls: type) -> None:

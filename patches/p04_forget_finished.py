@@ -24,7 +24,7 @@ TARGET = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
     "finished requests. Model states without that method are not asked.",
     upstream="none yet: `ModelState.remove_request` lacks an argument for it",
     remove_when="`ModelState` can tell a finished request from a preempted one",
-    written_against={TARGET: "d78030bf2a4431a74aefb0fcaa3161699c5b0852edfdd4f2236c11d9b0bac645"},
+    written_against={TARGET: "d78030bf2a4431a7"},
 )
 def p04_forget_finished(
     original: Callable[..., None], self: GPUModelRunner, scheduler_output: SchedulerOutput

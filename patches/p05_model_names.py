@@ -25,9 +25,9 @@ OFFLINE = "vllm.engine.arg_utils:get_model_path"
     "architectures",
     remove_when="a plugin can register model names",
     written_against={
-        REDIRECT: "c059c0ecf1027c6d0c557928f968c997de7f90ed94700c09a699eeb914b16f26",
-        SPECULATORS: "f757de6fee98d435d6121bbeec2987aa5263a626633314d615a20fd72a44ed9d",
-        OFFLINE: "41775b7b871aa027a9e0ebfd73c3ac6780cccf89ee941bef17d438e0888da0da",
+        REDIRECT: "c059c0ecf1027c6d",
+        SPECULATORS: "f757de6fee98d435",
+        OFFLINE: "41775b7b871aa027",
     },
 )
 def p05_model_names(original: Callable[..., str], model: str) -> str:

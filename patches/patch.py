@@ -43,7 +43,7 @@ class Patch:
         how: What the replacement does, and for whom vLLM stays unchanged.
         upstream: What vLLM has or plans, and what it lacks.
         remove_when: The observable fact that makes the patch unnecessary.
-        written_against: `module:attribute` -> sha256 of its source. These are the functions that
+        written_against: `module:attribute` -> `source_hash` of it. These are the functions that
             the patch replaces, and those on whose behaviour it relies.
         when: The condition that `needed` tests, in words.
         needed: Whether this process needs the patch, given the configuration (None in `process`).
@@ -164,8 +164,8 @@ def find(patch: str, target: str) -> tuple[Any, str, Any]:
 
 
 def source_hash(attribute: Any) -> str:
-    """sha256 of the source text of vLLM's function, whether or not it is replaced."""
-    return hashlib.sha256(inspect.getsource(function_of(attribute)).encode()).hexdigest()
+    """The first 16 digits of the sha256 of vLLM's source text, whether or not it is replaced."""
+    return hashlib.sha256(inspect.getsource(function_of(attribute)).encode()).hexdigest()[:16]
 
 
 def check_sources(patch: str, written_against: Mapping[str, str]) -> list[str]:

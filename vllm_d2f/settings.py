@@ -73,6 +73,7 @@ class Settings:
     params: D2FParams
     window: int
     prompt_attention: str = "bidirectional"
+    block_origin: str = "prompt_end"
     simulate_tokens_per_forward: float | None = None
     family: str = ""
 
@@ -144,7 +145,7 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
             raise ValueError(
                 f"d2f: {_SIMULATE} must be a number in [1, {window}], got {simulate!r}"
             )
-    return Settings(params, window, prompt_attention, simulate)
+    return Settings(params, window, prompt_attention, simulate_tokens_per_forward=simulate)
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
