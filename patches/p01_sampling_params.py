@@ -21,7 +21,8 @@ STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
 
 def _make(original: Callable[..., None]) -> Callable[..., None]:
     def _validate_diffusion(self: SamplingParams, model_config: ModelConfig) -> None:
-        from vllm_d2f.settings import check_sampling_params, is_d2f
+        from vllm_d2f.admission import check_sampling_params
+        from vllm_d2f.settings import is_d2f
 
         if is_d2f(model_config):
             check_sampling_params(self, model_config)
@@ -38,7 +39,8 @@ def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
         structured_outputs_config: StructuredOutputsConfig | None,
         tokenizer: TokenizerLike | None,
     ) -> None:
-        from vllm_d2f.settings import check_structured_outputs, is_d2f
+        from vllm_d2f.admission import check_grammar, check_structured_outputs
+        from vllm_d2f.settings import is_d2f
 
         seen: Any = model_config
         # None for every model that is not ours.
@@ -51,9 +53,7 @@ def _make_structured(original: Callable[..., None]) -> Callable[..., None]:
             seen = SimpleNamespace(is_diffusion=False)
         original(self, seen, structured_outputs_config, tokenizer)
         if structured is not None:
-            from vllm_d2f.worker.grammar import refuse_stuck
-
-            refuse_stuck(structured)
+            check_grammar(structured)
 
     return _validate_structured_outputs
 
@@ -75,7 +75,7 @@ PATCH = Patch(
     why="vLLM refuses temperature != 1, seed, min_p, min_tokens, logit_bias, bad_words, "
     "allowed_token_ids and structured outputs for every diffusion model. D2F supports or judges "
     "them itself.",
-    how="Wraps the methods: a D2F model goes to `vllm_d2f.settings.check_sampling_params` and "
+    how="Wraps the methods: a D2F model goes to `vllm_d2f.admission.check_sampling_params` and "
     "`check_structured_outputs`, and its grammar to vLLM's own checks; every other model to the "
     "original.",
     upstream="none yet: wanted is a hook on the model class that declares supported parameters",
