@@ -11,9 +11,9 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from vllm_d2f.metrics import StepCounts
 from vllm_d2f.patches import p08_request_fields, p10_exit_status, p11_streamed_input
 from vllm_d2f.settings import is_d2f, served_settings
+from vllm_d2f.wire import DecodingStats
 
 LABELS = ("model_name", "engine")
 
@@ -39,7 +39,7 @@ COUNTERS = {
         "Proposals from logits with a NaN or infinity: the model or its weights are broken.",
     ),
 }
-"""Field of `StepCounts` -> name and documentation; Prometheus appends `_total`."""
+"""Field of `DecodingStats` -> name and documentation; Prometheus appends `_total`."""
 
 OPEN_BLOCKS = ("vllm:d2f_open_blocks", "Blocks open now, of all requests.")
 SIMULATED = (
@@ -99,7 +99,7 @@ class D2FStatLogger(AggregateStatLoggerBase):
         stats = scheduler_stats.spec_decoding_stats if scheduler_stats is not None else None
         if stats is None or not self.counters:
             return
-        counts = StepCounts.get(stats)
+        counts = DecodingStats.from_vllm(stats)
         for field, counter in self.counters.items():
             counter[engine_idx].inc(getattr(counts, field))
         self.open_blocks[engine_idx].set(counts.open_blocks)

@@ -75,9 +75,10 @@ class Window:
             open_R1: positions in open blocks;
             rest_R1: positions up to the last one that may be decoded;
             goal_R1: positions up to the last one that the request wants (max_tokens);
-            start_R1: answer position of column 0, which is the number of committed tokens;
+            start_R1: answer position of column 0, which is the number of committed tokens, and
+                negative while the window begins with the end of the prompt;
             forward_R1: forwards so far;
-            lead_R1: decoded positions before the first masked one.
+            lead_R1: decoded positions before the first masked one, whose tokens are emitted.
             Four and the end tokens are settings:
             block_R1: the block size;
             max_open_R1: positions of the widest window;
@@ -145,26 +146,39 @@ class Window:
         limit: int,
         ends: Sequence[int],
         mask_id: int,
+        tail: Sequence[int] = (),
     ) -> None:
         """Begin a request in a row, whatever was there before.
+
+        Where blocks begin at multiples of the block size from position 0, the last tokens of the
+        prompt may share a block with the answer. The window then begins with them, as positions
+        that are decoded and emitted from the start.
 
         Args:
             max_tokens: positions the request wants.
             limit: positions the model can still hold; a last block that does not fit is cut short.
             ends: end tokens, at most E of them.
+            tail: tokens of the prompt that share a block with the answer, fewer than a block.
+
+        Raises:
+            ValueError: more end tokens than E.
         """
         width, room = len(self.column_W), self.counters.shape[1] - _SETTINGS_END
         if len(ends) > room:
             raise ValueError(f"{len(ends)} end tokens, there is room for {room}")
         size = params.block_size
-        whole_blocks = -(-max_tokens // size) * size
-        values = [0, min(whole_blocks, limit), min(max_tokens, limit), 0, 0, 0]
+        goal, limit = len(tail) + max_tokens, len(tail) + limit
+        whole_blocks = -(-goal // size) * size
+        values = [0, min(whole_blocks, limit), min(goal, limit), -len(tail), 0, len(tail)]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
         values += [*ends, *[-1] * (room - len(ends))]
         _copy_in(self.counters[row], torch.tensor(values))
         self.tokens_RW[row] = mask_id
         self.decoded_RW[row] = False
+        if tail:
+            _copy_in(self.tokens_RW[row, : len(tail)], torch.tensor(tail))
+            self.decoded_RW[row, : len(tail)] = True
         self.block_RW[row] = torch.div(self.column_W, size, rounding_mode="floor") * size
         self.previous_RW[row] = (self.block_RW[row] - size).clamp(min=0)
         self.tau_R1[row] = params.tau_conf

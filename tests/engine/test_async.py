@@ -69,7 +69,7 @@ def test_every_setting_with_preemptions(llm, cases, expected, way):
     check(cases, expected, engine_answers(llm, cases, way, seed=5))
     assert preemptions(llm) > before
     scheduler, runner = parts(llm)
-    assert runner.model_state._aside == {} and scheduler.unsettled == set()
+    assert runner.model_state._aside == {} and scheduler.preempted_in_flight == set()
     assert scheduler.streams == {}
 
 
@@ -95,7 +95,8 @@ def test_steps_are_scheduled_ahead_and_no_wider_than_needed(llm, cases, expected
     def watched(request):
         stream = scheduler.streams[request.request_id]
         positions = width(request)
-        assert positions <= stream.held + stream.open + stream.in_flight * stream.block_size
+        known = stream.committed_in_flight + stream.open
+        assert positions <= known + stream.in_flight * stream.block_size
         seen.append(stream.in_flight)
         return positions
 
@@ -151,7 +152,7 @@ def test_everything_preempted_while_a_step_runs(llm, cases, expected):
         steps += 1
         if steps in (3, 8, 13):
             scheduler.reset_prefix_cache(reset_running_requests=True)
-            assert scheduler.unsettled, "nothing was under way"
+            assert scheduler.preempted_in_flight, "nothing was under way"
     got = [
         Answer(tuple(out.token_ids), denoising_forwards(out))
         for out in (outputs[str(index)] for index in range(8))

@@ -125,7 +125,7 @@ def count(scheduler):
 
     def watched(*args, **kwargs):
         for name in NAMES:
-            value = getattr(scheduler.counts, name)
+            value = getattr(scheduler.stats, name)
             total[name] += len(value) if isinstance(value, list) else value
         return make_stats(*args, **kwargs)
 
@@ -158,13 +158,13 @@ def check_accounting(scheduler, runner, request_id, request, frames):
     # where the one before began, and what the last one committed may be held.
     stream = scheduler.streams[request_id]
     had = min(forwards + stream.in_flight, len(known))
-    assert scheduler.run_ahead or had == forwards and stream.held == 0
-    committed = known[forwards - 1].committed - stream.held
+    assert scheduler.async_scheduling or had == forwards and stream.committed_in_flight == 0
+    committed = known[forwards - 1].committed - stream.committed_in_flight
     assert list(request.output_token_ids) == known[-1].tokens[:committed]
     assert request.num_computed_tokens == len(case.prompt) + committed
     slot = runner.req_states.req_id_to_index[request_id]
     computed = int(runner.req_states.num_computed_tokens.gpu[slot])
-    before = had - 1 - scheduler.run_ahead
+    before = had - 1 - scheduler.async_scheduling
     assert computed == len(case.prompt) + (known[before].committed if before >= 0 else 0)
     total = int(runner.req_states.total_len.gpu[slot])
     sent = len(decided_prefix(known[had - 1]))

@@ -17,8 +17,8 @@ from benchmarks.reliability.asks import WINDOW, Ask, known_answers, make_asks
 from benchmarks.reliability.inside import Inside, objects
 from benchmarks.reliability.overload import burst, equal_asks
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.metrics import StepCounts
-from vllm_d2f.scheduler.stream import Trace
+from vllm_d2f.scheduler.trace import Trace
+from vllm_d2f.wire import DecodingStats
 
 MAX_LEN = 320
 
@@ -128,7 +128,7 @@ def test_no_block_is_open_after_an_abort(llm):
     def watched(*args, **kwargs):
         stats = make_stats(*args, **kwargs)
         if stats is not None and stats.spec_decoding_stats is not None:
-            told.append(StepCounts.get(stats.spec_decoding_stats).open_blocks)
+            told.append(DecodingStats.from_vllm(stats.spec_decoding_stats).open_blocks)
         return stats
 
     inside.scheduler.make_stats = watched
@@ -145,4 +145,4 @@ def test_no_block_is_open_after_an_abort(llm):
 
 
 def test_trace_of_a_request_that_ends_before_its_first_forward():
-    assert Trace().send(0) == {"forwards": 0, "tokens_per_forward": 0.0, "decided_at": []}
+    assert Trace().report(0) == {"forwards": 0, "tokens_per_forward": 0.0, "decided_at": []}

@@ -1,118 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that leave before their block is committed, seen from the scheduler.
+"""Tokens that the engine emits before their block is committed.
 
-A decided token never changes, so it leaves as soon as everything before it is decided. Its keys and
-values are final only with its block's commit, so for vLLM's bookkeeping it is no token of the
-request until then: pages, prefix hashes, preemption and the next window go by committed tokens.
-What left ahead of them waits here.
+A decoded token never changes, so the engine emits it as soon as all positions before it are
+decoded. Its keys and values are final only when its block is committed. Until then vLLM must not
+count it: pages, prefix hashes, preemption and the begin of the next window go by committed tokens.
+A `Stream` keeps the tokens in between.
 
-The scheduler need not be told what was committed. A forward commits the leading blocks that went
-into it without a mask, and those are the whole blocks among the tokens that left ahead.
+The worker need not tell the scheduler what a forward committed. A forward commits the leading
+blocks that went into it without a mask, and these are the whole blocks among the emitted tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-
-@dataclass(slots=True)
-class Trace:
-    """When a request's tokens were decided, for a request that asks (`d2f_trace`).
-
-    Attributes:
-        forwards: denoising forwards so far.
-        decided: answer position -> forward that decided it, the first being 1.
-        sent: tokens that left so far.
-    """
-
-    forwards: int = 0
-    decided: dict[int, int] = field(default_factory=dict)
-    sent: int = 0
-
-    def see(self, window: Sequence[int], committed: int, mask_id: int) -> None:
-        """The window after a forward, which begins at answer position `committed`."""
-        for position, token in enumerate(window, committed):
-            if token != mask_id:
-                self.decided.setdefault(position, self.forwards)
-
-    def send(self, count: int) -> dict[str, Any]:
-        """`count` more tokens leave: what the answer's extra output is now."""
-        for position in range(self.sent, self.sent + count):
-            self.decided.setdefault(position, self.forwards)
-        self.sent += count
-        return {
-            "forwards": self.forwards,
-            # An error may end a request before its first forward.
-            "tokens_per_forward": self.sent / max(self.forwards, 1),
-            "decided_at": [self.decided[position] for position in range(self.sent)],
-        }
+    from vllm_d2f.window import D2FParams
 
 
 @dataclass(slots=True)
 class Stream:
-    """One unfinished request's tokens on their way out.
+    """The emitted tokens of one unfinished request that are not committed yet.
 
     Attributes:
-        block_size: positions per block.
-        ahead: tokens that left and are not committed, in order.
-        held: how many of these, from the first on, are committed already. They are handed over as
-            soon as the next query does not begin before them (`hand_over`).
-        open: positions in open blocks after the last forward that is accounted for.
-        in_flight: denoising forwards that are scheduled and not accounted for.
+        params: how the request is decoded.
+        open: positions of the window after the last forward whose result is in.
+        tail: tokens of the prompt with which the window begins, because they share a block with
+            the answer; 0 once that block is committed.
+        uncommitted: emitted tokens that the request does not have yet, in order.
+        committed_in_flight: positions at the begin of tail and `uncommitted` that are committed.
+            The request gets their tokens when its next query begins behind them (`commit_to`).
+        in_flight: denoising forwards that are scheduled and whose result is not in.
     """
 
-    block_size: int
+    params: "D2FParams"
     open: int
-    ahead: list[int] = field(default_factory=list)
-    held: int = 0
+    tail: int = 0
+    uncommitted: list[int] = field(default_factory=list)
+    committed_in_flight: int = 0
     in_flight: int = 0
 
     @property
+    def block_size(self) -> int:
+        return self.params.block_size
+
+    @property
     def open_blocks(self) -> int:
-        """Blocks in the window, the last one maybe cut short."""
+        """Blocks in the window, of which the last one may be cut short."""
         return -(-self.open // self.block_size)
 
     def commit(self) -> int:
-        """A forward is accounted for, its own tokens not yet: how many tokens it committed."""
-        count = (len(self.ahead) - self.held) // self.block_size * self.block_size
-        self.held += count
-        return count
+        """Account for a forward before its tokens are added. Return the positions it committed."""
+        whole = self._whole_blocks()
+        self.committed_in_flight += whole
+        return whole
 
-    def hand_over(self, request: "Request") -> int:
-        """The request gets its committed tokens; how many they are."""
-        count, self.held = self.held, 0
-        if count:
-            request.append_output_token_ids(self.ahead[:count])
-            del self.ahead[:count]
-        return count
+    def _whole_blocks(self) -> int:
+        """Emitted positions in whole blocks that are not committed."""
+        emitted = self.tail + len(self.uncommitted) - self.committed_in_flight
+        return emitted // self.block_size * self.block_size
 
-    def width(self, max_open: int) -> int:
-        """An upper bound of the positions of the next query, which begins before `held`.
+    def commit_to(self, request: "Request") -> int:
+        """Give the request its committed tokens. Return by how many positions it moves on."""
+        positions, self.committed_in_flight = self.committed_in_flight, 0
+        if positions:
+            count = positions - self.tail
+            request.append_output_token_ids(self.uncommitted[:count])
+            del self.uncommitted[:count]
+            self.tail = 0
+        return positions
 
-        A forward opens at most one block, and what it commits leaves the window but not the query.
-        A full window opens one only when it commits one, whose tokens have left by then.
+    def width(self) -> int:
+        """Return an upper bound of the positions of the next query, the tail included.
+
+        The query begins before what is committed in flight. A forward opens at most one block, and
+        what it commits leaves the window but not the query. A full window opens a block only when
+        it commits one, whose tokens were emitted by then.
         """
-        known = self.held + self.open
-        if self.in_flight == 0:
-            return known
-        whole = len(self.ahead) - self.held >= self.block_size
-        return known + self.in_flight * self.block_size if whole or self.open < max_open else known
+        known = self.committed_in_flight + self.open
+        if self.in_flight and (self._whole_blocks() or self.open < self.params.window):
+            return known + self.in_flight * self.block_size
+        return known
 
-    def lend(self, request: "Request") -> None:
-        """Let the request have what left ahead, for vLLM's stop checks. `take_back` ends it."""
-        request._output_token_ids += self.ahead
-        request._all_token_ids += self.ahead
-        self.ahead = []
+    def expose_uncommitted(self, request: "Request") -> None:
+        """Append the uncommitted tokens to the request, for vLLM's stop checks."""
+        request._output_token_ids += self.uncommitted
+        request._all_token_ids += self.uncommitted
+        self.uncommitted = []
 
-    def take_back(self, request: "Request", committed: int) -> None:
-        """Leave `committed` output tokens to the request and keep the others.
+    def withdraw_uncommitted(self, request: "Request", committed: int) -> None:
+        """Leave `committed` output tokens to the request and take the others back.
 
-        Page hashes may have been made of more tokens than these. They are hashes of tokens that do
-        not change, and no page is filed under one before its tokens are committed.
+        vLLM may have hashed pages that hold tokens which are taken back. These tokens do not
+        change, and no page is filed under its hash before its tokens are committed.
         """
-        self.ahead = request._output_token_ids[committed:]
+        self.uncommitted = request._output_token_ids[committed:]
         del request._output_token_ids[committed:]
         del request._all_token_ids[request.num_prompt_tokens + committed :]

@@ -24,20 +24,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-BACKENDS = {
-    "XgrammarBackend": "xgrammar",
-    "GuidanceBackend": "guidance",
-    "OutlinesBackend": "outlines",
-    "LMFormatEnforcerBackend": "lm-format-enforcer",
-}
-"""vLLM's backends by class: an engine has one, that of its first structured request."""
-
-
-def name_backend(manager: "StructuredOutputManager", params: "SamplingParams") -> None:
-    """Write the backend that compiled a request's grammar into the request, for the worker."""
-    if params.structured_outputs is not None:
-        params.structured_outputs._backend = BACKENDS[type(manager.backend).__name__]
-
 
 class GrammarConstraint:
     """Allows the tokens that the grammar allows after what is decided (a `Constraint`)."""
@@ -110,7 +96,7 @@ class Grammars:
         self._manager: StructuredOutputManager | None = None
 
     def constraint(self, params: "SamplingParams") -> GrammarConstraint:
-        """The grammar of a request that `name_backend` has seen.
+        """The grammar of a request that `wire.send_grammar_backend` has seen.
 
         The scheduler has compiled the same before it let the request in, so this does not fail.
         """

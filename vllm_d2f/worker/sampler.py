@@ -34,7 +34,7 @@ from vllm_d2f.sampling.logprobs import take_all
 from vllm_d2f.sampling.request_sampler import Proposer
 from vllm_d2f.sampling.sample import propose_drawn, propose_greedy, simulated_confidence
 from vllm_d2f.sampling.tensor_parallel import propose_sharded
-from vllm_d2f.wire import NONFINITE, pack
+from vllm_d2f.wire import NONFINITE, StepStats
 
 if TYPE_CHECKING:
     from vllm_d2f.worker.model_state import D2FModelState
@@ -178,7 +178,7 @@ class D2FSampler:
 
         Returns:
             Of these requests: the tokens that leave now and how many they are, `Step.commit_R`,
-            and `tally.pack` of the step.
+            and `StepStats.pack` of the step.
         """
         state = self.state
         window = state.window.rows(slot_D)
@@ -195,7 +195,7 @@ class D2FSampler:
         active_D = (result.accepted_RW & result.active_RW).sum(1)
         nonfinite_D = (masked_DW & (confidence_DW == 0)).sum(1)
         semi_D = result.accepted_RW.sum(1) - active_D
-        tally_D = pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
+        tally_D = StepStats.pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
         return new_DW, result.emit_R - result.emitted_R, result.commit_R, tally_D
 
     def _proposals(
