@@ -41,7 +41,7 @@ def _make_responses(original: Callable[..., SamplingParams]) -> Callable[..., Sa
 
 
 def _with_fields(request: Any, params: SamplingParams) -> SamplingParams:
-    from vllm_d2f.admission import add_request_fields
+    from vllm_d2f.request_fields import add_request_fields
 
     add_request_fields(params, request.model_extra or {})
     if request.stream and _served is not None:

@@ -8,9 +8,10 @@ vLLM runs these checks when it admits a request (`patches/p01`), so a server ans
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from vllm_d2f.request_fields import add_http_options
 from vllm_d2f.sampling.logprobs import MODES as LOGPROB_MODES
 from vllm_d2f.settings import SIMULATE, request_params, served_settings, wants_trace
 
@@ -21,43 +22,6 @@ if TYPE_CHECKING:
 
 MAX_END_TOKENS = 8
 """End tokens of a request that end its window early; further ones end it one block later."""
-
-REMOVED_FIELDS = {
-    "guided_json": 'structured_outputs {"json": ...} or response_format',
-    "guided_regex": 'structured_outputs {"regex": ...}',
-    "guided_choice": 'structured_outputs {"choice": [...]}',
-    "guided_grammar": 'structured_outputs {"grammar": ...}',
-    "guided_decoding_backend": "the server's --structured-outputs-config",
-    "guided_whitespace_pattern": 'structured_outputs {"whitespace_pattern": ...}',
-}
-"""Request fields that vLLM removed and now ignores, with their successors."""
-
-
-def add_request_fields(params: "SamplingParams", fields: Mapping[str, Any]) -> None:
-    """Take D2F's options from the fields of a request that vLLM does not know (`patches/p08`).
-
-    Args:
-        params: of this request. Its `extra_args` get the options that are not null.
-        fields: the fields that vLLM does not know.
-
-    Raises:
-        VLLMValidationError: a field that vLLM removed, or an option given twice.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    for name, successor in REMOVED_FIELDS.items():
-        if fields.get(name) is not None:
-            raise VLLMValidationError(
-                f"{name} is not supported any more; use {successor}.", parameter=name
-            )
-    options = {k: v for k, v in fields.items() if k.startswith("d2f_") and v is not None}
-    given = params.extra_args or {}
-    for name in sorted(options.keys() & given.keys()):
-        raise VLLMValidationError(
-            f"{name} stands in vllm_xargs and beside it; remove one of them.", parameter=name
-        )
-    if options:
-        params.extra_args = {**given, **options}
 
 
 def end_tokens(params: "SamplingParams") -> list[int]:
@@ -78,6 +42,7 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
     """
     from vllm.exceptions import VLLMValidationError
 
+    add_http_options(params)
     try:
         request_params(served_settings(model_config), params.extra_args)
     except ValueError as error:
