@@ -23,16 +23,20 @@ class Plain:
     max_tokens: int
     limit: int
     ends: set[int]
+    tail: list[int] = field(default_factory=list)  # tokens of the prompt in the first block
     committed: list[int] = field(default_factory=list)
     blocks: list[list[int | None]] = field(default_factory=list)
     activated: list[bool] = field(default_factory=list)
     done: bool = False
 
+    def wanted(self) -> int:
+        """Positions from the first block's begin to the end of the answer."""
+        return len(self.tail) + min(self.max_tokens, self.limit)
+
     def length(self, index: int) -> int:
-        """Positions of generated block `index`, the last of which may not fit."""
-        total = min(
-            math.ceil(self.max_tokens / self.params.block_size) * self.params.block_size, self.limit
-        )
+        """Positions of block `index`, the last of which may not fit."""
+        blocks = math.ceil((len(self.tail) + self.max_tokens) / self.params.block_size)
+        total = min(blocks * self.params.block_size, len(self.tail) + self.limit)
         return min(self.params.block_size, total - index * self.params.block_size)
 
     def fraction(self, block: list[int | None]) -> float:
@@ -41,7 +45,7 @@ class Plain:
     def ended(self) -> int | None:
         """Answer position of the first decided end token among those the request wants."""
         for position, token in enumerate(self.all_tokens()):
-            if token in self.ends and position < min(self.max_tokens, self.limit):
+            if token in self.ends and len(self.tail) <= position < self.wanted():
                 return position
         return None
 
@@ -50,7 +54,8 @@ class Plain:
 
     def left(self) -> list[int]:
         """What has left as output: everything before the first undecided position."""
-        return list(itertools.takewhile(lambda token: token is not None, self.all_tokens()))
+        known = list(itertools.takewhile(lambda token: token is not None, self.all_tokens()))
+        return known[len(self.tail) :]
 
     def add(self) -> None:
         first = len(self.committed) // self.params.block_size
@@ -62,7 +67,8 @@ class Plain:
             and (not self.blocks or self.fraction(self.blocks[-1]) >= self.params.tau_add)
         )
         if may_add:
-            self.blocks.append([None] * self.length(index))
+            begin = self.tail if index == 0 else []
+            self.blocks.append([*begin, *[None] * (self.length(index) - len(begin))])
             self.activated.append(False)
         for i in range(len(self.blocks)):
             filled = 1.0 if i == 0 else self.fraction(self.blocks[i - 1])
@@ -89,7 +95,7 @@ class Plain:
             first = len(self.committed) // self.params.block_size
             del self.blocks[keep - first :], self.activated[keep - first :]
         self.dropped = opened - len(self.blocks)
-        wanted = min(self.max_tokens, self.limit) if position is None else position + 1
+        wanted = self.wanted() if position is None else position + 1
         everything = self.all_tokens()
         self.done = len(everything) >= wanted and None not in everything[:wanted]
         if self.done:
@@ -114,6 +120,7 @@ request_strategy = st.tuples(
     st.integers(1, 25),  # max_tokens
     st.integers(1, 30),  # limit
     st.sets(st.integers(1, VOCAB - 1), max_size=2),  # ends
+    st.lists(st.integers(0, VOCAB - 1), max_size=6),  # tail, cut to fit a block
 )
 
 
@@ -124,11 +131,18 @@ def test_equals_the_plain_transcription(requests, seed):
     width = 28
     window = Window.empty(len(requests), width, 2, MASK)
     plain = []
-    for row, (params, max_tokens, limit, ends) in enumerate(requests):
+    for row, (params, max_tokens, limit, ends, tail) in enumerate(requests):
+        tail = tail[: params.block_size - 1]
         window.start(
-            row, params, max_tokens=max_tokens, limit=limit, ends=sorted(ends), mask_id=MASK
+            row,
+            params,
+            max_tokens=max_tokens,
+            limit=limit,
+            ends=sorted(ends),
+            mask_id=MASK,
+            tail=tail,
         )
-        plain.append(Plain(params, max_tokens, limit, ends))
+        plain.append(Plain(params, max_tokens, limit, ends, tail))
     outputs: list[list[int]] = [[] for _ in requests]
     done = [False] * len(requests)
     for _ in range(2 * 60 + 5):
@@ -162,10 +176,10 @@ def test_equals_the_plain_transcription(requests, seed):
             live = [t for block in p.blocks for t in block]
             assert int(window.open_R[row]) == len(live)
             assert window.decoded_RW[row, : len(live)].tolist() == [t is not None for t in live]
-            assert [t for t in window.tokens_RW[row, : len(live)].tolist() if t != MASK] == [
-                t for t in live if t is not None
+            assert window.tokens_RW[row, : len(live)].tolist() == [
+                MASK if t is None else t for t in live
             ]
-            assert int(window.start_R[row]) == len(p.committed)
+            assert int(window.start_R[row]) == len(p.committed) - len(p.tail)
         if all(done):
             return
     pytest.fail("a request did not end within (positions + blocks) forwards")
@@ -175,7 +189,7 @@ def test_equals_the_plain_transcription(requests, seed):
 @given(request_strategy, st.integers(0, 2**31))
 def test_invariants_of_one_request(request_, seed):
     """A decided token never changes; every forward decides or commits; nothing is decided twice."""
-    params, max_tokens, limit, ends = request_
+    params, max_tokens, limit, ends, _ = request_
     generator = torch.Generator().manual_seed(seed)
     window = Window.empty(1, 28, 2, MASK)
     window.start(0, params, max_tokens=max_tokens, limit=limit, ends=sorted(ends), mask_id=MASK)

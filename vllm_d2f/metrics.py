@@ -8,6 +8,7 @@ to first token. Importing this file imports no vLLM.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_d2f.patches import apply
 from vllm_d2f.settings import is_d2f, served_settings
 from vllm_d2f.wire import DecodingStats
 
@@ -113,12 +114,8 @@ class _StatLogger:
         self.engine_indexes = engine_indexes
         self.counters: dict[str, dict[int, Any]] = {}
         if is_d2f(self.model_config):
-            from vllm_d2f.patches import p08_request_fields, p10_exit_status, p11_streamed_input
-
             # vLLM makes stat loggers in the server's process only, which these patches change.
-            p08_request_fields.install(vllm_config)
-            p10_exit_status.install()
-            p11_streamed_input.install()
+            apply("server", vllm_config)
 
     def log_engine_initialized(self) -> None:
         # In __init__ it would be too early: vLLM makes its own logger later, and that one begins

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The truth the engine is held to: D2F decoding of one request, plainly.
+"""The reference that the engine is tested against: D2F decoding of one request.
 
-Every forward recomputes the whole sequence under a dense mask: no cache, no batch, no cleverness.
+Every forward recomputes the whole sequence under a dense mask, without a cache and without a batch.
 The engine must give the same tokens with the same number of forwards.
 
 Shape suffixes: T positions of the sequence, V vocabulary, W open window positions.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def decode(
     run_on: bool = False,
     sampling: Sampling | None = None,
     prompt_block: int | None = None,
+    block_origin: str = "prompt_end",
     proposer: Proposer | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
@@ -104,6 +106,9 @@ def decode(
             authors' loop does.
         sampling: one entry; None or temperature 0 is greedy.
         prompt_block: positions per prompt block of a model with a block-causal prompt.
+        block_origin: where blocks begin. "prompt_end": the first block begins behind the prompt.
+            "zero": blocks begin at multiples of the block size from position 0, in a block-causal
+            prompt too, and the last tokens of the prompt may share a block with the answer.
         proposer: of a request with rules of its own, new for this call; `sampling` is its.
 
     Raises:
@@ -115,6 +120,8 @@ def decode(
         raise ValueError(
             f"a prompt of {len(prompt)} tokens leaves no room for an answer in max_len = {max_len}"
         )
+    prompt = list(prompt)
+    tail = len(prompt) % params.block_size if block_origin == "zero" else 0
     limit = max_len - len(prompt) if max_len is not None else max_tokens + params.block_size
     window = Window.empty(1, params.window, max(len(ends), 1), mask_id)
     window.start(
@@ -124,81 +131,75 @@ def decode(
         limit=limit,
         ends=() if run_on else ends,
         mask_id=mask_id,
+        tail=prompt[len(prompt) - tail :],
     )
-    committed: list[int] = []
+    before = prompt[: len(prompt) - tail]  # the window: the prompt and all committed tokens
+    origin = 0 if block_origin == "zero" else len(prompt)
+    if block_origin == "zero":
+        prompt_block = None  # a prompt of such blocks is cut like the answer
+    greedy = proposer is None and (sampling is None or float(sampling.temperature_R) == 0)
     confidences: dict[int, float] = {}
     logprobs: dict[int, float] = {}
-    forwards = 0
-    while True:
-        if run_on and any(t in ends for t in committed + _decided(window)):
+    for forwards in itertools.count(1):
+        answer = before[len(prompt) :]
+        if run_on and any(token in ends for token in answer + _decoded(window)):
             window.rest_R[:] = window.open_R
             window.goal_R[:] = torch.minimum(window.goal_R, window.open_R)
         add(window)
-        open_ = int(window.open_R)
-        start = len(prompt) + len(committed)
-        tokens_T = torch.cat(
-            [torch.tensor([*prompt, *committed], dtype=torch.int64), window.tokens_RW[0, :open_]]
-        )
+        open_, start = int(window.open_R), int(window.start_R)
+        tokens_T = torch.cat([torch.tensor(before, dtype=torch.int64), window.tokens_RW[0, :open_]])
         position_T = torch.arange(len(tokens_T))
         mask_TT = may_attend(
-            position_T[:, None], position_T[None, :], len(prompt), params.block_size, prompt_block
+            position_T[:, None], position_T[None, :], origin, params.block_size, prompt_block
         )
-        logits_TV = forward(tokens_T, mask_TT)
-        forwards += 1
-        rows = position_T[start:] - int(shift)
-        logits_WV = logits_TV[rows].float()
+        rows = position_T[len(before) :] - int(shift)
+        logits_WV = forward(tokens_T, mask_TT)[rows].float()
+        masked = window.masked_RW[0].nonzero()[:, 0]
+        token_W = torch.zeros(params.window, dtype=torch.int64)
+        confidence_W = torch.zeros(params.window)
         if proposer is not None:
-            masked = (~window.decoded_RW[0, :open_]).nonzero()[:, 0]
-            token_W, confidence_W = torch.zeros(open_, dtype=torch.int64), torch.zeros(open_)
+            known = (before + _decoded(window))[len(prompt) :]
             proposer.begin()
             token_W[masked], confidence_W[masked] = proposer.propose(
                 logits_WV[masked],
-                masked + len(committed),
+                masked + start,
                 window.forward_R,
-                torch.tensor(committed + _decided(window), dtype=torch.int64),
+                torch.tensor(known, dtype=torch.int64),
             )
-        elif sampling is None or float(sampling.temperature_R) == 0:
-            token_W, confidence_W = propose_greedy(logits_WV, mask_id)
+        elif greedy:
+            token_W[:open_], confidence_W[:open_] = propose_greedy(logits_WV, mask_id)
         else:
-            token_W, confidence_W = propose_drawn(
+            assert sampling is not None
+            token_W[:open_], confidence_W[:open_] = propose_drawn(
                 logits_WV,
                 mask_id,
                 sampling.rows(torch.zeros(open_, dtype=torch.int64)),
-                torch.arange(open_) + len(committed),
+                torch.arange(open_) + start,
                 window.forward_R.expand(open_),
             )
-        margin = math.inf
-        if proposer is None and (sampling is None or float(sampling.temperature_R) == 0):
-            margin = _margin(window, logits_WV, confidence_W)
-        nonfinite = int((confidence_W[~window.decoded_RW[0, :open_]] == 0).sum())
-        pad = params.window - open_
+        margin = _margin(window, logits_WV, confidence_W[:open_]) if greedy else math.inf
+        nonfinite = int((confidence_W[masked] == 0).sum())
         active = activated(window)[0, : open_ : params.block_size].tolist()
-        result = step(
-            window,
-            torch.nn.functional.pad(token_W, (0, pad))[None],
-            torch.nn.functional.pad(confidence_W, (0, pad))[None],
-            mask_id,
-        )
-        for column in result.accepted_RW[0].nonzero()[:, 0].tolist():
-            confidences[len(committed) + column] = float(confidence_W[column])
+        result = step(window, token_W[None], confidence_W[None], mask_id)
+        columns = result.accepted_RW[0].nonzero()[:, 0].tolist()
+        for column in columns:
+            confidences[start + column] = float(confidence_W[column])
             if proposer is not None and proposer.logprobs is not None:
-                logprobs[len(committed) + column] = proposer.logprobs.at(len(committed) + column)
+                logprobs[start + column] = proposer.logprobs.at(start + column)
         done = bool(result.done_R)
-        commit = int(result.commit_R)
-        seen = int(result.emit_R) if done else commit
-        accepted = (result.accepted_RW[0].nonzero()[:, 0] + len(committed)).tolist()
-        committed += result.tokens_RW[0, :seen].tolist()
+        before += result.tokens_RW[0, : int(result.emit_R if done else result.commit_R)].tolist()
         live = slice(0, 0 if done else int(window.open_R))
-        tokens = committed + window.tokens_RW[0, live].tolist()
+        tokens = (before + window.tokens_RW[0, live].tolist())[len(prompt) :]
+        decided = [True] * len(before) + window.decoded_RW[0, live].tolist()
         yield Frame(
             forward=forwards,
             tokens=tokens,
-            decided=[True] * len(committed) + window.decoded_RW[0, live].tolist(),
+            decided=decided[len(prompt) :],
             confidences=[confidences.get(position, 0.0) for position in range(len(tokens))],
             logprobs=[logprobs.get(position, 0.0) for position in range(len(tokens))],
-            accepted=accepted,
+            accepted=[start + column for column in columns],
             activated=active,
-            committed=len(committed),
+            committed=max(len(before) - len(prompt), 0),
             margin=margin,
             nonfinite=nonfinite,
             block_size=params.block_size,
@@ -240,5 +241,5 @@ def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     return margin
 
 
-def _decided(window: Window) -> list[int]:
+def _decoded(window: Window) -> list[int]:
     return window.tokens_RW[0][window.decoded_RW[0]].tolist()

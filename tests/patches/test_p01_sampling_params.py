@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-from vllm_d2f.patches.p01_sampling_params import PATCH, apply
+from vllm_d2f.patches.p01_sampling_params import p01_sampling_params as PATCH
 from vllm_d2f.patches.patch import function_of, source_hash
 
 from vllm_d2f import admission, settings
@@ -36,15 +36,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         monkeypatch.setattr(admission, name, lambda params, *rest: seen.append(params))
     for name in METHODS:
         monkeypatch.setattr(SamplingParams, name, function_of(vars(SamplingParams)[name]))
-    apply()
-    apply()
+    PATCH.install()
+    PATCH.install()
     return seen
 
 
 def test_it_was_written_against_this_vllm():
-    for target, name in zip(PATCH.target, METHODS, strict=True):
+    for target, name in zip(PATCH.replacements, METHODS, strict=True):
         found = source_hash(vars(SamplingParams)[name])
-        expected = PATCH.source_sha256[target]
+        expected = PATCH.written_against[target]
         assert found == expected, "read what changed upstream, then renew the hash"
 
 

@@ -29,7 +29,7 @@ from vllm_d2f.admission import MAX_END_TOKENS, end_tokens
 from vllm_d2f.attention.cuda_graphs import fill_up, whole_blocks
 from vllm_d2f.blocks import NO_PROMPT_END, block_sequences
 from vllm_d2f.d2f import Window, add
-from vllm_d2f.patches import p04_forget_finished, p12_full_graphs, p13_warm_up
+from vllm_d2f.patches import apply
 from vllm_d2f.sampling.request_sampler import Proposer, make_proposer
 from vllm_d2f.sampling.sample import Sampling
 from vllm_d2f.settings import request_params, served_settings, wants_trace
@@ -52,12 +52,9 @@ class D2FModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: Any
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        p04_forget_finished.install()
-        p13_warm_up.install()
+        apply("worker", vllm_config)
         mode = vllm_config.compilation_config.cudagraph_mode
         self.full_graphs = mode is not None and mode.has_full_cudagraphs()
-        if self.full_graphs:
-            p12_full_graphs.install()
         self.project = cast(D2FModel, model).project
         # With tensor parallelism a row's token and confidence are reduced over the ranks' shards of
         # the vocabulary; only what needs the whole row gathers it.
@@ -300,6 +297,12 @@ class D2FModelState(ModelState):
             self.block_size_S[slot_R],
             self.settings.params.block_size,
         )
+
+    def warm_up(self, *args: Any) -> None:
+        """Run D2F's steps before the first request instead of vLLM's (called by p13)."""
+        from vllm_d2f.worker.warmup import warm_up
+
+        warm_up(*args)
 
     # Outputs
 
