@@ -36,7 +36,8 @@ STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
 def p01_sampling_params(
     original: Callable[..., None], self: SamplingParams, model_config: ModelConfig
 ) -> None:
-    from vllm_d2f.settings import check_sampling_params, is_d2f
+    from vllm_d2f.admission import check_sampling_params
+    from vllm_d2f.settings import is_d2f
 
     check = check_sampling_params if is_d2f(model_config) else original
     check(self, model_config)
@@ -50,14 +51,12 @@ def _structured_outputs(
     structured_outputs_config: StructuredOutputsConfig | None,
     *args: Any,
 ) -> None:
-    from vllm_d2f.settings import check_structured_outputs, is_d2f
+    from vllm_d2f.admission import check_grammar, check_structured_outputs
+    from vllm_d2f.settings import is_d2f
 
     if self.structured_outputs is None or not is_d2f(model_config):
         return original(self, model_config, structured_outputs_config, *args)
     check_structured_outputs(self, model_config, structured_outputs_config)
     # The original asks the model one thing only: whether to refuse because it is a diffusion model.
     original(self, SimpleNamespace(is_diffusion=False), structured_outputs_config, *args)
-
-    from vllm_d2f.worker.grammar import refuse_stuck
-
-    refuse_stuck(self.structured_outputs)
+    check_grammar(self.structured_outputs)

@@ -110,7 +110,7 @@ def make_proposer(
     """The proposer of a request, or None if it asks for nothing of the kind.
 
     Args:
-        params: vLLM's `SamplingParams`, checked (`settings.check_sampling_params`).
+        params: vLLM's `SamplingParams`, checked (`admission.check_sampling_params`).
         prompt: its tokens.
         sampling: one entry: temperature and so on.
         ends: tokens that end the answer.

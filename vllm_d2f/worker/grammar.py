@@ -7,7 +7,6 @@ the worker keeps a grammar of its own, compiled by the same backend from the sam
 walks it left to right (`left_to_right`). The scheduler's copy only confirms what leaves.
 """
 
-import json
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,48 +16,13 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from vllm_d2f.stuck_rules import stuck_rules
-
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 logger = init_logger(__name__)
-
-
-def refuse_stuck(structured: "StructuredOutputsParams") -> None:
-    """Refuse a grammar with a rule that allows no next character (`more ::= more`), at admission.
-
-    Where such a rule is taken, the answer can neither go on nor end. Of the JSON schemas one that
-    refers to itself can be such a grammar.
-
-    Raises:
-        VLLMValidationError: names the rule and what to change.
-    """
-    schema = structured.json
-    if isinstance(schema, dict):
-        schema = json.dumps(schema)
-    refers = schema is not None and '"$ref"' in schema
-    if structured._backend != "xgrammar" or (structured.grammar is None and not refers):
-        return
-    import xgrammar
-    from vllm.exceptions import VLLMValidationError
-
-    if structured.grammar is not None:
-        stuck = stuck_rules(str(xgrammar.Grammar.from_ebnf(structured.grammar)))
-        problem = f"grammar: no text matches `{stuck[-1]}`" if stuck else ""
-        remedy = "every rule"
-    else:
-        assert schema is not None
-        stuck = stuck_rules(str(xgrammar.Grammar.from_json_schema(schema)))
-        problem, remedy = "json: no text matches a part of it", "every `$ref` to itself"
-    if stuck:
-        raise VLLMValidationError(
-            f"structured_outputs.{problem}. Give {remedy} an alternative that begins with a text.",
-            parameter="structured_outputs",
-        )
 
 
 class GrammarConstraint:
@@ -84,7 +48,7 @@ class GrammarConstraint:
             min_tokens, stops: no stop token before so many tokens.
 
         Special and early stop tokens give way to the grammar where nothing else is allowed. Where
-        it allows nothing at all (a rule that `refuse_stuck` has missed), a stop
+        it allows nothing at all (a rule that `admission.check_grammar` has missed), a stop
         token is proposed: the scheduler's grammar rejects it, and vLLM ends that request, and no
         other, with an error.
         """

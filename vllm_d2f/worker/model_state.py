@@ -25,19 +25,14 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_d2f.admission import MAX_END_TOKENS, end_tokens
 from vllm_d2f.attention.cuda_graphs import fill_up, whole_blocks
 from vllm_d2f.blocks import NO_PROMPT_END, block_sequences
 from vllm_d2f.d2f import Window, add
 from vllm_d2f.patches import apply
 from vllm_d2f.sampling.request_sampler import Proposer, make_proposer
 from vllm_d2f.sampling.sample import Sampling
-from vllm_d2f.settings import (
-    MAX_END_TOKENS,
-    end_tokens,
-    request_params,
-    served_settings,
-    wants_trace,
-)
+from vllm_d2f.settings import request_params, served_settings, wants_trace
 from vllm_d2f.worker.grammar import Grammars
 from vllm_d2f.worker.kv_zeroing import StalePages
 from vllm_d2f.worker.model import D2FModel
