@@ -24,8 +24,8 @@ STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
     "allowed_token_ids and structured outputs for every diffusion model. D2F supports most of "
     "them, and checks them itself.",
     how="The two checks of vLLM call `check_sampling_params` and `check_structured_outputs` of "
-    "vllm_d2f for a D2F model; its grammar then goes through vLLM's own checks of grammars. For "
-    "every other model the original runs.",
+    "`vllm_d2f.admission` for a D2F model; its grammar then goes through vLLM's own checks and "
+    "`check_grammar`. For every other model the original runs.",
     upstream="none yet: vLLM lacks a hook by which a model declares the parameters it supports",
     remove_when="vLLM asks the model which sampling parameters it supports",
     written_against={
