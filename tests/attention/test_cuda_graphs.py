@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout  # noqa: E402
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.utils import get_uniform_decode_token_count  # noqa: E402
-from vllm_d2f.patches import p12_full_graphs as p12  # noqa: E402
+from vllm_d2f.patches import p12_cuda_graphs as p12  # noqa: E402
 from vllm_d2f.patches.patch import function_of, source_hash  # noqa: E402
 
 from vllm_d2f.attention import flashinfer  # noqa: E402
@@ -82,8 +82,8 @@ BATCH = (GPUModelRunner, "gather_batch_req_state")
 
 @pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
 def test_every_width_has_its_graphs(stock, mode):
-    p12.install()
-    p12.install()
+    p12.p12_cuda_graphs.install()
+    p12.p12_cuda_graphs.install()
     graphs = manager(mode=mode)
     graphs._init_candidates()
     captured = graphs._capture_descs[FULL]
@@ -113,7 +113,7 @@ def test_a_canvas_wider_than_what_is_captured(stock):
     graphs = manager(canvas=1024, seqs=4)
     graphs._init_candidates()
     assert FULL not in graphs._capture_descs
-    p12.install()
+    p12.p12_cuda_graphs.install()
     graphs = manager(canvas=1024, seqs=4)
     graphs._init_candidates()
     assert {d.uniform_token_count for d in graphs._capture_descs[FULL]} == set(range(32, 513, 32))
@@ -128,7 +128,7 @@ def test_other_models_and_piecewise_graphs_stay_vllms(stock):
     lists = {}
     for patched in (False, True):
         if patched:
-            p12.install()
+            p12.p12_cuda_graphs.install()
         for name, given in {
             "other": dict(architecture="Qwen2ForCausalLM"),
             "piecewise": dict(mode="PIECEWISE"),
@@ -149,7 +149,7 @@ def test_it_was_written_against_this_vllm():
         (CudaGraphManager, "_init_candidates", p12.CANDIDATES),
         (*BATCH, p12.BATCH),
     ):
-        assert source_hash(vars(owner)[name]) == p12.PATCH.source_sha256[target]
+        assert source_hash(vars(owner)[name]) == p12.p12_cuda_graphs.written_against[target]
 
 
 def test_still_needed(stock):
@@ -220,7 +220,7 @@ def test_a_step_of_another_form_is_not_uniform(stock):
         batch = SimpleNamespace(idx_mapping_np=slots, num_scheduled_tokens=lengths)
         return batch, get_uniform_decode_token_count(len(slots), 64 * len(slots), 64, True)
 
-    patched = p12._make_batch(original)
+    patched = p12.p12_cuda_graphs.wrap(p12.BATCH, original)
     assert patched(runner, [0, 2], False)[1] == 64
     assert patched(runner, [0, 1], False)[1] is None
     assert patched(runner, [], True) == (None, 64)

@@ -13,10 +13,10 @@ from benchmarks.parity import (
     shut_down,
     start_engine,
 )
+from vllm_d2f.admission import MAX_END_TOKENS
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards, request_trace
 from vllm_d2f.reference import decode
-from vllm_d2f.settings import MAX_END_TOKENS
 
 PAGE = 32
 

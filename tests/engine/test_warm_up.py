@@ -54,7 +54,7 @@ def test_every_kind_of_step_and_nothing_is_left(dream, ahead):
         sampler_add(slot, params),
     )
     execute, steps = watched(worker)
-    gpu_worker.warmup_kernels(runner, execute, worker.sample_tokens)  # p13 calls `warm_up`
+    gpu_worker.warmup_kernels(runner, execute, worker.sample_tokens)  # p13 calls `state.warm_up`
     del runner.sampler.add_request
     assert len(steps) == STEPS
     assert steps[0] == (1, 0, 0) and steps[1] == (0, len(KINDS) - 2, 1)
@@ -91,10 +91,10 @@ def test_few_slots_pages_and_positions(dream):
 
 
 def test_other_models_keep_vllms_own():
-    from vllm_d2f.patches.p13_warm_up import _make
+    from vllm_d2f.patches.p13_warm_up import TARGET, p13_warm_up
 
     called = []
-    patched = _make(lambda *args: called.append(args))
+    patched = p13_warm_up.wrap(TARGET, lambda *args: called.append(args))
     runner = SimpleNamespace(model_state=object())
     patched(runner, 1, 2)
     assert called == [(runner, 1, 2)]

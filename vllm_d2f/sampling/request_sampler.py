@@ -110,7 +110,7 @@ def make_request_sampler(
     """Make the sampler of a request, or return None if the request needs none of its own.
 
     Args:
-        params: vLLM's `SamplingParams`, checked (`check_sampling_params`).
+        params: vLLM's `SamplingParams`, checked (`admission.check_sampling_params`).
         prompt: its token ids.
         sampling: one entry: temperature and so on.
         ends: tokens that end the answer.

@@ -8,7 +8,6 @@ decodes in the order of the text (`sampling.constraints`). The scheduler's gramm
 confirms the tokens that are emitted.
 """
 
-import json
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,48 +18,13 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_d2f.stuck_rules import stuck_rules
-
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 logger = init_logger(__name__)
-
-
-def refuse_stuck(structured: "StructuredOutputsParams") -> None:
-    """Refuse a grammar with a rule that allows no next character (`more ::= more`), at admission.
-
-    Where such a rule is taken, the answer can neither go on nor end. Of the JSON schemas one that
-    refers to itself can be such a grammar.
-
-    Raises:
-        VLLMValidationError: names the rule and what to change.
-    """
-    schema = structured.json
-    if isinstance(schema, dict):
-        schema = json.dumps(schema)
-    refers = schema is not None and '"$ref"' in schema
-    if structured._backend != "xgrammar" or (structured.grammar is None and not refers):
-        return
-    import xgrammar
-    from vllm.exceptions import VLLMValidationError
-
-    if structured.grammar is not None:
-        stuck = stuck_rules(str(xgrammar.Grammar.from_ebnf(structured.grammar)))
-        problem = f"grammar: no text matches `{stuck[-1]}`" if stuck else ""
-        remedy = "every rule"
-    else:
-        assert schema is not None
-        stuck = stuck_rules(str(xgrammar.Grammar.from_json_schema(schema)))
-        problem, remedy = "json: no text matches a part of it", "every `$ref` to itself"
-    if stuck:
-        raise VLLMValidationError(
-            f"structured_outputs.{problem}. Give {remedy} an alternative that begins with a text.",
-            parameter="structured_outputs",
-        )
 
 
 class GrammarConstraint:
@@ -86,7 +50,7 @@ class GrammarConstraint:
             min_tokens, stops: no stop token before so many tokens.
 
         Special and early stop tokens are allowed where the grammar allows nothing else. Where it
-        allows nothing at all (a rule that admission has missed), a stop token is sampled. The
+        allows nothing at all (a rule that `admission.check_grammar` has missed), a stop token is sampled. The
         scheduler's grammar rejects it, and vLLM ends this request with an error, and no other.
         """
         self.grammar, self.bitmask_1B, self.mask_id = grammar, bitmask_1B, mask_id

@@ -22,7 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_d2f.attention.cuda_graphs import fill_up, whole_blocks
 from vllm_d2f.blocks import block_sequences
-from vllm_d2f.patches import p04_forget_finished, p12_full_graphs, p13_warm_up
+from vllm_d2f.patches import apply
 from vllm_d2f.worker.kv_zeroing import KVZeroing
 from vllm_d2f.worker.proposals import Head
 from vllm_d2f.worker.request_states import RequestStates
@@ -42,12 +42,9 @@ class D2FModelState(ModelState):
         self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: Any
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        p04_forget_finished.install()
-        p13_warm_up.install()
+        apply("worker", vllm_config)
         mode = vllm_config.compilation_config.cudagraph_mode
         self.full_graphs = mode is not None and mode.has_full_cudagraphs()
-        if self.full_graphs:
-            p12_full_graphs.install()
         self.states = RequestStates(vllm_config, self.device)
         self.settings = self.states.settings
         self.kv_zeroing = (
@@ -164,6 +161,12 @@ class D2FModelState(ModelState):
             self.states.block_size_S[slot_R],
             self.settings.params.block_size,
         )
+
+    def warm_up(self, *args: Any) -> None:
+        """Run D2F's steps before the first request instead of vLLM's (called by p13)."""
+        from vllm_d2f.worker.warmup import warm_up
+
+        warm_up(*args)
 
     # Outputs
 

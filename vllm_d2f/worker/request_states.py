@@ -15,17 +15,12 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
+from vllm_d2f.admission import MAX_END_TOKENS, end_tokens
 from vllm_d2f.blocks import NO_PROMPT_END
 from vllm_d2f.d2f import D2FParams, Window, add
 from vllm_d2f.sampling.request_sampler import RequestSampler, make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
-from vllm_d2f.settings import (
-    MAX_END_TOKENS,
-    end_tokens,
-    request_params,
-    served_settings,
-    wants_trace,
-)
+from vllm_d2f.settings import request_params, served_settings, wants_trace
 from vllm_d2f.worker.grammar import Grammars
 
 if TYPE_CHECKING:
