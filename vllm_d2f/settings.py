@@ -9,10 +9,12 @@ what is unknown or out of range is an error that names the allowed range.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_d2f.d2f import D2FParams
+from vllm_d2f.models import FAMILIES, PRESETS
+from vllm_d2f.models.family import BlockOrigin, Family, PromptAttention
 from vllm_d2f.sampling.logprobs import MODES as LOGPROB_MODES
 
 if TYPE_CHECKING:
@@ -25,28 +27,11 @@ MAX_WINDOW = 4096
 MAX_END_TOKENS = 8
 """End tokens of a request that close its window early; further ones stop it one block later."""
 
-PROMPT_ATTENTION = ("bidirectional", "block_causal")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The published settings, ALGORITHM of the paper's table 8. `max_blocks` is the engine's limit;
-    # the values cover the published answer lengths' usual pipeline depth.
-    "dream-gsm8k": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "dream-mbpp": dict(block_size=48, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "dream-math": dict(block_size=64, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "dream-humaneval": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.95),
-    "llada-gsm8k": dict(block_size=64, tau_add=0.7, tau_act=0.95, tau_conf=0.90),
-    "llada-mbpp": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.90),
-    "llada-math": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "llada-humaneval": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+# Setting -> its default without a family, and its values.
+_ATTENTION_RULES = {
+    "prompt_attention": ("bidirectional", get_args(PromptAttention)),
+    "block_origin": ("prompt_end", get_args(BlockOrigin)),
 }
-"""Published settings by name, for `{"d2f": {"preset": NAME}}` and a request's `d2f_preset`."""
-
-HINT = (
-    "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it decodes, "
-    'for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' or '
-    '--additional-config \'{"d2f": {"preset": "dream-gsm8k"}}\' '
-    f"(presets: {', '.join(PRESETS)})"
-)
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 
@@ -64,15 +49,18 @@ class Settings:
         window: positions of the widest window a request may ask for.
         prompt_attention: "bidirectional" (D2F as published) or "block_causal": the prompt is cut
             into blocks of `params.block_size` from its start, for models trained that way.
+        block_origin: where the answer's blocks begin: behind the prompt ("prompt_end"), or at
+            multiples of the block size from position 0 on ("zero").
         simulate_tokens_per_forward: for timing a model without its weights (`load_format=dummy`):
             so many positions are accepted per forward and request, left to right, whatever the
             model says. The text means nothing. None: off.
-        family: which presets a request may name without their beginning: "dream" or "llada".
+        family: the model family, whose presets a request may name without their beginning.
     """
 
     params: D2FParams
     window: int
     prompt_attention: str = "bidirectional"
+    block_origin: str = "prompt_end"
     simulate_tokens_per_forward: float | None = None
     family: str = ""
 
@@ -82,28 +70,32 @@ class Settings:
             **asdict(self.params),
             "window": self.window,
             "prompt_attention": self.prompt_attention,
+            "block_origin": self.block_origin,
             "simulate_tokens_per_forward": self.simulate_tokens_per_forward,
         }
 
 
-def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
+def settings_from_dict(
+    *sections: Mapping[str, Any] | None, family: Family | None = None
+) -> Settings:
     """Settings from `d2f` sections, weakest first; at least one must be there.
 
     Keys: `block_size`, `max_blocks`, `tau_add`, `tau_act`, `tau_conf`, `window` (default
-    block_size * max_blocks), `prompt_attention`, `preset`, `simulate_tokens_per_forward`.
+    block_size * max_blocks), `prompt_attention` and `block_origin` (default: those of `family`),
+    `preset`, `simulate_tokens_per_forward`.
 
     Raises:
         ValueError: no section at all, an unknown key, a value out of range.
     """
     if all(section is None for section in sections):
-        raise ValueError(HINT)
+        raise ValueError(_hint())
     merged: dict[str, Any] = {}
     for section in sections:
         if section is None:
             continue
         if not isinstance(section, Mapping):
             raise ValueError(f"the d2f section must be an object, got {section!r:.80}")
-        known = {*_PARAM_NAMES, "window", "prompt_attention", "preset", _SIMULATE}
+        known = {*_PARAM_NAMES, *_ATTENTION_RULES, "window", "preset", _SIMULATE}
         if unknown := sorted(set(map(str, section)) - known):
             raise ValueError(
                 f"d2f: unknown setting {unknown[0]!r:.80}; known are {', '.join(sorted(known))}"
@@ -118,7 +110,13 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
             section = PRESETS[preset] | section
         merged |= section
     window = merged.pop("window", None)
-    prompt_attention = merged.pop("prompt_attention", "bidirectional")
+    rules: dict[str, Any] = {}
+    for name, (default, allowed) in _ATTENTION_RULES.items():
+        rules[name] = merged.pop(name, getattr(family, name, default))
+        if rules[name] not in allowed:
+            raise ValueError(
+                f"d2f: {name} must be one of {', '.join(allowed)}, got {rules[name]!r:.80}"
+            )
     simulate = merged.pop(_SIMULATE, None)
     try:
         params = D2FParams(**merged)
@@ -133,18 +131,28 @@ def settings_from_dict(*sections: Mapping[str, Any] | None) -> Settings:
             f"d2f: window {window} must be between block_size * max_blocks = {params.window} and "
             f"{MAX_WINDOW}"
         )
-    if prompt_attention not in PROMPT_ATTENTION:
-        raise ValueError(
-            f"d2f: prompt_attention must be one of {', '.join(PROMPT_ATTENTION)}, "
-            f"got {prompt_attention!r:.80}"
-        )
     if simulate is not None:
         number = isinstance(simulate, (int, float)) and not isinstance(simulate, bool)
         if not number or not 1 <= simulate <= window:
             raise ValueError(
                 f"d2f: {_SIMULATE} must be a number in [1, {window}], got {simulate!r}"
             )
-    return Settings(params, window, prompt_attention, simulate)
+    return Settings(
+        params,
+        window,
+        **rules,
+        simulate_tokens_per_forward=simulate,
+        family=family.name if family else "",
+    )
+
+
+def _hint() -> str:
+    return (
+        "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it "
+        'decodes, for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' '
+        f'or --additional-config \'{{"d2f": {{"preset": "{next(iter(PRESETS))}"}}}}\' '
+        f"(presets: {', '.join(PRESETS)})"
+    )
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
@@ -273,15 +281,13 @@ def _number(name: str, value: Any) -> int | float:
 
 def is_d2f(model_config: "ModelConfig") -> bool:
     """Whether vLLM serves this model through vllm-d2f."""
-    from vllm_d2f.models import ARCHITECTURES
-
-    return any(name in ARCHITECTURES for name in model_config.architectures)
+    return any(name in FAMILIES for name in model_config.architectures)
 
 
 def served_settings(model_config: "ModelConfig") -> Settings:
     """The settings that start-up resolved (`vllm_d2f.startup` left them in the model's config)."""
     config = model_config.hf_config
-    return replace(settings_from_dict(config.d2f), family=config.model_type.lower())
+    return settings_from_dict(config.d2f, family=config.family)
 
 
 def end_tokens(params: "SamplingParams") -> list[int]:

@@ -5,6 +5,7 @@ The models run outside the engine: attention is replaced by a dense one with a g
 what is compared is the tensor names, the layers and the head.
 """
 
+import importlib
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 
 import vllm_d2f
-from vllm_d2f.models import ARCHITECTURES
+from vllm_d2f.models import FAMILIES
 
 # The start-up hook asks every checkpoint how it decodes.
 D2F = {"block_size": 8, "max_blocks": 4}
@@ -51,6 +52,10 @@ def one_rank(tmp_path_factory):
     yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
+
+
+def class_of(architecture: str) -> type:
+    return getattr(importlib.import_module("vllm_d2f.worker.model"), architecture)
 
 
 def load(path) -> SimpleNamespace:
@@ -115,7 +120,7 @@ def both_logits(path, ids, mask):
 
 @pytest.mark.parametrize("kind", ["block-causal", "full"])
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_logits_equal_transformers(tmp_path, architecture, shards, kind):
     path = WRITERS[architecture](tmp_path, shards=shards)
     assert len(list(tmp_path.glob("*.safetensors"))) == shards
@@ -127,7 +132,7 @@ def test_logits_equal_transformers(tmp_path, architecture, shards, kind):
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_tied_embeddings(tmp_path, architecture):
     path = WRITERS[architecture](tmp_path)
     weights = load_file(path / "model.safetensors")
@@ -141,7 +146,7 @@ def test_tied_embeddings(tmp_path, architecture):
     torch.testing.assert_close(ours, theirs, atol=3e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_missing_and_unknown_tensors_are_refused(tmp_path, architecture):
     path = WRITERS[architecture](tmp_path)
     weights = load_file(path / "model.safetensors")
@@ -155,7 +160,7 @@ def test_missing_and_unknown_tensors_are_refused(tmp_path, architecture):
         load(path)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_vllm_takes_it_for_a_text_generation_model(tmp_path, architecture):
     """A name that ends in "Model" is a pooling model to vLLM unless the class says otherwise."""
     path = WRITERS[architecture](tmp_path, hidden=8, layers=1)
@@ -163,6 +168,29 @@ def test_vllm_takes_it_for_a_text_generation_model(tmp_path, architecture):
     assert config.runner_type == "generate" and config.convert_type == "none"
     assert config.architecture == architecture
     assert config.get_hidden_size() == 8
+
+
+def test_every_family_has_a_class_that_is_made_once():
+    for architecture, family in FAMILIES.items():
+        cls = class_of(architecture)
+        assert cls is class_of(architecture) and cls.family is family
+        assert (cls.__name__, cls.__module__) == (architecture, "vllm_d2f.worker.model")
+    with pytest.raises(AttributeError, match="no attribute 'GPT2LMHeadModel'"):
+        class_of("GPT2LMHeadModel")
+
+
+def test_vllms_model_info_cache_takes_the_class(tmp_path, monkeypatch):
+    """vLLM looks at a class in a process of its own and keeps what it found under the file."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    registered = ModelRegistry.models["LLaDAModelLM"]
+    found = registered.inspect_model_cls()
+    assert found.architecture == "LLaDAModelLM" and found.is_text_generation_model
+    (file,) = (tmp_path / "modelinfos").iterdir()
+    assert file.name == "vllm_d2f-worker-model-LLaDAModelLM.json"
+    assert registered.inspect_model_cls() == found
+    assert registered.load_model_cls() is class_of("LLaDAModelLM")
 
 
 def test_batch_sharded_sampling_is_off(tmp_path):
@@ -185,9 +213,7 @@ def test_batch_sharded_sampling_is_off(tmp_path):
 )
 def test_llada_module_names(olmo, llama):
     """Quantization configs and LoRA adapters name modules, without the parameter."""
-    from vllm_d2f.models.llada import LLaDAForD2F
-
-    assert LLaDAForD2F.hf_to_vllm_mapper.get_rename_mapper().map_name(olmo) == llama
+    assert class_of("LLaDAModelLM").hf_to_vllm_mapper.get_rename_mapper().map_name(olmo) == llama
 
 
 @pytest.mark.parametrize(
@@ -208,10 +234,7 @@ def test_llada_module_names(olmo, llama):
 def test_published_adapter_names(architecture, tensor, module):
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    from vllm_d2f.models.dream import DreamForD2F
-    from vllm_d2f.models.llada import LLaDAForD2F
-
-    cls = DreamForD2F if architecture == "DreamModel" else LLaDAForD2F
+    cls = class_of(architecture)
     name, _ = parse_fine_tuned_lora_name(tensor, cls.hf_to_vllm_mapper.get_rename_mapper())
     assert name == module
     assert any(module.rsplit(".", 1)[1] in v for v in cls.packed_modules_mapping.values()) or (

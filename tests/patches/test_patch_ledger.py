@@ -180,10 +180,6 @@ def test_ledger_is_complete():
 def test_supported_version_is_stated_once():
     from importlib.metadata import requires
 
-    from vllm_d2f.plugin import SUPPORTED
-
-    low, high = (".".join(map(str, version)) for version in SUPPORTED)
-    assert f">={low},<{high}" == machinery.SUPPORTED_VLLM
     gpu = [r for r in requires("vllm-d2f") or [] if r.startswith(("vllm<", "vllm>"))]
     assert [sorted(r.partition(";")[0].strip()[4:].split(",")) for r in gpu] == [
         sorted(machinery.SUPPORTED_VLLM.split(","))

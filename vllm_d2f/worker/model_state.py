@@ -40,7 +40,6 @@ from vllm_d2f.settings import (
 )
 from vllm_d2f.worker.grammar import Grammars
 from vllm_d2f.worker.kv_zeroing import StalePages
-from vllm_d2f.worker.model import D2FModel
 from vllm_d2f.worker.sampler import D2FSampler
 
 if TYPE_CHECKING:
@@ -63,13 +62,14 @@ class D2FModelState(ModelState):
         self.full_graphs = mode is not None and mode.has_full_cudagraphs()
         if self.full_graphs:
             p12_full_graphs.install()
-        self.project = cast(D2FModel, model).project
+        d2f_model = cast(Any, model)  # worker.model.D2FModel, which imports this file
+        self.project = d2f_model.project
         # With tensor parallelism a row's token and confidence are reduced over the ranks' shards of
         # the vocabulary; only what needs the whole row gathers it.
         self.sharded = vllm_config.parallel_config.tensor_parallel_size > 1
         if self.sharded:
-            self.project_shard = cast(D2FModel, model).project_shard
-            self.first_token = cast(D2FModel, model).first_token
+            self.project_shard = d2f_model.project_shard
+            self.first_token = d2f_model.first_token
         self.settings = served_settings(self.model_config)
         config = self.model_config.hf_config
         self.mask_id: int = config.mask_token_id
