@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import hf_twin, write_dream, write_llada
+from checkpoints import hf_twin, toy_family, write_adapted, write_dream, write_llada, write_toy
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
@@ -25,6 +25,11 @@ D2F = {"block_size": 8, "max_blocks": 4}
 WRITERS = {
     "DreamModel": partial(write_dream, d2f=D2F, tokenizer=False),
     "LLaDAModelLM": partial(write_llada, d2f=D2F, tokenizer=False),
+    "ToyQwen3ForCausalLM": partial(write_toy, d2f=D2F, tokenizer=False),
+    **{
+        f"D2F{stack}ForCausalLM": partial(write_adapted, stack=stack, d2f=D2F, tokenizer=False)
+        for stack in ("Llama", "Qwen2", "Qwen3")
+    },
 }
 PROMPT, BLOCK, LENGTH = 10, 8, 34
 
@@ -43,13 +48,15 @@ def one_rank(tmp_path_factory):
     vllm_d2f.register()
     vllm_d2f.register()  # safe to repeat
     if parallel_state.model_parallel_is_initialized():
-        yield
+        with toy_family():
+            yield
         return
     store = tmp_path_factory.mktemp("store") / "file"
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         parallel_state.initialize_model_parallel(1, 1)
-    yield
+    with toy_family():
+        yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
 
@@ -136,10 +143,11 @@ def test_logits_equal_transformers(tmp_path, architecture, shards, kind):
 def test_tied_embeddings(tmp_path, architecture):
     path = WRITERS[architecture](tmp_path)
     weights = load_file(path / "model.safetensors")
-    head = "lm_head.weight" if architecture == "DreamModel" else "model.transformer.ff_out.weight"
+    olmo = architecture == "LLaDAModelLM"
+    head = "model.transformer.ff_out.weight" if olmo else "lm_head.weight"
     save_file({k: v for k, v in weights.items() if k != head}, path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())
-    config["tie_word_embeddings" if architecture == "DreamModel" else "weight_tying"] = True
+    config["weight_tying" if olmo else "tie_word_embeddings"] = True
     (path / "config.json").write_text(json.dumps(config))
     ids = torch.arange(LENGTH)
     ours, theirs = both_logits(path, ids, block_causal_mask())
@@ -189,7 +197,7 @@ def test_vllms_model_info_cache_takes_the_class(tmp_path, monkeypatch):
     assert found.architecture == "LLaDAModelLM" and found.is_text_generation_model
     (file,) = (tmp_path / "modelinfos").iterdir()
     assert file.name == "vllm_d2f-worker-model-LLaDAModelLM.json"
-    assert registered.inspect_model_cls() == found
+    assert registered.inspect_model_cls().supports_pp == found.supports_pp  # from the file
     assert registered.load_model_cls() is class_of("LLaDAModelLM")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_d2f.models import dream, llada
+from vllm_d2f.models import adapted, dream, llada
 from vllm_d2f.models.family import Family, Published
 
 __all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "register_configs", "register_models"]
@@ -57,5 +57,5 @@ def register_models() -> None:
         ModelRegistry.register_model(architecture, f"vllm_d2f.worker.model:{architecture}")
 
 
-for _family in (dream.FAMILY, llada.FAMILY):
+for _family in (dream.FAMILY, llada.FAMILY, *adapted.FAMILIES):
     add_family(_family)

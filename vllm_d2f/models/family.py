@@ -91,6 +91,8 @@ class Family:
 
     def __post_init__(self) -> None:
         self.config.family = self
+        # For transformers, which compares a config with one made from nothing.
+        self.config.has_no_defaults_at_init = self.mask_token_id is None
 
     @property
     def model_type(self) -> str:
