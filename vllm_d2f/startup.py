@@ -145,10 +145,10 @@ def _refuse_on_cpu(vllm_config: "VllmConfig") -> None:
         found.append(f"--attention-backend {backend.name}")
     if mode not in (None, CUDAGraphMode.NONE):
         found.append(f"cudagraph_mode {mode.name} in --compilation-config")
-    for option in found:
+    if found:
         raise ValueError(
-            f"{option} needs CUDA, and this is vLLM for CPUs; remove it, or install the build for "
-            "CUDA: pip install 'vllm-d2f[gpu]'"
+            f"{found[0]} needs CUDA, and this is vLLM for CPUs; remove it, or install the build "
+            "for CUDA: pip install 'vllm-d2f[gpu]'"
         )
 
 
@@ -182,8 +182,7 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
         * model.get_head_size()
         * cast("torch.dtype", model.dtype).itemsize
     )
-    # One page more per request, whose last is seldom full, and those of one request more: vLLM
-    # keeps a page of all to itself.
+    # A page more per request, whose last is seldom full; a request more for vLLM's null page.
     tokens = (-(-model.max_model_len // page) + 1) * page * (scheduler.max_num_seqs + 1)
     enough = max(tokens * bytes_per_token, LEAST_CPU_CACHE)
     if enough < default * current_platform.get_device_total_memory():

@@ -25,7 +25,6 @@ __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
-
 OVERRIDE = "--allow-other-base"
 
 _VARIANTS = {"base": "base", "instruct": "instruct", "chat": "instruct"}
@@ -153,10 +152,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter", download.fetch_adapter)
     adapter = read_adapter(adapter_source.folder)
     base_source = _source(plan.base, plan.base_revision, "base", download.fetch_base)
-    config_file = plain_file(base_source.folder, "config.json")
-    if not config_file.exists():
-        raise HubError(f"{plan.base}: holds no config.json")
-    config = read_json(config_file)
+    config = read_json(plain_file(base_source.folder, "config.json"))
     # What can be refused is refused before the weights are downloaded.
     _check_architecture(plan, config)
     evidence = _check_variant(plan, adapter_source, adapter.config, base_source, config)
