@@ -72,20 +72,6 @@ def test_make_targets_exist(target):
     )
 
 
-@pytest.mark.parametrize("words", commands("vllm"), ids=" ".join)
-def test_serve_commands_parse(words):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_d2f.settings import settings_from_dict
-
-    program, verb, *arguments = words
-    assert (program, verb) == ("vllm", "serve")
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    if section := (parsed.additional_config or {}).get("d2f"):
-        settings_from_dict(section)
-
-
 def test_the_request_is_json_for_an_embedded_model():
     from vllm_d2f.hub.names import EMBEDDED
 
