@@ -83,6 +83,18 @@ def test_the_way_of_a_request_and_the_fields_name_files_that_are_there():
         assert any(place.exists() for place in places), path
 
 
+def test_every_field_that_carries_something_else_is_listed():
+    from vllm_d2f import wire
+
+    def names(table: list[list[str]]) -> set[str]:
+        return {name for cells in table for name in re.findall(r"`([\w.]+)`", cells[0])}
+
+    section = page("architecture.md").partition("## vLLM fields that carry")[2]
+    listed = names(rows(section.partition("\n## ")[0]))
+    assert len(listed) >= 10
+    assert names(rows(wire.__doc__ or "")) - {"compute_logits"} == listed
+
+
 def test_the_table_of_settings_is_right():
     defaults = D2FParams()
     table = {cells[0].strip("`"): cells[1:] for cells in rows(page("api.md")) if len(cells) == 5}
