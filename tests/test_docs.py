@@ -2,6 +2,7 @@
 """docs/ holds against the code: file trees, tables, quoted code, and a site that builds."""
 
 import ast
+import configparser
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from vllm_d2f.d2f import D2FParams
-from vllm_d2f.settings import MAX_WINDOW, PRESETS
+from vllm_d2f.settings import MAX_WINDOW, PRESETS, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -95,6 +96,17 @@ def test_every_field_that_carries_something_else_is_listed():
     assert names(rows(wire.__doc__ or "")) - {"compute_logits"} == listed
 
 
+def test_the_table_of_floors_is_the_contract():
+    contracts = configparser.ConfigParser()
+    contracts.read_string((ROOT / ".importlinter").read_text())
+    layers = contracts["importlinter:contract:floors"]["layers"].split("\n")
+    floors = [{name.strip() for name in line.split(":")} for line in layers if line.strip()]
+    section = page("architecture.md").partition("## Floors")[2].partition("Further contracts")[0]
+    table = [set(re.findall(r"`(\w+)/?`", cells[1])) for cells in rows(section)[2:]]
+    # `register` of the package's own __init__.py is no module of a layer.
+    assert [floor - {"__init__", "register"} for floor in table] == floors
+
+
 def test_the_table_of_settings_is_right():
     defaults = D2FParams()
     table = {cells[0].strip("`"): cells[1:] for cells in rows(page("api.md")) if len(cells) == 5}
@@ -103,6 +115,9 @@ def test_the_table_of_settings_is_right():
         assert option == f"`d2f_{field.name}`"
         assert default == str(getattr(defaults, field.name))
     assert table["window"][1] == f"up to {MAX_WINDOW}"
+    # The last of these is for measuring, and docs/benchmarks.md explains it.
+    others = {"params", "family", "simulate_tokens_per_forward"}
+    assert {field.name for field in fields(Settings)} - others <= table.keys()
     for preset in PRESETS:
         assert f"`{preset}`" in page("api.md")
 

@@ -68,7 +68,6 @@ PROOFS: tuple[tuple[str, str], ...] = (
     (r"docker .*", "tests/test_deploy.py"),
     (r"pip wheel .*", "tests/test_docs.py::test_the_wheel"),
     (r"pip install '(\.|vllm-d2f|dist/[\w.-]+\.whl)\[[\w,-]+\]'", PARSED),
-    (r"(\.venv/bin/)?lint-imports", PARSED),
     (r"(\.venv/bin/)?pre-commit install", PARSED),
 )
 # The programs, by a line of theirs.
@@ -265,10 +264,6 @@ def parse_source(words):
     assert words == [".venv/bin/activate"]
 
 
-def parse_lint_imports(words):
-    assert not words and (ROOT / ".importlinter").is_file()
-
-
 def parse_bash(words):
     done = subprocess.run(["bash", "-n", words[0]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -298,7 +293,6 @@ PARSERS = {
     "bash": parse_bash,
     "curl": parse_curl,
     "docker": parse_docker,
-    "lint-imports": parse_lint_imports,
     "make": parse_make,
     "pip": parse_pip,
     "pre-commit": parse_precommit,
