@@ -4,8 +4,8 @@
     vllm serve --config examples/serve.yaml
     python examples/client.py [--url http://localhost:8000/v1]
 
-`vllm_xargs` carries the D2F settings of one request. This example asks the same question with a high
-and with a low confidence threshold.
+`vllm_xargs` carries the D2F settings of one request. This example asks the same question with a
+high and with a low confidence threshold.
 """
 
 import argparse
