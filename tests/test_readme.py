@@ -134,7 +134,7 @@ def figures() -> str:
     if report := load("throughput.json"):
         ratio = {row["batch_size"]: row["ratio"]["median"] for row in report["d2f_vs_ar"]}
         scores = f"{100 * report['exact_d2f']:.1f} % against {100 * report['exact_ar']:.1f} %"
-        what = "useful tokens per second of d2f-tiny, against ar-tiny in the same vLLM"
+        what = "answer tokens per second of d2f-tiny, against ar-tiny in the same vLLM"
         at_once = ", ".join(f"{ratio[n]:.2f}x for {n}" for n in (8, 256))
         rows.append((what, f"{ratio[1]:.2f}x for 1 request at a time, {at_once}"))
         rows.append(("answers that are exactly right, d2f-tiny against ar-tiny", scores))
