@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow test-async test-next lint docs models gpu-bundle clean
+.PHONY: help setup demo serve test test-slow test-async test-next lint lint-imports docs models gpu-bundle clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
@@ -30,7 +30,7 @@ help:
 	@echo 'make test-slow  the rest of the tests that need no GPU'
 	@echo 'make test-async the engine tests again, every engine scheduling asynchronously'
 	@echo 'make test-next  tests of what touches vLLM, on the next version'"'"'s Python sources'
-	@echo 'make lint       ruff and mypy'
+	@echo 'make lint       ruff, mypy and who may import whom (.importlinter)'
 	@echo 'make docs       the pages of docs/ as a web site, in site/'
 	@echo 'make models     train the embedded models again, about an hour'
 	@echo 'make gpu-bundle pack what an offline GPU host lacks to measure, see benchmarks/gpu/README.md'
@@ -86,6 +86,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory lint-imports
+
+# On a copy, because the folder patches/ is the package vllm_d2f.patches: see pyproject.toml.
+lint-imports:
+	@rm -rf build/imports && mkdir -p build/imports
+	@cp -r vllm_d2f training benchmarks build/imports
+	@cp -r patches build/imports/vllm_d2f/patches
+	cd build/imports && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/.importlinter
 
 docs: setup
 	$(BIN)/python -m mkdocs build --strict

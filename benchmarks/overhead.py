@@ -85,8 +85,8 @@ def instrument(llm: Any) -> Meter:
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     meter = Meter()
-    # `_propose` is the part with the language-model head: timed apart, not counted.
-    meter.wrap(runner.sampler, "_propose", "logits")
+    # `_sample_whole` is the part with the language-model head: timed apart, not counted.
+    meter.wrap(runner.sampler.proposals, "_sample_whole", "logits")
     meter.wrap(type(runner.sampler), "__call__", "sampler")
     meter.wrap(runner.model_state, "prepare_inputs", "model state")
     meter.wrap(runner.model_state, "prepare_attn", "model state")

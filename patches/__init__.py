@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to stock vLLM, each guarded, documented and written to be removed. See README.md.
+"""Changes to stock vLLM, each one checked, documented and written to be removed.
 
-Importing this package imports no vLLM; `apply_all` does.
+docs/patches.md lists them. Importing this package does not import vLLM; `apply` does.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from vllm_d2f.patches import (
     p01_sampling_params,
@@ -13,71 +15,83 @@ from vllm_d2f.patches import (
     p04_forget_finished,
     p05_model_names,
     p06_cpu_package_name,
-    p07_beam_search,
+    p07_refusals,
     p08_request_fields,
     p09_cpu_async,
     p10_exit_status,
-    p11_streamed_input,
-    p12_full_graphs,
+    p12_cuda_graphs,
     p13_warm_up,
 )
-from vllm_d2f.patches.patch import SUPPORTED_VLLM, Patch, check_sources
+from vllm_d2f.patches.patch import (
+    POINTS,
+    SUPPORTED_VLLM,
+    Patch,
+    Point,
+    check_sources,
+    configs,
+)
 
-__all__ = ["PATCHES", "SUPPORTED_VLLM", "Patch", "applied", "apply_all", "table"]
+__all__ = ["PATCHES", "SUPPORTED_VLLM", "Patch", "applied", "apply", "table"]
 
 PATCHES: tuple[Patch, ...] = (
-    p01_sampling_params.PATCH,
-    p02_cpu_start.PATCH,
-    p03_cpu_kernels.PATCH,
-    p04_forget_finished.PATCH,
-    p05_model_names.PATCH,
-    p06_cpu_package_name.PATCH,
-    p07_beam_search.PATCH,
-    p08_request_fields.PATCH,
-    p09_cpu_async.PATCH,
-    p10_exit_status.PATCH,
-    p11_streamed_input.PATCH,
-    p12_full_graphs.PATCH,
-    p13_warm_up.PATCH,
+    p01_sampling_params.p01_sampling_params,
+    p02_cpu_start.p02_cpu_start,
+    p03_cpu_kernels.p03_cpu_kernels,
+    p04_forget_finished.p04_forget_finished,
+    p05_model_names.p05_model_names,
+    p06_cpu_package_name.p06_cpu_package_name,
+    p07_refusals.p07_beam_search,
+    p08_request_fields.p08_request_fields,
+    p09_cpu_async.p09_cpu_async,
+    p10_exit_status.p10_exit_status,
+    p07_refusals.p11_streamed_input,
+    p12_cuda_graphs.p12_cuda_graphs,
+    p13_warm_up.p13_warm_up,
 )
 
 _applied: dict[str, str] = {}
 
 
-def apply_all() -> None:
-    """Apply every patch this process needs. Safe to call again.
+def apply(point: Point, config: Any = None) -> None:
+    """Apply the patches of a point that this process needs. A second call changes nothing.
+
+    Args:
+        point: Where the process is: `process` for each vLLM process, `worker` and `server` for
+            those of a D2F model.
+        config: The `VllmConfig`, for `worker` and `server`.
 
     Raises:
-        RuntimeError: an upstream symbol that a patch replaces is gone or takes other parameters.
+        RuntimeError: a function that a patch replaces is gone or takes other parameters.
     """
+    configs[point] = config
     for patch in PATCHES:
-        if _applied.get(patch.name) is not None:
+        if patch.point != point:
             continue
-        if not patch.needed():
-            _applied[patch.name] = f"skipped: applies only when {patch.when}"
+        if not patch.needed(config):
+            _applied.setdefault(patch.name, f"skipped: applies only when {patch.when}")
             continue
-        if patch.checked_late:
-            patch.apply()
-            _applied[patch.name] = "armed: takes effect in a worker that needs it"
-            continue
-        changed = check_sources(patch.name, patch.source_sha256)
-        patch.apply()
-        note = f" (upstream changed: {', '.join(changed)})" if changed else ""
-        _applied[patch.name] = "applied" + note
+        if not _applied.get(patch.name, "").startswith("applied"):
+            changed = check_sources(patch.name, patch.written_against)
+            note = f" (upstream changed: {', '.join(changed)})" if changed else ""
+            _applied[patch.name] = "applied" + note
+        patch.install()
 
 
 def applied() -> dict[str, str]:
-    """Patch name -> what became of it in this process, for bug reports."""
-    return {patch.name: _applied.get(patch.name, "not asked yet") for patch in PATCHES}
+    """Patch name -> its state in this process, for bug reports."""
+    return {
+        patch.name: _applied.get(patch.name, f"not in this process: for {POINTS[patch.point]}")
+        for patch in PATCHES
+    }
 
 
 def table() -> str:
-    """The ledger of all patches as Markdown."""
-    head = "| patch | target | why | how | applied when | upstream | remove when |"
+    """The ledger of all patches as a Markdown table."""
+    head = "| patch | functions of vLLM | why | how | applied in | upstream | remove when |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for patch in PATCHES:
-        targets = "<br>".join(f"`{t.rpartition(':')[2]}`" for t in patch.target)
-        cells = [f"`{patch.name}`", targets, patch.why, patch.how]
-        cells += [patch.when, patch.upstream, patch.remove_when]
-        lines.append("| " + " | ".join(cells) + " |")
+        functions = "<br>".join(f"`{t.rpartition(':')[2]}`" for t in patch.written_against)
+        where = POINTS[patch.point] + (f", when {patch.when}" if patch.when != "always" else "")
+        cells = [f"`{patch.name}`", functions, patch.why, patch.how, where]
+        lines.append("| " + " | ".join([*cells, patch.upstream, patch.remove_when]) + " |")
     return "\n".join(lines)

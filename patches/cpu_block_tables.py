@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU stand-ins for methods of vLLM's V2 block tables and staged writer (installed by p03)."""
+"""numpy versions of methods of vLLM's V2 block tables and staged writer (installed by p03)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def gather_block_tables(
     out_ptrs: Tensor | None = None,
     num_computed_tokens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Block tables of the batch rows; padded rows are zero.
+    """Return the block tables of the batch rows; padded rows are zero.
 
-    As in the kernel, what lies behind a request's last block is left over from earlier steps.
+    As in the kernel, the entries behind a request's last block keep values of earlier steps.
     vLLM 0.33 added `num_computed_tokens`, for sliding windows, which no D2F model has.
     """
     state = idx_mapping.numpy()
@@ -49,9 +49,9 @@ def compute_slot_mappings(
     num_tokens_padded: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The KV cache slot of each token; PAD behind the last token and for rows without a request."""
+    """Return the KV cache slot of each token: PAD behind the last token and in unused rows."""
     if self.cp_size != 1:
-        raise NotImplementedError("context parallelism has no CPU stand-in in vllm-d2f")
+        raise NotImplementedError("context parallelism has no CPU version in vllm-d2f")
     result = self.slot_mappings if out is None else out
     slots = result.numpy()
     state = idx_mapping.numpy()
@@ -59,7 +59,7 @@ def compute_slot_mappings(
     first, last = bounds[0], bounds[-1]
     row = np.arange(len(state)).repeat(bounds[1:] - bounds[:-1])
     owner = state[row]
-    absent = state < 0  # such a row reads another request's table below, then gets PAD
+    absent = state < 0  # an unused row; it reads another request's table below and then gets PAD
     position = positions.numpy()[first:last]
     enabled = self.slot_mapping_enabled.numpy()
     for group, size in enumerate(self.block_sizes):
@@ -82,6 +82,6 @@ def apply_fused(
     output_ptrs: Tensor,
     output_strides: Tensor,
 ) -> None:
-    """Write and clear each tensor's staged pieces; one launch for all gains nothing on a CPU."""
+    """Write and clear each tensor's staged pieces; one launch for all is no faster on a CPU."""
     for tensor in tensors:
         tensor.apply_write()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU stand-ins for Triton kernels of vLLM's V2 model runner (registered by p03).
+"""numpy versions of Triton kernels of vLLM's V2 model runner (registered by p03).
 
-Each function has the parameters of the kernel it stands in for, reads the whole grid at once, and
-writes into the same tensors. They are numpy on views of those tensors (`Tensor.numpy()` shares
-memory): a step touches a few hundred integers, where a numpy call costs about a microsecond and a
-torch call about five.
+Each function has the parameters of the kernel that it replaces, computes the whole grid at once,
+and writes into the same tensors through numpy views (`Tensor.numpy()` shares memory). A step
+touches a few hundred integers, for which a numpy call costs about a microsecond and a torch call
+about five.
 
 Row and token layout follow vLLM: `idx_mapping[b]` is the state row of batch row `b`, and the tokens
 of batch row `b` are `query_start_loc[b]:query_start_loc[b + 1]`. Strides and block sizes are in the
-signatures because the launch passes them; a view knows its own.
+signatures because the launch passes them; numpy views do not need them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ints = NDArray[np.integer]
 
 
 def spread(lengths: Ints) -> tuple[Ints, Ints]:
-    """Flatten ragged rows: for each element its row and its offset in that row.
+    """Return the row, and the offset in that row, of each element of ragged rows.
 
     `spread([2, 0, 3])` is `([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])`.
     """
@@ -59,7 +59,7 @@ def prepare_prefill_inputs(
     row, offset = spread(length)
     input_ids_ptr.numpy()[start[row] + offset] = tokens[state[row], computed[row] + offset]
 
-    # What comes after this chunk, or 0 behind the end of the prompt.
+    # The tokens that follow this chunk, or 0 beyond the end of the prompt.
     position = computed + length + np.arange(num_lookahead)[:, None]
     inside = position < prefill_len
     ahead = tokens[state, np.where(inside, position, 0)]
@@ -75,7 +75,7 @@ def prepare_pos_seq_lens(
     max_num_reqs: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Positions of all tokens, and sequence lengths (0 in unused rows)."""
+    """Write the positions of all tokens, and the sequence lengths (0 in unused rows)."""
     state = idx_mapping_ptr.numpy()
     num_reqs = len(state)
     bounds = query_start_loc_ptr.numpy()[: num_reqs + 1]
@@ -154,9 +154,9 @@ def post_update(
     *,
     num_warps: int = 1,
 ) -> None:
-    """Append the committed tokens of each row and move its count of computed tokens.
+    """Append the committed tokens of each row and advance its count of computed tokens.
 
-    vLLM 0.33 added the draft tokens: they go from batch rows to state rows.
+    vLLM 0.33 added the draft tokens, which are copied from batch rows to state rows.
     """
     state = idx_mapping_ptr.numpy()
     sampled = num_sampled_ptr.numpy()[: len(state)]
@@ -165,7 +165,7 @@ def post_update(
         bounds = query_start_loc_ptr.numpy()[: len(state) + 1]
         delta = delta + (bounds[1:] - bounds[:-1])
 
-    known = state >= 0  # a negative index means: skip this row
+    known = state >= 0  # a negative index marks a row to skip
     if not known.all():
         state, delta = state[known], delta[known]
     if draft_tokens_ptr is not None and draft_tokens_out_ptr is not None:
@@ -196,7 +196,7 @@ def expand_idx_mapping(
     cu_num_logits_ptr: Tensor,
     BLOCK_SIZE: int,
 ) -> None:
-    """For each logit: the state row of its request, and its place among that request's logits."""
+    """Write for each logit the state row of its request, and its index among that request's."""
     state = idx_mapping_ptr.numpy()
     bounds = cu_num_logits_ptr.numpy()[: len(state) + 1]
     row, offset = spread(bounds[1:] - bounds[:-1])
@@ -215,7 +215,7 @@ def apply_write(
     BLOCK_SIZE: int,
     MULTI_GROUP: bool,
 ) -> None:
-    """Write staged pieces: piece `i` goes to row `write_indices[i]` from `write_starts[i]` on.
+    """Write staged pieces: piece `i` into row `write_indices[i]`, from `write_starts[i]` on.
 
     The variant for several KV cache groups gets raw pointers; `cpu_block_tables.apply_fused`
     replaces its only caller.

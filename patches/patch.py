@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patch is, and the two operations every patch is made of: check the target, replace it."""
+"""The decorator that declares a patch, and how a patch checks and replaces functions of vLLM."""
 
 from __future__ import annotations
 
@@ -10,47 +10,124 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
+"""The versions of vLLM that this release supports. `vllm_d2f.plugin` checks them."""
+
+Point = Literal["process", "worker", "server"]
+
+POINTS: dict[Point, str] = {
+    "process": "every vLLM process",
+    "worker": "workers of a D2F model",
+    "server": "servers of a D2F model",
+}
+"""Where patches are applied: by `plugin`, by `D2FModelState` and by `D2FStatLogger`."""
+
+configs: dict[Point, Any] = {}
+"""The `VllmConfig` with which each point was last applied in this process."""
 
 logger = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One change to vLLM, with everything a reader needs to judge and later remove it.
+    """One change to vLLM, with what a reader needs to judge it and to remove it later.
 
     Attributes:
-        name: File name of the patch without `.py`.
-        target: The upstream symbols it replaces, as `module:attribute`.
+        name: The name of the decorated function.
+        point: Where it is applied.
         why: What does not work without it.
-        how: What the replacement does, and for whom vLLM stays untouched.
-        upstream: Where upstream stands on it.
-        remove_when: The observable fact that makes it unnecessary.
-        when: The condition `needed` tests, in words.
-        source_sha256: `module:attribute` -> sha256 of the source it was written against.
-        apply: Installs it. May be called again; must then do nothing.
-        needed: Whether this process needs it. Imports vLLM, so only called by `apply_all`.
-        checked_late: The targets are in modules that must not be imported in every process.
-            `apply` at most arms it, and runs `check_sources` when a worker has imported them.
+        how: What the replacement does, and for whom vLLM stays unchanged.
+        upstream: What vLLM has or plans, and what it lacks.
+        remove_when: The observable fact that makes the patch unnecessary.
+        written_against: `module:attribute` -> `source_hash` of it. These are the functions that
+            the patch replaces, and those on whose behaviour it relies.
+        when: The condition that `needed` tests, in words.
+        needed: Whether this process needs the patch, given the configuration (None in `process`).
+        replacements: `module:attribute` -> the function that replaces it.
+        setup: What to call instead, for a patch that replaces no function.
     """
 
     name: str
-    target: tuple[str, ...]
+    point: Point
     why: str
     how: str
     upstream: str
     remove_when: str
+    written_against: Mapping[str, str] = field(repr=False)
     when: str
-    source_sha256: Mapping[str, str] = field(repr=False)
-    apply: Callable[[], None] = field(repr=False)
-    needed: Callable[[], bool] = field(repr=False)
-    checked_late: bool = False
+    needed: Callable[[Any], bool] = field(repr=False)
+    replacements: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    setup: Callable[[], None] | None = field(default=None, repr=False)
+
+    def also(self, target: str) -> Callable[[F], F]:
+        """Declare another function that this patch replaces."""
+
+        def add(function: F) -> F:
+            self.replacements[target] = function
+            return function
+
+        return add
+
+    def wrap(self, target: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Bind the replacement of `target` to the function that it replaces."""
+        replacement = self.replacements[target]
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
+        vars(wrapped)["__signature__"] = inspect.signature(functools.partial(replacement, original))
+        return wrapped
+
+    def install(self) -> None:
+        """Replace the functions. A second call changes nothing."""
+        if self.setup is not None:
+            self.setup()
+        for target in self.replacements:
+            replace(self.name, target, functools.partial(self.wrap, target))
+
+
+def patch(
+    *targets: str,
+    apply: Point,
+    why: str,
+    how: str,
+    upstream: str,
+    remove_when: str,
+    written_against: Mapping[str, str],
+    when: str = "always",
+    needed: Callable[[Any], bool] = lambda config: True,
+) -> Callable[[Callable[..., Any]], Patch]:
+    """Declare a patch. The decorated function replaces the targets and bears the patch's name.
+
+    It gets the original function first and then the original's parameters: it names those that it
+    reads, in the original's order, and passes on the others as `*args, **kwargs`. Without targets
+    it is called once, without arguments.
+    """
+
+    def declare(function: Callable[..., Any]) -> Patch:
+        return Patch(
+            name=function.__name__,
+            point=apply,
+            why=why,
+            how=how,
+            upstream=upstream,
+            remove_when=remove_when,
+            written_against=written_against,
+            when=when,
+            needed=needed,
+            replacements=dict.fromkeys(targets, function),
+            setup=None if targets else function,
+        )
+
+    return declare
 
 
 def gone(patch: str, target: str, problem: str) -> RuntimeError:
-    """The error for an upstream symbol this patch cannot work with."""
+    """The error for a function of vLLM with which a patch cannot work."""
     return RuntimeError(
         f"vllm-d2f patch {patch}: {target} {problem}. This release of vllm-d2f supports vLLM "
         f"{SUPPORTED_VLLM}; install one of those, or a newer vllm-d2f."
@@ -58,12 +135,14 @@ def gone(patch: str, target: str, problem: str) -> RuntimeError:
 
 
 def function_of(attribute: Any) -> Any:
-    """The plain function behind a method, classmethod, property, or a function we replaced."""
+    """vLLM's plain function behind a method, classmethod, property or replacement."""
+    return vars(_inner(attribute)).get("_d2f_original", _inner(attribute))
+
+
+def _inner(attribute: Any) -> Any:
     if isinstance(attribute, property):
-        attribute = attribute.fget
-    elif isinstance(attribute, classmethod | staticmethod):
-        attribute = attribute.__func__
-    return vars(attribute).get("_d2f_original", attribute)
+        return attribute.fget
+    return attribute.__func__ if isinstance(attribute, classmethod | staticmethod) else attribute
 
 
 def find(patch: str, target: str) -> tuple[Any, str, Any]:
@@ -85,28 +164,28 @@ def find(patch: str, target: str) -> tuple[Any, str, Any]:
 
 
 def source_hash(attribute: Any) -> str:
-    """sha256 of the source text of a function or of what a descriptor wraps."""
-    return hashlib.sha256(inspect.getsource(function_of(attribute)).encode()).hexdigest()
+    """The first 16 digits of the sha256 of vLLM's source text, whether or not it is replaced."""
+    return hashlib.sha256(inspect.getsource(function_of(attribute)).encode()).hexdigest()[:16]
 
 
-def check_sources(patch: str, source_sha256: Mapping[str, str]) -> list[str]:
-    """Compare upstream with what the patch was written against.
+def check_sources(patch: str, written_against: Mapping[str, str]) -> list[str]:
+    """Compare vLLM's sources with those that the patch was written against.
 
-    A changed body is a warning, because a small upstream release must not stop users; a missing
-    symbol is an error.
+    A changed body is a warning, because a small release of vLLM must not stop users. A missing
+    function is an error.
 
     Returns:
-        The targets whose source changed.
+        The targets whose source has changed.
     """
     changed = [
         target
-        for target, expected in source_sha256.items()
+        for target, expected in written_against.items()
         if source_hash(find(patch, target)[2]) != expected
     ]
     if changed:
         logger.warning(
-            "vllm-d2f patch %s was written against another version of %s. It is applied all the "
-            "same; if something misbehaves, report it with the output of `python -m "
+            "vllm-d2f patch %s was written against another version of %s. It is applied "
+            "nevertheless; if something misbehaves, report it with the output of `python -m "
             "vllm_d2f.patches`.",
             patch,
             ", ".join(changed),
@@ -114,26 +193,31 @@ def check_sources(patch: str, source_sha256: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def positional(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters, without keyword-only ones (a stand-in may add those)."""
-    return [
-        p
-        for p in inspect.signature(function).parameters.values()
-        if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
-    ]
-
-
 def check_parameters(patch: str, target: str, original: Any, new: Any) -> None:
-    """Fail clearly when upstream changed the signature that `new` reproduces.
+    """Raise an error if `new` does not take the parameters of vLLM's function.
 
-    `new` may go on behind upstream's last parameter with some that have defaults: those of a
-    later version.
+    `new` may name only the first of them and pass on the rest as `*args`, and it may name further
+    ones with defaults, which a later version of vLLM has.
     """
-    theirs = [p.name for p in positional(original)]
-    ours = positional(new)
+    theirs, _ = _positional(original)
+    ours, passes_on = _positional(new)
+    names = [p.name for p in ours]
+    expected = theirs[: len(ours)] if passes_on else theirs
     later = ours[len(theirs) :]
-    if [p.name for p in ours[: len(theirs)]] != theirs or any(p.default is p.empty for p in later):
-        raise gone(patch, target, f"takes {theirs}, expected {[p.name for p in ours]}")
+    if names[: len(theirs)] != [p.name for p in expected] or any(
+        p.default is p.empty for p in later
+    ):
+        raise gone(patch, target, f"takes {[p.name for p in theirs]}, expected {names}")
+
+
+def _positional(function: Any) -> tuple[list[inspect.Parameter], bool]:
+    """The parameters that are not keyword-only, and whether the function also has `*args`."""
+    parameters = inspect.signature(function).parameters.values()
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return (
+        [p for p in parameters if p.kind in by_position],
+        any(p.kind is p.VAR_POSITIONAL for p in parameters),
+    )
 
 
 def replace(
@@ -141,26 +225,17 @@ def replace(
 ) -> None:
     """Replace the function `target` by `make(original)`, once.
 
-    The replacement must have the parameters of the original. It carries the original in
-    `_d2f_original`, which is also how a second call recognises that it has nothing to do.
+    The new function carries the original in `_d2f_original`, by which a second call recognises
+    that it has nothing to do.
     """
     owner, name, attribute = find(patch, target)
     original = function_of(attribute)
-    if isinstance(attribute, property):
-        current: Any = attribute.fget
-    elif isinstance(attribute, classmethod):
-        current = attribute.__func__
-    else:
-        current = attribute
-    if current is not original:
+    if _inner(attribute) is not original:
         return
     new = make(original)
     check_parameters(patch, target, original, new)
     functools.update_wrapper(new, original)
+    vars(new).pop("__signature__", None)  # from here on the original's
     vars(new)["_d2f_original"] = original
-    if isinstance(attribute, property):
-        setattr(owner, name, property(new))
-    elif isinstance(attribute, classmethod):
-        setattr(owner, name, classmethod(new))
-    else:
-        setattr(owner, name, new)
+    kind = type(attribute) if isinstance(attribute, property | classmethod) else None
+    setattr(owner, name, new if kind is None else kind(new))

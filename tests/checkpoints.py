@@ -3,7 +3,7 @@
 
 The weights are scaled so that a random model behaves like a trained one where it matters to D2F:
 the most probable token differs from position to position, and its probability spreads over all of
-(0, 1) with a good share above 0.9. With the usual 0.02 every position would propose one token at
+(0, 1) with a good share above 0.9. With the usual 0.02 every position would give one token at
 confidence 1 / vocab_size, and a decoder could be wrong without a test noticing.
 """
 

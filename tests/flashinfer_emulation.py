@@ -170,7 +170,9 @@ def make_builder(
             dtype=torch.bfloat16,
             max_model_len=length,
             hf_config=SimpleNamespace(
-                d2f={"max_blocks": blocks, "block_size": block_size}, canvas_length=canvas
+                d2f={"max_blocks": blocks, "block_size": block_size},
+                model_type="Dream",
+                canvas_length=canvas,
             ),
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=seqs),

@@ -31,7 +31,9 @@ def test_the_algorithm_needs_torch_only():
     assert loaded - baseline == {"vllm_d2f"}
 
 
-@pytest.mark.parametrize("module", ["settings", "names", "metrics", "reference", "demo", "plugin"])
+@pytest.mark.parametrize(
+    "module", ["settings", "hub.names", "metrics", "reference", "demo", "plugin"]
+)
 def test_modules_that_users_import_bring_no_vllm(module):
     assert "vllm" not in run(f"import vllm_d2f.{module}; {PRINT_LOADED}")
 

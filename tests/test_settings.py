@@ -41,7 +41,7 @@ def test_nothing_at_all_is_refused_with_the_remedy():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"blocksize": 3}, "unknown setting 'blocksize'; known are block_size"),
+        ({"blocksize": 3}, "unknown setting 'blocksize'; known are block_origin, block_size"),
         ({"preset": "gsm"}, "unknown preset 'gsm'; known are dream-gsm8k"),
         ({"block_size": "16"}, "block_size must be an integer"),
         ({"tau_act": 7}, r"tau_act must be a number in \[0, 1\]"),
@@ -49,12 +49,35 @@ def test_nothing_at_all_is_refused_with_the_remedy():
         ({"window": 1e9}, "window must be an integer"),
         ({"window": 10**9}, "between block_size"),
         ({"prompt_attention": "causal"}, "one of bidirectional, block_causal"),
+        ({"block_origin": 0}, "block_origin must be one of prompt_end, zero, got 0"),
+        ({"block_origin": "zero"}, "zero .*needs prompt_attention block_causal, got bidirectional"),
         ([], "must be an object"),
     ],
 )
 def test_wrong_sections(section, message):
     with pytest.raises(ValueError, match=message):
         settings_from_dict(section)
+
+
+def test_blocks_counted_from_zero():
+    """The setting reaches the worker with the others, and a request's block size is its own."""
+    section = {"block_origin": "zero", "prompt_attention": "block_causal", "max_blocks": 2}
+    settings = settings_from_dict(section)
+    assert settings.block_origin == "zero" and settings_from_dict({}).block_origin == "prompt_end"
+    assert settings_from_dict(settings.as_dict()) == settings
+    assert request_params(settings, {"d2f_block_size": 4}) == D2FParams(4, 2)
+
+
+def test_defaults_of_a_family_are_the_weakest():
+    family = {"block_origin": "zero", "prompt_attention": "block_causal", "block_size": 8}
+    settings = settings_from_dict(None, {"block_size": 4}, defaults=family)
+    assert (settings.block_origin, settings.params.block_size) == ("zero", 4)
+    other = settings_from_dict({"block_origin": "prompt_end"}, defaults=family)
+    assert (other.block_origin, other.prompt_attention) == ("prompt_end", "block_causal")
+    with pytest.raises(ValueError, match="zero .*needs prompt_attention block_causal"):
+        settings_from_dict({"prompt_attention": "bidirectional"}, defaults=family)
+    with pytest.raises(ValueError, match="no D2F settings"):
+        settings_from_dict(None, defaults=family)
 
 
 SERVED = Settings(D2FParams(16, 4), window=64)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules without a way on, in grammars as xgrammar prints them and by what it then allows."""
+"""Rules of a grammar that match no text and allow no next character, found with the matcher."""
 
 import pytest
 import xgrammar
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_d2f.stuck_rules import stuck_rules
+from vllm_d2f.admission import check_grammar, stuck_rules
 
 GRAMMARS = {
     "root ::= root": ["root"],
@@ -31,13 +33,12 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("ebnf", GRAMMARS)
 def test_grammars(ebnf):
-    grammar = xgrammar.Grammar.from_ebnf(ebnf)
-    assert sorted(stuck_rules(str(grammar))) == sorted(GRAMMARS[ebnf])
+    assert stuck_rules(xgrammar.Grammar.from_ebnf(ebnf)) == GRAMMARS[ebnf]
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_schemas(schema):
-    assert bool(stuck_rules(str(xgrammar.Grammar.from_json_schema(schema)))) is SCHEMAS[schema]
+    assert bool(stuck_rules(xgrammar.Grammar.from_json_schema(schema))) is SCHEMAS[schema]
 
 
 @pytest.mark.parametrize("ebnf", [g for g in GRAMMARS if "root" not in GRAMMARS[g]])
@@ -51,7 +52,42 @@ def test_the_library_agrees_about_the_first_character(ebnf):
     assert allowed.any() or matcher.is_completed()
 
 
-def test_what_is_not_understood_is_not_refused():
-    assert stuck_rules("root ::= TagDispatch((a, b))\nb ::= ((root))") == []
-    assert stuck_rules("root ::= ((<unknown>))") == []
-    assert stuck_rules("") == []
+def test_what_xgrammar_does_not_read_again_is_not_refused():
+    dispatch = xgrammar.Grammar.from_ebnf(
+        'root ::= TagDispatch(("a", b))\nb ::= "x" | more\nmore ::= more'
+    )
+    assert stuck_rules(dispatch) == ["more"]
+
+    class Unreadable:
+        def __str__(self) -> str:
+            return "root ::= ((<unknown>))"
+
+    assert stuck_rules(Unreadable()) == []
+
+
+@pytest.mark.parametrize(
+    ("structured", "message"),
+    [
+        (
+            dict(grammar='root ::= "7" more\nmore ::= more'),
+            "no text matches `more`.*every rule",
+        ),
+        (
+            dict(json='{"$ref": "#"}'),
+            r"json: no text matches a part.*every `\$ref` to itself",
+        ),
+        (dict(json={"$ref": "#"}), "json: no text matches"),
+        (dict(grammar='root ::= "7" more\nmore ::= "x" more'), None),
+        (dict(json={"type": "array", "items": {"$ref": "#"}}), None),
+        (dict(regex="[0-9]+"), None),
+    ],
+)
+def test_admission(structured, message):
+    """A refusal says what to change; every other grammar passes."""
+    params = StructuredOutputsParams(**structured)
+    params._backend = "xgrammar"
+    if message is None:
+        check_grammar(params)
+        return
+    with pytest.raises(VLLMValidationError, match=message):
+        check_grammar(params)

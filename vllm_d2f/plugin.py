@@ -42,9 +42,9 @@ def register_all() -> None:
     check_version(getattr(vllm, "__version__", None))
 
     from vllm_d2f.models import register_models
-    from vllm_d2f.patches import apply_all
+    from vllm_d2f.patches import apply
 
-    apply_all()
+    apply("process")
     register_models()
 
     from vllm_d2f.attention.selection import register as register_attention

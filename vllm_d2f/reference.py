@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vllm_d2f.d2f import D2FParams, Window, activated, add, may_attend, step
-from vllm_d2f.sampling.request_sampler import Proposer
-from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
+from vllm_d2f.sampling.request_sampler import RequestSampler
+from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""
@@ -89,7 +89,7 @@ def decode(
     sampling: Sampling | None = None,
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
-    proposer: Proposer | None = None,
+    proposer: RequestSampler | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -159,18 +159,18 @@ def decode(
         confidence_W = torch.zeros(params.window)
         if proposer is not None:
             known = (before + _decoded(window))[len(prompt) :]
-            proposer.begin()
-            token_W[masked], confidence_W[masked] = proposer.propose(
+            proposer.begin_forward()
+            token_W[masked], confidence_W[masked] = proposer.sample(
                 logits_WV[masked],
                 masked + start,
                 window.forward_R,
                 torch.tensor(known, dtype=torch.int64),
             )
         elif greedy:
-            token_W[:open_], confidence_W[:open_] = propose_greedy(logits_WV, mask_id)
+            token_W[:open_], confidence_W[:open_] = sample_greedy(logits_WV, mask_id)
         else:
             assert sampling is not None
-            token_W[:open_], confidence_W[:open_] = propose_drawn(
+            token_W[:open_], confidence_W[:open_] = sample_drawn(
                 logits_WV,
                 mask_id,
                 sampling.rows(torch.zeros(open_, dtype=torch.int64)),

@@ -268,11 +268,11 @@ def confidence_figures(size: int, count: int, rule: str, device: str = "cuda") -
     how = sampling(rule, count, device)
     counters = torch.arange(count, device=device)
     extra = () if how is None else (how, counters, counters % 7)
-    token_N, confidence_N = confidence.propose(inputs[0], mask_id, *extra)
+    token_N, confidence_N = confidence.sample(inputs[0], mask_id, *extra)
     same, error = confidence_error(inputs[0], mask_id, token_N, confidence_N, how, counters)
     if not same or not error <= RULES[rule]:
         raise AssertionError(f"tokens equal: {same}; relative error {error}, not {RULES[rule]}")
-    runs = [lambda x=x: confidence.propose(x, mask_id, *extra) for x in inputs]
+    runs = [lambda x=x: confidence.sample(x, mask_id, *extra) for x in inputs]
     timing = measure(runs, torch.device(device))
     gb_per_s = 2 * size * count / timing.ms / 1e6
     return {**timing.as_dict(), "relative_error": error, "logits_gb_per_s": round(gb_per_s, 1)}
@@ -290,13 +290,13 @@ def confidence_error(
 
     The limits of a rule are applied in float64 as well; the token is taken as given.
     """
-    from vllm_d2f.sampling.sample import propose_drawn, propose_greedy
+    from vllm_d2f.sampling.sample import sample_drawn, sample_greedy
 
     plain_NV = logits_NV.float()
     if how is None:
-        want_N, _ = propose_greedy(plain_NV.clone(), mask_id)
+        want_N, _ = sample_greedy(plain_NV.clone(), mask_id)
     else:
-        want_N, _ = propose_drawn(plain_NV, mask_id, how, counters_N, counters_N % 7)
+        want_N, _ = sample_drawn(plain_NV, mask_id, how, counters_N, counters_N % 7)
     exact_NV = plain_NV.double()
     exact_NV[:, mask_id] = -torch.inf
     if how is not None:

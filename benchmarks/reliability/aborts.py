@@ -266,7 +266,7 @@ class Storm:
 
     def _watch_slots(self) -> None:
         """Note who had a request's slot before it."""
-        state = self.inside.state
+        state = self.inside.runner.model_state
         last: dict[int, str] = {}
         add_request = state.add_request
 

@@ -27,7 +27,7 @@ decided, the next forward commits it; `held back` the last step had no room for 
 `preempted` pages are gone, the window waits aside; `finished` it ended in the step before.
 """
 
-PER_REQUEST = ("Request", "Stream", "Trace", "Proposer", "LogprobStore", "GrammarConstraint")
+PER_REQUEST = ("Request", "Stream", "Trace", "RequestSampler", "LogprobStore", "GrammarConstraint")
 """Classes that have objects only for unfinished requests."""
 
 
@@ -45,7 +45,7 @@ class Inside:
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
-        self.state = self.runner.model_state
+        self.states = self.runner.model_state.states
         self._flush()
         self.free_pages = self._free_pages()
         self.free_slots = len(self.runner.req_states.free_indices)
@@ -103,7 +103,7 @@ class Inside:
 
     def leaks(self) -> dict[str, int]:
         """What is left though no request is: by name, how many. Empty is good."""
-        scheduler, state, output = self.scheduler, self.state, self.engine.output_processor
+        scheduler, states, output = self.scheduler, self.states, self.engine.output_processor
         (pages,) = scheduler.kv_cache_manager.coordinator.single_type_managers
         req_states = self.runner.req_states
         left = {
@@ -120,15 +120,14 @@ class Inside:
             "prefills": len(scheduler._inflight_prefills),
             "streams": len(scheduler.streams),
             "traces": len(scheduler.traces),
-            "slots of windows": len(state._slots),
-            "windows aside": len(state._aside),
-            "proposers": len(state.proposers),
-            "proposers aside": len(state._proposers_aside),
-            "drawing slots": len(state.drawing),
+            "slots of windows": len(states.slots),
+            "windows aside": len(states.preempted),
+            "request samplers": len(states.samplers),
+            "drawing slots": len(states.drawing),
+            "truncating slots": len(states.truncating),
             "rows by id": len(req_states.req_id_to_index),
-            "windows to send again": len(self.runner.sampler._resumed),
-            "resumed slots": len(state.resumed),
-            "traced slots": len(state.traced),
+            "resumed slots": len(states.resumed),
+            "traced slots": len(states.traced),
             "unsettled": len(scheduler.unsettled),
             "outputs": len(output.request_states),
             "external ids": len(output.external_req_ids),

@@ -11,7 +11,7 @@ from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 from benchmarks.parity import TIE, Answer, load_forward
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.reference import Forward, decode
-from vllm_d2f.sampling.request_sampler import make_proposer
+from vllm_d2f.sampling.request_sampler import make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
 from vllm_d2f.worker.grammar import Grammars
 
@@ -66,7 +66,7 @@ class Truth:
             validate_xgrammar_grammar(sampling)  # also writes a choice as a grammar
             sampling.structured_outputs._backend = "xgrammar"
             grammar = self.grammars.constraint(sampling)
-        proposer = make_proposer(
+        proposer = make_request_sampler(
             sampling,
             prompt=prompt,
             sampling=own,

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout  # noqa: E402
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.utils import get_uniform_decode_token_count  # noqa: E402
-from vllm_d2f.patches import p12_full_graphs as p12  # noqa: E402
+from vllm_d2f.patches import p12_cuda_graphs as p12  # noqa: E402
 from vllm_d2f.patches.patch import function_of, source_hash  # noqa: E402
 
 from vllm_d2f.attention import flashinfer  # noqa: E402
@@ -82,8 +82,8 @@ BATCH = (GPUModelRunner, "gather_batch_req_state")
 
 @pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
 def test_every_width_has_its_graphs(stock, mode):
-    p12.install()
-    p12.install()
+    p12.p12_cuda_graphs.install()
+    p12.p12_cuda_graphs.install()
     graphs = manager(mode=mode)
     graphs._init_candidates()
     captured = graphs._capture_descs[FULL]
@@ -113,7 +113,7 @@ def test_a_canvas_wider_than_what_is_captured(stock):
     graphs = manager(canvas=1024, seqs=4)
     graphs._init_candidates()
     assert FULL not in graphs._capture_descs
-    p12.install()
+    p12.p12_cuda_graphs.install()
     graphs = manager(canvas=1024, seqs=4)
     graphs._init_candidates()
     assert {d.uniform_token_count for d in graphs._capture_descs[FULL]} == set(range(32, 513, 32))
@@ -128,7 +128,7 @@ def test_other_models_and_piecewise_graphs_stay_vllms(stock):
     lists = {}
     for patched in (False, True):
         if patched:
-            p12.install()
+            p12.p12_cuda_graphs.install()
         for name, given in {
             "other": dict(architecture="Qwen2ForCausalLM"),
             "piecewise": dict(mode="PIECEWISE"),
@@ -149,7 +149,7 @@ def test_it_was_written_against_this_vllm():
         (CudaGraphManager, "_init_candidates", p12.CANDIDATES),
         (*BATCH, p12.BATCH),
     ):
-        assert source_hash(vars(owner)[name]) == p12.PATCH.source_sha256[target]
+        assert source_hash(vars(owner)[name]) == p12.p12_cuda_graphs.written_against[target]
 
 
 def test_still_needed(stock):
@@ -204,8 +204,9 @@ def test_a_step_of_another_form_is_not_uniform(stock):
     """p12's veto, on a batch that vLLM calls uniform: equal lengths, but another block size."""
     state = object.__new__(D2FModelState)
     state.settings = settings_from_dict({"block_size": 32, "max_blocks": 4})
-    state.prompt_len_S = np.array([10, 20, 30])
-    state.block_size_S = np.array([32, 16, 32])
+    state.states = SimpleNamespace(
+        origin_S=np.array([10, 20, 30]), block_size_S=np.array([32, 16, 32])
+    )
     runner = SimpleNamespace(
         model_state=state,
         req_states=SimpleNamespace(num_computed_tokens_np=np.array([42, 20, 30], dtype=np.int32)),
@@ -219,7 +220,7 @@ def test_a_step_of_another_form_is_not_uniform(stock):
         batch = SimpleNamespace(idx_mapping_np=slots, num_scheduled_tokens=lengths)
         return batch, get_uniform_decode_token_count(len(slots), 64 * len(slots), 64, True)
 
-    patched = p12._make_batch(original)
+    patched = p12.p12_cuda_graphs.wrap(p12.BATCH, original)
     assert patched(runner, [0, 2], False)[1] == 64
     assert patched(runner, [0, 1], False)[1] is None
     assert patched(runner, [], True) == (None, 64)
@@ -247,9 +248,12 @@ class Steps:
         self.state = state = object.__new__(D2FModelState)
         state.settings = settings_from_dict({"block_size": self.block, "max_blocks": self.blocks})
         state.model_config = SimpleNamespace(max_model_len=self.length)
-        state.full_graphs, state.stale_pages, state.device = True, None, torch.device("cpu")
-        state.prompt_len_S = np.full(self.seqs, 1 << 40)
-        state.block_size_S = np.ones(self.seqs, dtype=np.int64)
+        state.full_graphs, state.kv_zeroing, state.device = True, None, torch.device("cpu")
+        state.states = SimpleNamespace(
+            origin_S=np.full(self.seqs, 1 << 40),
+            block_size_S=np.ones(self.seqs, dtype=np.int64),
+            origin_zero=False,
+        )
         group = SimpleNamespace(
             layer_names=["a", "b"],
             kv_cache_spec=None,
@@ -309,7 +313,7 @@ def test_a_query_that_was_scheduled_ahead_fits_into_the_page_list(monkeypatch):
     (shape,) = (s for s in shapes(steps.block, 64, 1, 512) if s.width == 64)
     graph = steps.capture(shape)
     start = steps.length - 64
-    steps.state.prompt_len_S[0], steps.state.block_size_S[0] = start, steps.block
+    steps.state.states.origin_S[0], steps.state.states.block_size_S[0] = start, steps.block
     tables = torch.arange(steps.length // steps.page, dtype=torch.int32)[None]
     metadata = steps.plan(shape, [0], [start], [64], tables)
     assert metadata.wrapper is graph.wrapper
@@ -352,8 +356,8 @@ def test_replays_read_what_was_planned_at_addresses_that_stay(monkeypatch):
         slots = rng.permutation(steps.seqs)[:num_reqs]
         committed = steps.block * rng.integers(0, 8, num_reqs)
         prompt = rng.integers(1, 200 - shape.width - committed, num_reqs)
-        steps.state.prompt_len_S[slots] = prompt
-        steps.state.block_size_S[slots] = steps.block
+        steps.state.states.origin_S[slots] = prompt
+        steps.state.states.block_size_S[slots] = steps.block
         start = prompt + committed
         length = np.full(num_reqs, shape.width)
         assert steps.state.fits_full_graph(slots, start, length)
@@ -386,7 +390,7 @@ def test_piecewise_steps_between_replays_have_a_plan_of_their_own(monkeypatch):
     """A prompt's step must not touch what graphs have recorded, except the shared page list."""
     steps = Steps(monkeypatch)
     graph = steps.capture(Shape(2, 16))
-    steps.state.prompt_len_S[:2], steps.state.block_size_S[:2] = [30, 12], 8
+    steps.state.states.origin_S[:2], steps.state.states.block_size_S[:2] = [30, 12], 8
     tables = torch.arange(32, dtype=torch.int32).view(2, 16)
     before = [buffer.clone() for buffer in graph.wrapper.buffers]
     other = steps.plan(None, [0, 1], [0, 12], [30, 16], tables, mode=PIECEWISE)

@@ -91,8 +91,8 @@ def test_metrics_say_whether_acceptance_is_made_up(wanted):
     from prometheus_client import generate_latest
     from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
+    from vllm_d2f.metrics import D2FStatLogger
     from vllm_d2f.settings import settings_from_dict
-    from vllm_d2f.stat_logger import D2FStatLogger
 
     settings = settings_from_dict({"block_size": 16, "simulate_tokens_per_forward": wanted})
     hf_config = SimpleNamespace(d2f=settings.as_dict(), model_type="Dream")

@@ -24,8 +24,8 @@ WORK = ROOT / "build" / "next-vllm"
 WANTED = (".py", ".json", ".jinja", ".txt", ".yaml")
 
 TESTS = ["tests/patches", "tests/test_register.py", "tests/models/test_configuration.py"]
-TESTS += ["tests/http/test_startup.py", "tests/test_attention.py", "tests/engine/test_golden.py"]
-TESTS += ["tests/test_full_graphs.py", "tests/test_flashinfer_plan.py"]
+TESTS += ["tests/http/test_startup.py", "tests/test_blocks.py", "tests/engine/test_golden.py"]
+TESTS += ["tests/attention"]
 
 # What these sources import and the requirements of the installed CPU build do not bring.
 MISSING = ["orjson"]

@@ -8,7 +8,7 @@ from benchmarks.parity import load_forward
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.reference import Frame, decode
-from vllm_d2f.sampling.request_sampler import make_proposer
+from vllm_d2f.sampling.request_sampler import make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
 
 PARAMS = D2FParams(8, 4, 0.1, 0.95, 0.6)
@@ -94,7 +94,7 @@ def reference_frame(
         shift=config.logits_shift,
         max_len=max_len,
         sampling=sampling,
-        proposer=make_proposer(
+        proposer=make_request_sampler(
             params,
             prompt=rule.prompt,
             sampling=sampling,

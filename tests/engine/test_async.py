@@ -69,20 +69,8 @@ def test_every_setting_with_preemptions(llm, cases, expected, way):
     check(cases, expected, engine_answers(llm, cases, way, seed=5))
     assert preemptions(llm) > before
     scheduler, runner = parts(llm)
-    assert runner.model_state._aside == {} and scheduler.preempted_in_flight == set()
+    assert runner.model_state.states.preempted == {} and scheduler.preempted_in_flight == set()
     assert scheduler.streams == {}
-
-
-def test_vectorised_sampler_of_other_devices(llm, cases, expected):
-    from vllm_d2f.worker.sampler import D2FSampler
-
-    _, runner = parts(llm)
-    compiled = runner.sampler
-    runner.sampler = D2FSampler(runner.model_state, compiled)
-    try:
-        check(cases, expected, engine_answers(llm, cases, "batch"))
-    finally:
-        runner.sampler = compiled
 
 
 def test_steps_are_scheduled_ahead_and_no_wider_than_needed(llm, cases, expected):
@@ -133,7 +121,7 @@ def test_aborts_while_a_step_runs(llm, cases, expected):
         engine.step()
     check(cases[:8], expected[:8], engine_answers(llm, cases[:8], "batch"))
     scheduler, runner = parts(llm)
-    assert runner.model_state._aside == {} and scheduler.streams == {}
+    assert runner.model_state.states.preempted == {} and scheduler.streams == {}
 
 
 def test_everything_preempted_while_a_step_runs(llm, cases, expected):

@@ -51,7 +51,7 @@ def test_preemption_changes_nothing(model, cases, expected):
     check(cases, expected, engine_answers(llm, cases, "batch"))
     assert preemptions(llm) > 0
     state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    assert state.model_runner.model_state._aside == {}
+    assert state.model_runner.model_state.states.preempted == {}
     shut_down(llm)
 
 

@@ -4,7 +4,6 @@
 import random
 
 import pytest
-import torch
 from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
 
 from benchmarks.parity import (
@@ -183,36 +182,34 @@ def test_abort_leaves_nothing_behind(llm, model, cases, expected):
         engine.step()
     check(cases[:8], expected[:8], engine_answers(llm, cases[:8], "batch"))
     worker = engine.engine_core.engine_core.model_executor.driver_worker.worker
-    state = worker.model_runner.model_state
-    assert state._aside == {}
-    assert len(state._slots) <= 8  # the last batch is forgotten with the next step
+    states = worker.model_runner.model_state.states
+    assert states.preempted == {}
+    assert len(states.slots) <= 8  # the last batch is forgotten with the next step
 
 
-def test_only_masked_rows_reach_the_head(llm, model):
-    """Logits are made for undecided positions, and never all of them at once in float32."""
+def test_only_masked_rows_reach_the_head(llm, model, monkeypatch):
+    """Logits are made for masked positions, and never all of them at once in float32."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    sampler = worker.model_runner.sampler
-    seen, masked = [], []
-    project, propose = sampler.project, sampler._propose
+    proposals = worker.model_runner.sampler.proposals
+    states, seen, masked = worker.model_runner.model_state.states, [], []
+    project, list_rows = proposals.project, proposals._rows
 
     def counting_project(hidden):
         seen.append(len(hidden))
         return project(hidden)
 
-    def counting_propose(hidden, request, column, slot, *others):
-        window = worker.model_runner.model_state.window.rows(slot)
-        undecided = (torch.arange(WINDOW) < window.open_R[:, None]) & ~window.decoded_RW
-        assert undecided[request, column].all()
-        masked.append(int(undecided.sum()))
-        return propose(hidden, request, column, slot, *others)
+    def counting_rows(masked_DW, queries):
+        rows, end_D = list_rows(masked_DW, queries)
+        window = states.window.rows(queries.slot_D)
+        assert window.masked_RW[rows.request_N, rows.column_N].all()
+        masked.append(int(window.masked_RW.sum()))
+        return rows, end_D
 
-    sampler.project, sampler._propose = counting_project, counting_propose
-    chunk, sampler.rows_per_chunk = sampler.rows_per_chunk, 16
-    try:
-        cases = make_cases(random_prompts(3, seed=2), [D2FParams(8, 4, 0.1, 0.95, 0.6)], 32)
-        answers = engine_answers(llm, cases, "batch")
-    finally:
-        sampler.project, sampler._propose, sampler.rows_per_chunk = project, propose, chunk
+    monkeypatch.setattr(proposals, "project", counting_project)
+    monkeypatch.setattr(proposals, "_rows", counting_rows)
+    monkeypatch.setattr(proposals, "rows_per_chunk", 16)
+    cases = make_cases(random_prompts(3, seed=2), [D2FParams(8, 4, 0.1, 0.95, 0.6)], 32)
+    answers = engine_answers(llm, cases, "batch")
     assert max(seen) <= 16
     assert sum(seen) == sum(masked)
     assert sum(masked) < 32 * sum(a.forwards for a in answers)

@@ -2,7 +2,6 @@
 """Every sampling parameter: the engine says what the reference says, with as many forwards."""
 
 import pytest
-import torch
 from common import MAX_LEN, WINDOW, random_prompts
 from rules import Rule, engine_answers, engine_outputs, reference_answers
 
@@ -124,22 +123,14 @@ def test_a_seed_gives_one_text_alone_and_in_a_batch_of_32(llm, seeded, alone):
     assert all(one.tokens != two.tokens for one, two in zip(alone, answers, strict=True))
 
 
-def test_vectorised_sampler_of_other_devices(llm, rules, expected):
-    """The CPU runs a compiled step; the sampler that CUDA runs must say the same here.
-
-    Its chunks are made small, so that the rows of one request come in several of them.
-    """
-    from vllm_d2f.worker.sampler import D2FSampler
-
+def test_rows_of_one_request_in_several_chunks(llm, rules, expected):
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    runner = worker.model_runner
-    compiled = runner.sampler
-    runner.sampler = D2FSampler(runner.model_state, compiled)
-    runner.sampler.rows_per_chunk = 7
+    proposals = worker.model_runner.sampler.proposals
+    rows, proposals.rows_per_chunk = proposals.rows_per_chunk, 7
     try:
         check(rules, expected, engine_answers(llm, rules))
     finally:
-        runner.sampler = compiled
+        proposals.rows_per_chunk = rows
 
 
 def test_the_rules_hold(llm, rules, expected):
@@ -212,24 +203,25 @@ def test_repetition_ends_an_answer(llm):
 def test_who_asks_for_nothing_pays_nothing(llm, rules, monkeypatch):
     """Plain requests leave no trace in what rules need, and rules none behind them."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    state, sampler = worker.model_runner.model_state, worker.model_runner.sampler
-    engine_outputs(llm, rules[:20])
-    found = []
-    own_rows = sampler._own_rows
-    sampler._own_rows = lambda *args: found.append(own_rows(*args)) or found[-1]
-    looked, searchsorted = [], torch.searchsorted
-    monkeypatch.setattr(
-        torch, "searchsorted", lambda *args, **kw: looked.append(1) or searchsorted(*args, **kw)
+    states, proposals = (
+        worker.model_runner.model_state.states,
+        worker.model_runner.sampler.proposals,
     )
-    try:
-        plain = [Rule(rule.prompt, {}) for rule in rules[:4]]
-        engine_outputs(llm, plain)
-        assert state.proposers == {} and state._proposers_aside == {}
-        assert found and not any(found) and not looked
-        engine_outputs(llm, [*plain, rules[5]])
-        assert any(found) and looked
-    finally:
-        sampler._own_rows = own_rows
+    engine_outputs(llm, rules[:20])
+    found, list_rows = [], proposals._rows
+
+    def watched(*args):
+        rows, end_D = list_rows(*args)
+        found.append(end_D is not None)
+        return rows, end_D
+
+    monkeypatch.setattr(proposals, "_rows", watched)
+    plain = [Rule(rule.prompt, {}) for rule in rules[:4]]
+    engine_outputs(llm, plain)
+    assert states.samplers == {} and states.preempted == {}
+    assert found and not any(found)
+    engine_outputs(llm, [*plain, rules[5]])
+    assert any(found)
 
 
 def test_refused_offline(llm, dream):
@@ -265,5 +257,5 @@ def test_z_preemption_changes_nothing(dream, rules, expected, seeded, alone):
     assert engine_answers(llm, seeded) == alone
     assert preemptions(llm) > before
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    assert worker.model_runner.model_state._proposers_aside == {}
+    assert worker.model_runner.model_state.states.preempted == {}
     shut_down(llm)

@@ -13,10 +13,10 @@ from benchmarks.parity import (
     shut_down,
     start_engine,
 )
+from vllm_d2f.admission import MAX_END_TOKENS
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards, request_trace
 from vllm_d2f.reference import decode
-from vllm_d2f.settings import MAX_END_TOKENS
 
 PAGE = 32
 
@@ -74,18 +74,12 @@ def parts(llm):
     return core.scheduler, core.model_executor.driver_worker.worker.model_runner
 
 
-@pytest.mark.parametrize("sampler", ["compiled", "vectorised"])
-def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler):
-    """After its k-th forward a request has said what the reference has decided without a gap.
+def test_emits_forward_by_forward_what_the_reference_decodes(llm, frames):
+    """After its k-th forward a request has emitted what the reference has decoded without a gap.
 
     And of each request vLLM counts, files and hashes no more than what is committed by then.
     """
-    from vllm_d2f.worker.sampler import D2FSampler
-
     scheduler, runner = parts(llm)
-    compiled = runner.sampler
-    if sampler == "vectorised":
-        runner.sampler = D2FSampler(runner.model_state, compiled)
     try:
         for index, (case, _) in enumerate(frames):
             add(llm, str(index), case)
@@ -112,7 +106,6 @@ def test_leaves_forward_by_forward_as_the_reference_decides(llm, frames, sampler
         assert counted == expected_counts(frames)
         assert early > steps / 2, "hardly anything left before its block, so this tested nothing"
     finally:
-        runner.sampler = compiled
         vars(scheduler).pop("make_stats", None)
 
 

@@ -215,7 +215,7 @@ def test_a_grammar_that_cannot_go_on_ends_its_own_request(llm, prompts, ignore_e
 
     Admission refuses what it recognises, so here it looks away.
     """
-    monkeypatch.setattr("vllm_d2f.worker.grammar.stuck_rules", lambda normal_form: [])
+    monkeypatch.setattr("vllm_d2f.admission.stuck_rules", lambda grammar: [])
     lost = structured(
         grammar='root ::= "7" more\nmore ::= more', options=dict(ignore_eos=ignore_eos)
     )

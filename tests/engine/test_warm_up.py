@@ -46,23 +46,23 @@ def test_every_kind_of_step_and_nothing_is_left(dream, ahead):
 
     llm, worker = make_engine(dream, async_scheduling=ahead)
     runner = worker.model_runner
-    state = runner.model_state
+    states = runner.model_state.states
     seen = set()
     sampler_add = runner.sampler.add_request
     runner.sampler.add_request = lambda slot, params: (
-        seen.add((slot in state.drawing, slot in state.cutting, slot in state.proposers)),
+        seen.add((slot in states.drawing, slot in states.truncating, slot in states.samplers)),
         sampler_add(slot, params),
     )
     execute, steps = watched(worker)
-    gpu_worker.warmup_kernels(runner, execute, worker.sample_tokens)  # p13 calls `warm_up`
+    gpu_worker.warmup_kernels(runner, execute, worker.sample_tokens)  # p13 calls `state.warm_up`
     del runner.sampler.add_request
     assert len(steps) == STEPS
     assert steps[0] == (1, 0, 0) and steps[1] == (0, len(KINDS) - 2, 1)
     assert steps[2] == (0, 1, len(KINDS) - 1) and steps[3] == (0, 0, len(KINDS))
     # Greedy, drawn with limits, drawn without, and with rules of its own.
     assert seen == {(0, 0, 0), (1, 1, 0), (1, 0, 0), (0, 0, 1)}
-    assert runner.req_states.req_id_to_index == {} and state._slots == {} and state._aside == {}
-    assert state.proposers == {} and not state.drawing and not state.cutting
+    assert runner.req_states.req_id_to_index == {} and states.slots == {} and states.preempted == {}
+    assert states.samplers == {} and not states.drawing and not states.truncating
     cases = make_cases(random_prompts(6, seed=3), [D2FParams(8, 4, 0.1, 0.95, 0.6)], 40)
     expected = reference_answers(dream, cases, MAX_LEN)
     check(cases, expected, engine_answers(llm, cases, "batch"))
@@ -91,10 +91,10 @@ def test_few_slots_pages_and_positions(dream):
 
 
 def test_other_models_keep_vllms_own():
-    from vllm_d2f.patches.p13_warm_up import _make
+    from vllm_d2f.patches.p13_warm_up import TARGET, p13_warm_up
 
     called = []
-    patched = _make(lambda *args: called.append(args))
+    patched = p13_warm_up.wrap(TARGET, lambda *args: called.append(args))
     runner = SimpleNamespace(model_state=object())
     patched(runner, 1, 2)
     assert called == [(runner, 1, 2)]

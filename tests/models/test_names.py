@@ -79,25 +79,25 @@ def test_missing_folder(embedded):
 
 @pytest.fixture
 def patched(embedded):
-    from vllm_d2f.patches import p05_model_names
+    from vllm_d2f.patches.p05_model_names import p05_model_names
     from vllm_d2f.patches.patch import find
 
     import vllm_d2f
 
     vllm_d2f.register()  # vLLM does so in EngineArgs; what follows must not undo it
-    targets = {target: find("test", target) for target in p05_model_names.PATCH.target}
-    p05_model_names.apply()
-    p05_model_names.apply()
+    targets = {target: find("test", target) for target in p05_model_names.replacements}
+    p05_model_names.install()
+    p05_model_names.install()
     yield embedded
     for owner, attribute, value in targets.values():
         setattr(owner, attribute, value)
 
 
 def test_the_sources_are_the_ones_it_was_written_against():
-    from vllm_d2f.patches.p05_model_names import NAME, PATCH
+    from vllm_d2f.patches.p05_model_names import p05_model_names
     from vllm_d2f.patches.patch import check_sources
 
-    assert check_sources(NAME, PATCH.source_sha256) == []
+    assert check_sources(p05_model_names.name, p05_model_names.written_against) == []
 
 
 def test_engine_arguments_keep_the_name_for_clients(patched, tmp_path, monkeypatch):

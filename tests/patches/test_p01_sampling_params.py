@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """p01: D2F models judge their sampling parameters, others are judged by vLLM."""
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-from vllm_d2f.patches.p01_sampling_params import PATCH, apply
+from vllm_d2f.patches.p01_sampling_params import p01_sampling_params as PATCH
 from vllm_d2f.patches.patch import function_of, source_hash
+
+from vllm_d2f import admission, settings
 
 D2F = SimpleNamespace(is_diffusion=True, is_d2f=True)
 OTHER_DIFFUSION = SimpleNamespace(is_diffusion=True, is_d2f=False)
@@ -30,22 +31,20 @@ REFUSED_BY_VLLM = {
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
     """Applies the patch for one test; the parameters our own check was asked about."""
     seen: list = []
-    settings = ModuleType("vllm_d2f.settings")
-    settings.is_d2f = lambda model_config: model_config.is_d2f
-    settings.check_sampling_params = lambda params, model_config: seen.append(params)
-    settings.check_structured_outputs = lambda params, model_config, config: seen.append(params)
-    monkeypatch.setitem(sys.modules, "vllm_d2f.settings", settings)
+    monkeypatch.setattr(settings, "is_d2f", lambda model_config: model_config.is_d2f)
+    for name in ("check_sampling_params", "check_structured_outputs"):
+        monkeypatch.setattr(admission, name, lambda params, *rest: seen.append(params))
     for name in METHODS:
         monkeypatch.setattr(SamplingParams, name, function_of(vars(SamplingParams)[name]))
-    apply()
-    apply()
+    PATCH.install()
+    PATCH.install()
     return seen
 
 
 def test_it_was_written_against_this_vllm():
-    for target, name in zip(PATCH.target, METHODS, strict=True):
+    for target, name in zip(PATCH.replacements, METHODS, strict=True):
         found = source_hash(vars(SamplingParams)[name])
-        expected = PATCH.source_sha256[target]
+        expected = PATCH.written_against[target]
         assert found == expected, "read what changed upstream, then renew the hash"
 
 
@@ -60,7 +59,7 @@ def test_our_refusal_reaches_the_caller(asked: list, monkeypatch: pytest.MonkeyP
     def refuse(params: SamplingParams, model_config: object) -> None:
         raise VLLMValidationError("no", parameter="d2f_tau_act")
 
-    monkeypatch.setattr(sys.modules["vllm_d2f.settings"], "check_sampling_params", refuse)
+    monkeypatch.setattr(admission, "check_sampling_params", refuse)
     with pytest.raises(VLLMValidationError, match="no"):
         SamplingParams()._validate_diffusion(D2F)
 

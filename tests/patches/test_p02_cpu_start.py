@@ -11,8 +11,9 @@ import vllm.triton_utils
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config import vllm as config_module
-from vllm_d2f.patches import p02_cpu_start, p03_cpu_kernels
-from vllm_d2f.patches.p02_cpu_start import PATCH, apply, needed
+from vllm_d2f.patches.p02_cpu_start import needed
+from vllm_d2f.patches.p02_cpu_start import p02_cpu_start as PATCH
+from vllm_d2f.patches.p03_cpu_kernels import p03_cpu_kernels
 from vllm_d2f.patches.patch import function_of, source_hash
 
 NAMES = ("use_v2_model_runner", "_validate_v2_model_runner")
@@ -38,8 +39,8 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     choice, check = (function_of(vars(VllmConfig)[name]) for name in NAMES)
     monkeypatch.setattr(VllmConfig, NAMES[0], property(choice))
     monkeypatch.setattr(VllmConfig, NAMES[1], check)
-    apply()
-    apply()
+    PATCH.install()
+    PATCH.install()
 
 
 def choose(settings: Any) -> bool:
@@ -47,9 +48,9 @@ def choose(settings: Any) -> bool:
 
 
 def test_it_was_written_against_this_vllm():
-    for target in PATCH.target:
+    for target in PATCH.replacements:
         found = source_hash(vars(VllmConfig)[target.rpartition(".")[2]])
-        assert found == PATCH.source_sha256[target], f"read what changed in {target}"
+        assert found == PATCH.written_against[target], f"read what changed in {target}"
 
 
 def test_d2f_models_start_on_v2(patched: None):
@@ -89,13 +90,13 @@ def test_the_users_variable_wins(
 
 
 @pytest.mark.parametrize("is_cpu, has_triton", [(False, True), (False, False), (True, True)])
-@pytest.mark.parametrize("patch", [p02_cpu_start.PATCH, p03_cpu_kernels.PATCH])
+@pytest.mark.parametrize("patch", [PATCH, p03_cpu_kernels])
 def test_not_applied_elsewhere(monkeypatch, patch, is_cpu: bool, has_triton: bool):
     """On CUDA, and on a CPU whose Triton has a CPU backend."""
     platform = SimpleNamespace(is_cpu=lambda: is_cpu)
     monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", has_triton)
-    assert not patch.needed()
+    assert not patch.needed(None)
 
 
 def test_applied_on_a_cpu_without_triton(monkeypatch: pytest.MonkeyPatch):

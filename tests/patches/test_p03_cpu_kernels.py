@@ -8,7 +8,8 @@ import sys
 
 import pytest
 from vllm_d2f.patches.p02_cpu_start import needed
-from vllm_d2f.patches.p03_cpu_kernels import HOOK, KERNELS, PATCH
+from vllm_d2f.patches.p03_cpu_kernels import HOOK, KERNELS, NAME, SOURCES
+from vllm_d2f.patches.p03_cpu_kernels import p03_cpu_kernels as PATCH
 from vllm_d2f.patches.patch import find, function_of, source_hash
 
 # In a process of its own: registering changes vLLM's modules for good.
@@ -19,8 +20,8 @@ from vllm.triton_utils.dispatcher import KernelOverride
 from vllm_d2f.patches import cpu_block_tables, cpu_kernels, p03_cpu_kernels as p03
 from vllm_d2f.patches.patch import find, function_of
 
-p03.apply()
-p03.apply()
+p03.p03_cpu_kernels.install()
+p03.p03_cpu_kernels.install()
 assert "vllm.v1.worker.gpu.input_batch" not in sys.modules, "too early"
 stock = {target: find(p03.NAME, target)[2] for target in p03.KERNELS}
 first = {}
@@ -61,21 +62,24 @@ def test_registration_in_a_worker():
     assert "was written against another version" not in run.stderr
 
 
-@pytest.mark.parametrize("target", PATCH.source_sha256)
+WRITTEN_AGAINST = {**PATCH.written_against, **SOURCES}
+
+
+@pytest.mark.parametrize("target", WRITTEN_AGAINST)
 def test_it_was_written_against_this_vllm(target: str):
     module, _, name = target.partition(":")
     if "." in name:
-        found = source_hash(find(PATCH.name, target)[2])
+        found = source_hash(find(NAME, target)[2])
     else:  # a kernel: from the file, as the attribute may be an override by now
         found = source_hash(original_kernel(module, name))
-    assert found == PATCH.source_sha256[target], f"read what changed in {target}"
+    assert found == WRITTEN_AGAINST[target], f"read what changed in {target}"
 
 
 def original_kernel(module: str, name: str) -> object:
     from vllm.triton_utils import dispatcher
 
     registered = dispatcher._registry.get(f"{module}.{name}")
-    return registered[0] if registered else find(PATCH.name, f"{module}:{name}")[2]
+    return registered[0] if registered else find(NAME, f"{module}:{name}")[2]
 
 
 @pytest.mark.parametrize("target", KERNELS)
@@ -86,5 +90,5 @@ def test_still_needed(target: str):
     module, _, name = target.partition(":")
     decorators = [ast.unparse(d).split("(")[0] for d in kernel_ast(module, name).decorator_list]
     assert decorators == ["triton.jit"]
-    stock_hook = function_of(find(PATCH.name, HOOK)[2])
+    stock_hook = function_of(find(NAME, HOOK)[2])
     assert name not in inspect.getsource(stock_hook), "vLLM registers its own: delete ours"

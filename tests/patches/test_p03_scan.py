@@ -12,7 +12,7 @@ numba = pytest.importorskip("numba", reason="vLLM's CPU build brings Numba")
 
 
 def test_upstream_still_needs_it():
-    """Fails when vLLM's own scan no longer trips over llvmlite: then drop `_make_scan`."""
+    """Fails when vLLM's own scan no longer trips over llvmlite: then drop `_rebind_kernels`."""
     with pytest.raises(AttributeError):
         function_of(find("test", p03_cpu_kernels.SCAN)[2])([(object(), None)])
 
@@ -26,7 +26,7 @@ def test_scan_rebinds_and_gives_the_modules_back():
     assert before
     sys.modules[module.__name__] = module
     try:
-        p03_cpu_kernels._make_scan(original)([(kernel, stand_in)])
+        p03_cpu_kernels.p03_cpu_kernels.wrap(p03_cpu_kernels.SCAN, original)([(kernel, stand_in)])
     finally:
         del sys.modules[module.__name__]
     assert module.kernel is stand_in

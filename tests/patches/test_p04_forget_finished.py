@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm_d2f.patches.p04_forget_finished import PATCH, install
+from vllm_d2f.patches.p04_forget_finished import TARGET
+from vllm_d2f.patches.p04_forget_finished import p04_forget_finished as PATCH
 from vllm_d2f.patches.patch import function_of, source_hash
 
 from vllm_d2f.worker.model_state import D2FModelState
@@ -27,14 +28,13 @@ def runner(model_state: Any, log: list) -> Any:
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = function_of(vars(GPUModelRunner)["finish_requests"])
     monkeypatch.setattr(GPUModelRunner, "finish_requests", stock)
-    install()
-    install()
+    PATCH.install()
+    PATCH.install()
 
 
 def test_it_was_written_against_this_vllm():
-    (target,) = PATCH.target
     found = source_hash(vars(GPUModelRunner)["finish_requests"])
-    assert found == PATCH.source_sha256[target], "read what changed upstream, then renew the hash"
+    assert found == PATCH.written_against[TARGET], "read what changed upstream, then renew the hash"
 
 
 def test_a_d2f_state_hears_of_finished_requests_first(patched: None):

@@ -7,7 +7,7 @@ import pytest
 from vllm.config.vllm import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
-from vllm_d2f.patches.p07_beam_search import NAME, PATCH, TARGET, apply
+from vllm_d2f.patches.p07_refusals import BEAM_SEARCH, p07_beam_search
 from vllm_d2f.patches.patch import function_of, source_hash
 
 METHOD = "_check_supports_watermarking"
@@ -25,14 +25,14 @@ def config_of(architecture: str) -> SimpleNamespace:
 def check(monkeypatch: pytest.MonkeyPatch):
     stock = function_of(vars(VllmConfig)[METHOD])
     monkeypatch.setattr(VllmConfig, METHOD, stock)
-    apply()
-    apply()
+    p07_beam_search.install()
+    p07_beam_search.install()
     return vars(VllmConfig)[METHOD]
 
 
 def test_it_was_written_against_this_vllm():
-    assert PATCH.name == NAME
-    assert source_hash(vars(VllmConfig)[METHOD]) == PATCH.source_sha256[TARGET]
+    found = source_hash(vars(VllmConfig)[METHOD])
+    assert found == p07_beam_search.written_against[BEAM_SEARCH]
 
 
 def test_d2f_models_refuse(check):

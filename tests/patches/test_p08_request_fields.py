@@ -4,17 +4,14 @@
 That a server installs it is tested over HTTP (tests/http/test_api_fields.py).
 """
 
-import functools
-
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
-from vllm_d2f.patches import p08_request_fields as p08
-from vllm_d2f.patches.p08_request_fields import PATCH
-from vllm_d2f.patches.patch import function_of, source_hash
+from vllm_d2f.patches.p08_request_fields import p08_request_fields as PATCH
+from vllm_d2f.patches.patch import configs, function_of, source_hash
 
 METHOD = "to_sampling_params"
 REQUESTS = {
@@ -35,14 +32,18 @@ def served():
 @pytest.fixture(autouse=True)
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own methods, and afterwards what was there before."""
-    monkeypatch.setattr(p08, "_served", None)
+    monkeypatch.delitem(configs, "server", raising=False)
     for kind in REQUESTS:
         monkeypatch.setattr(kind, METHOD, function_of(vars(kind)[METHOD]))
 
 
 @pytest.fixture
-def install(served):
-    return functools.partial(p08.install, served)
+def install(served, monkeypatch):
+    def install_for_the_server() -> None:
+        monkeypatch.setitem(configs, "server", served)
+        PATCH.install()
+
+    return install_for_the_server
 
 
 def params_of(kind, **fields):
@@ -50,8 +51,8 @@ def params_of(kind, **fields):
 
 
 def test_it_was_written_against_this_vllm():
-    for target, kind in zip(PATCH.target, REQUESTS, strict=True):
-        assert source_hash(vars(kind)[METHOD]) == PATCH.source_sha256[target], target
+    for target, kind in zip(PATCH.replacements, REQUESTS, strict=True):
+        assert source_hash(vars(kind)[METHOD]) == PATCH.written_against[target], target
 
 
 @CLASSES

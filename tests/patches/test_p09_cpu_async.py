@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.platforms.cpu import CpuPlatform
-from vllm_d2f.patches import p09_cpu_async as p09
+from vllm_d2f.patches.p09_cpu_async import TARGET
+from vllm_d2f.patches.p09_cpu_async import p09_cpu_async as PATCH
 from vllm_d2f.patches.patch import function_of, source_hash
 
-TARGET = "check_and_update_config"
+METHOD = "check_and_update_config"
 
 
 def switch_off(cls, vllm_config):
@@ -23,15 +24,14 @@ def config(d2f, wanted):
 
 
 def test_it_was_written_against_this_vllm():
-    (target,) = p09.PATCH.target
-    found = source_hash(vars(CpuPlatform)[TARGET])
-    assert found == p09.PATCH.source_sha256[target], "read what changed upstream, renew the hash"
+    found = source_hash(vars(CpuPlatform)[METHOD])
+    assert found == PATCH.written_against[TARGET], "read what changed upstream, renew the hash"
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_only_d2f_models_keep_what_was_asked(monkeypatch, wanted):
     monkeypatch.setattr("vllm_d2f.settings.is_d2f", lambda model_config: model_config.d2f)
-    patched = p09._make(switch_off)
+    patched = PATCH.wrap(TARGET, switch_off)
     ours, other = config(True, wanted), config(False, wanted)
     patched(CpuPlatform, ours)
     patched(CpuPlatform, other)
@@ -43,5 +43,5 @@ def test_still_needed():
     """Fails when the CPU platform leaves the flag alone: then delete p09."""
     import inspect
 
-    source = inspect.getsource(function_of(vars(CpuPlatform)[TARGET]))
+    source = inspect.getsource(function_of(vars(CpuPlatform)[METHOD]))
     assert "scheduler_config.async_scheduling = False" in source

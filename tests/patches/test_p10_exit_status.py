@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.launcher import serve_http
-from vllm_d2f.patches.p10_exit_status import HTTP, PATCH, TARGET, _make, install
+from vllm_d2f.patches.p10_exit_status import HTTP, TARGET
+from vllm_d2f.patches.p10_exit_status import p10_exit_status as PATCH
 from vllm_d2f.patches.patch import function_of, source_hash
 
 D2F, OTHER = "DreamModel", "Qwen2ForCausalLM"
@@ -39,7 +40,7 @@ def serve(engine: SimpleNamespace, how: str) -> list[str]:
         return {"by itself": dummy_shutdown, "by a signal": shutdown}[how]()
 
     async def run():
-        await (await _make(original)(engine, "address", None, None, log_level="info"))
+        await (await PATCH.wrap(TARGET, original)(engine, "address", None, None, log_level="info"))
 
     asyncio.run(run())
     return done
@@ -47,7 +48,7 @@ def serve(engine: SimpleNamespace, how: str) -> list[str]:
 
 def test_it_was_written_against_this_vllm():
     for target, function in ((TARGET, entry.build_and_serve), (HTTP, serve_http)):
-        assert source_hash(function) == PATCH.source_sha256[target], target
+        assert source_hash(function) == PATCH.written_against[target], target
 
 
 def test_a_dead_engine_is_a_failure():
@@ -72,8 +73,8 @@ def test_any_other_end_stays_vllms(architecture, errored, how):
 def test_installing_twice_wraps_once(monkeypatch):
     stock = function_of(entry.build_and_serve)
     monkeypatch.setattr(entry, "build_and_serve", stock)
-    install()
-    install()
+    PATCH.install()
+    PATCH.install()
     assert entry.build_and_serve is not stock
     assert entry.build_and_serve._d2f_original is stock
 

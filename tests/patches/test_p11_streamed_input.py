@@ -11,7 +11,7 @@ from vllm.engine.protocol import StreamingInput
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm_d2f.patches.p11_streamed_input import PATCH, TARGET, _make, install
+from vllm_d2f.patches.p07_refusals import STREAMED_INPUT, p11_streamed_input
 from vllm_d2f.patches.patch import function_of, source_hash
 
 METHOD = "_add_streaming_input_request"
@@ -23,14 +23,15 @@ async def pieces():
 
 
 def test_it_was_written_against_this_vllm():
-    assert source_hash(vars(AsyncLLM)[METHOD]) == PATCH.source_sha256[TARGET]
+    found = source_hash(vars(AsyncLLM)[METHOD])
+    assert found == p11_streamed_input.written_against[STREAMED_INPUT]
 
 
 def test_installing_twice_wraps_once(monkeypatch):
     stock = function_of(vars(AsyncLLM)[METHOD])
     monkeypatch.setattr(AsyncLLM, METHOD, stock)
-    install()
-    install()
+    p11_streamed_input.install()
+    p11_streamed_input.install()
     assert vars(AsyncLLM)[METHOD]._d2f_original is stock
 
 
@@ -41,9 +42,10 @@ def test_another_model_goes_the_stock_way():
         seen.append(args)
         return "queue"
 
-    patched = _make(original)
+    patched = p11_streamed_input.wrap(STREAMED_INPUT, original)
     other = SimpleNamespace(model_config=SimpleNamespace(architectures=["Qwen2ForCausalLM"]))
-    given = [f"argument {i}" for i in range(len(inspect.signature(patched).parameters) - 1)]
+    stock = function_of(vars(AsyncLLM)[METHOD])
+    given = [f"argument {i}" for i in range(len(inspect.signature(stock).parameters) - 1)]
     assert asyncio.run(patched(other, *given)) == "queue"
     assert seen == [tuple(given)]
 

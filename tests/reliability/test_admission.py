@@ -12,7 +12,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_d2f import register
-from vllm_d2f.settings import check_sampling_params, end_tokens, request_params, served_settings
+from vllm_d2f.admission import check_sampling_params, end_tokens
+from vllm_d2f.settings import request_params, served_settings
 
 
 @pytest.fixture(scope="module")

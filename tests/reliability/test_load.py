@@ -81,7 +81,7 @@ def test_the_counting_of_leaks_sees_what_is_there(llm):
     llm.llm_engine.step()
     seen = inside.leaks()
     assert {"pages", "slots", "requests", "running", "streams", "slots of windows"} <= seen.keys()
-    assert {"proposers", "outputs", "LogprobStore objects", "Stream objects"} <= seen.keys()
+    assert {"request samplers", "outputs", "LogprobStore objects", "Stream objects"} <= seen.keys()
     inside.abort(["x"], mid_step=True)
     inside.drain(lambda output: None)
     assert inside.leaks() == {}

@@ -35,8 +35,8 @@ from benchmarks.parity import (  # noqa: E402
     start_engine,
 )
 from vllm_d2f.d2f import D2FParams  # noqa: E402
+from vllm_d2f.metrics import D2FStatLogger  # noqa: E402
 from vllm_d2f.reference import decode  # noqa: E402
-from vllm_d2f.stat_logger import D2FStatLogger  # noqa: E402
 
 WINDOW, MAX_LEN, MAX_TOKENS = 64, 128, 24
 SETTINGS = [

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The confidence kernel gives what `proposal` gives.
+"""The confidence kernel gives what `sampling.sample` gives.
 
-On CUDA as it is; on a CPU under Triton's interpreter, which `test_interpreted.py` starts.
+On CUDA as it is; on a CPU under Triton's interpreter, which `test_kernel_interpreted.py` starts.
 """
 
 import os
 
 import pytest
 import torch
+from rank_threads import run_ranks
 
-from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
+from vllm_d2f.sampling import tensor_parallel
+from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [
     pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="runs in test_interpreted.py"
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="runs in test_kernel_interpreted.py",
     ),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
@@ -58,10 +61,10 @@ def counters(rows):
 
 
 def expected(logits, sampling, position, forward):
-    """`proposal`, greedy and drawn rows apart, from float32."""
-    token, value = propose_greedy(logits.float().clone(), MASK)
+    """`sampling.sample`, greedy and drawn rows apart, from float32."""
+    token, value = sample_greedy(logits.float().clone(), MASK)
     drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
-    token[drawn], value[drawn] = propose_drawn(
+    token[drawn], value[drawn] = sample_drawn(
         logits[drawn], MASK, sampling.rows(drawn), position[drawn], forward[drawn]
     )
     return token, value
@@ -73,8 +76,8 @@ def test_greedy(size, dtype):
     logits = random_logits(5, size, dtype)
     logits[:, MASK] += 100
     before = logits.clone()
-    token, value = confidence.propose(logits, MASK)
-    want_token, want = propose_greedy(logits.float().clone(), MASK)
+    token, value = confidence.sample(logits, MASK)
+    want_token, want = sample_greedy(logits.float().clone(), MASK)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
     assert torch.equal(logits, before)
@@ -86,7 +89,7 @@ def test_drawn(size, rows, dtype):
     logits = random_logits(rows, size, dtype)
     logits[:, MASK] += 100
     rule, (position, forward) = random_sampling(rows, size), counters(rows)
-    token, value = confidence.propose(logits, MASK, rule, position, forward)
+    token, value = confidence.sample(logits, MASK, rule, position, forward)
     want_token, want = expected(logits, rule, position, forward)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want, rtol=2e-5, atol=1e-7)
@@ -100,7 +103,7 @@ def test_without_limits_every_token_can_be_drawn():
     rule.seed_R[:] = torch.arange(rows, device=DEVICE)
     logits = torch.zeros(rows, 9, device=DEVICE)
     zero = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    token, value = confidence.propose(logits, MASK, rule, zero, zero)
+    token, value = confidence.sample(logits, MASK, rule, zero, zero)
     assert set(token.tolist()) == set(range(9)) - {MASK}
     torch.testing.assert_close(value, torch.full_like(value, 1 / 8))
     assert torch.equal(token, expected(logits, rule, zero, zero)[0])
@@ -116,7 +119,7 @@ def test_ties_at_the_limit_keep_the_lower_ids(k):
     row = torch.tensor([1.0, 2, 2, 9, -0.0, 2, 1, 0.0, 2, -1])  # 9 is the mask's
     logits = row.to(DEVICE).repeat(rows, 1)
     zero = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    token, value = confidence.propose(logits, MASK, rule, zero, zero)
+    token, value = confidence.sample(logits, MASK, rule, zero, zero)
     want_token, want = expected(logits, rule, zero, zero)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want)
@@ -124,7 +127,7 @@ def test_ties_at_the_limit_keep_the_lower_ids(k):
     assert set(token.tolist()) <= set(order[:k])
     rule.top_k_R[:] = 0
     rule.top_p_R[:] = 0.05 * k
-    token, value = confidence.propose(logits, MASK, rule, zero, zero)
+    token, value = confidence.sample(logits, MASK, rule, zero, zero)
     want_token, want = expected(logits, rule, zero, zero)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want)
@@ -136,7 +139,7 @@ def test_greedy_takes_the_first_of_equals():
     logits[1, [9, 17000, 19999]] = 50
     logits[2, :] = 0.0
     logits[2, :100] = -0.0
-    token, value = confidence.propose(logits, MASK)
+    token, value = confidence.sample(logits, MASK)
     assert token.tolist() == [0, 9, 0]
     torch.testing.assert_close(value.cpu(), torch.tensor([1 / 19999, 1 / 3, 1 / 19999]))
 
@@ -144,7 +147,7 @@ def test_greedy_takes_the_first_of_equals():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("limited", [False, True])
 def test_rows_without_a_distribution(temperature, limited):
-    """A NaN, +inf, nothing finite: confidence 0, and the token that `proposal` takes."""
+    """A NaN, +inf, nothing finite: confidence 0, and the token that `sampling.sample` takes."""
     logits = random_logits(7, 9000)
     logits[0, 8500] = torch.nan
     logits[1, [5, 8999]] = torch.nan
@@ -160,7 +163,7 @@ def test_rows_without_a_distribution(temperature, limited):
     if limited:
         rule.top_k_R[:], rule.top_p_R[:], rule.min_p_R[:] = 20, 0.9, 0.01
     position, forward = counters(7)
-    token, value = confidence.propose(logits, MASK, rule, position, forward)
+    token, value = confidence.sample(logits, MASK, rule, position, forward)
     want_token, want = expected(logits, rule, position, forward)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-7)
@@ -173,10 +176,10 @@ def test_rows_without_a_distribution(temperature, limited):
 def test_result_does_not_depend_on_the_batch():
     logits = random_logits(12, 9000)
     rule, (position, forward) = random_sampling(12), counters(12)
-    token, value = confidence.propose(logits, MASK, rule, position, forward)
+    token, value = confidence.sample(logits, MASK, rule, position, forward)
     for some in ([7], [11, 0, 5], list(range(0, 12, 3))):
         index = torch.tensor(some, device=DEVICE)
-        part = confidence.propose(
+        part = confidence.sample(
             logits[index], MASK, rule.rows(index), position[index], forward[index]
         )
         assert torch.equal(part[0], token[index])
@@ -186,48 +189,51 @@ def test_result_does_not_depend_on_the_batch():
 def test_rows_of_a_wider_tensor_and_none():
     wide = random_logits(6, 1000)
     for logits in (wide[:, :600], wide[::2], wide.t().contiguous().t()):
-        token, value = confidence.propose(logits, MASK)
-        want_token, want = propose_greedy(logits.clone(), MASK)
+        token, value = confidence.sample(logits, MASK)
+        want_token, want = sample_greedy(logits.clone(), MASK)
         assert torch.equal(token, want_token)
         torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
-    token, value = confidence.propose(wide[:0], MASK)
+    token, value = confidence.sample(wide[:0], MASK)
     assert token.shape == value.shape == (0,)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_shards_of_the_vocabulary(ranks):
-    """Partials of tensor-parallel ranks, in any order, are the whole row."""
+@pytest.mark.parametrize("flip", [False, True])
+def test_shards_of_the_vocabulary(ranks, flip):
+    """Partials of tensor-parallel ranks, in any order, are the whole row; and the torch shard's."""
     rows, size = 8, 20000
     logits = random_logits(rows, size)
     logits[0, [300, 19000]] = 60  # equal on two ranks: the lower id
     logits[1, 19500] = torch.nan
     cuts = [size * rank // ranks for rank in range(ranks + 1)]
-
-    def parts(*args, source=logits, **named):
-        pieces = [
-            confidence.shard(source[:, low:high], MASK, *args, first_token=low, **named)
-            for low, high in zip(cuts, cuts[1:], strict=False)
-        ]
-        return pieces[::-1]
-
-    token, value = confidence.merge(parts())
-    want_token, want = propose_greedy(logits.clone(), MASK)
-    assert torch.equal(token, want_token) and token[0] == 300 and token[1] == 19500
-    torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
-
     rule, (position, forward) = random_sampling(rows), counters(rows)
     rule.top_k_R[:], rule.top_p_R[:] = 0, 1.0
     rule.temperature_R[2:] = 0.9
-    scaled = logits / torch.where(rule.temperature_R > 0, rule.temperature_R, 1.0)[:, None]
-    largest = torch.stack([part.max_N for part in parts(source=scaled)]).amax(0)
-    token, value = confidence.merge(
-        parts(rule, position, forward, max_N=largest), rule.temperature_R > 0
-    )
+
+    def over_ranks(shard, *settings):
+        def work(rank, gather):
+            part = logits[:, cuts[rank] : cuts[rank + 1]].clone()
+            turned = lambda bits: gather(bits).flip(0) if flip else gather(bits)  # noqa: E731
+            return tensor_parallel.sample_sharded(shard, part, MASK, cuts[rank], turned, *settings)
+
+        results = run_ranks(ranks, work)
+        assert all(map(torch.equal, results[0], results[-1]))
+        return results[0]
+
+    token, value = over_ranks(confidence.shard)
+    want_token, want = sample_greedy(logits.clone(), MASK)
+    assert torch.equal(token, want_token) and token[0] == 300 and token[1] == 19500
+    torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7)
+
+    token, value = over_ranks(confidence.shard, rule, position, forward)
     want_token, want = expected(logits, rule, position, forward)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want, rtol=2e-5, atol=1e-7)
+    plain_token, plain = over_ranks(tensor_parallel.shard, rule, position, forward)
+    assert torch.equal(token, plain_token)
+    torch.testing.assert_close(value, plain, rtol=2e-5, atol=1e-7)
 
 
 def test_drawing_without_counters_is_refused():
     with pytest.raises(ValueError, match="position_N"):
-        confidence.propose(random_logits(1, 9), MASK, Sampling.greedy(1, DEVICE))
+        confidence.sample(random_logits(1, 9), MASK, Sampling.greedy(1, DEVICE))

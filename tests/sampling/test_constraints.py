@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deciding in the order of the text, and what `d2f.advance` makes of it."""
+"""Deciding in the order of the text, and what `d2f.step` makes of it."""
 
 import pytest
 import torch
 
 from vllm_d2f.d2f import D2FParams, Window, activated, add, step
-from vllm_d2f.sampling.constraints import HELD, BadWords, LeftToRight
-from vllm_d2f.sampling.sample import propose_greedy
+from vllm_d2f.sampling.constraints import NOT_YET, BadWords, InOrderDecoder
+from vllm_d2f.sampling.sample import sample_greedy
 
 MASK, VOCAB = 0, 9
 
@@ -34,8 +34,8 @@ def logits_of(tokens, confidences):
     return rows
 
 
-def walk(order, logits):
-    return order.walk(logits, lambda row: propose_greedy(logits[row : row + 1], MASK))
+def decode(order, logits):
+    return order.decode_in_order(logits, lambda row: sample_greedy(logits[row : row + 1], MASK))
 
 
 @pytest.mark.parametrize(
@@ -49,40 +49,40 @@ def walk(order, logits):
 )
 def test_it_goes_on_while_it_is_sure(confidences, decided):
     seen = Recorder()
-    order = LeftToRight([seen], 0.9, ends=[])
+    order = InOrderDecoder([seen], 0.9, ends=[])
     tokens = [3, 4, 5, 6]
-    token, confidence = walk(order, logits_of(tokens, confidences))
+    token, confidence = decode(order, logits_of(tokens, confidences))
     assert seen.accepted == tokens[:decided] == token[:decided].tolist()
     torch.testing.assert_close(confidence[:decided], torch.tensor(confidences[:decided]))
-    assert (confidence[decided:] == HELD).all()
+    assert (confidence[decided:] == NOT_YET).all()
 
 
 def test_rows_may_come_in_several_calls_and_forwards_begin_anew():
     seen = Recorder()
-    order = LeftToRight([seen], 0.9, ends=[])
-    walk(order, logits_of([3, 4], [0.95, 0.95]))
-    walk(order, logits_of([5, 6], [0.5, 0.95]))  # not the first of its forward: it waits
-    walk(order, logits_of([7], [0.95]))
+    order = InOrderDecoder([seen], 0.9, ends=[])
+    decode(order, logits_of([3, 4], [0.95, 0.95]))
+    decode(order, logits_of([5, 6], [0.5, 0.95]))  # not the first of its forward: it waits
+    decode(order, logits_of([7], [0.95]))
     assert seen.accepted == [3, 4]
-    order.begin()
-    walk(order, logits_of([5], [0.5]))
+    order.begin_forward()
+    decode(order, logits_of([5], [0.5]))
     assert seen.accepted == [3, 4, 5]
 
 
 def test_it_stops_behind_an_end_token():
     seen = Recorder()
-    _, confidence = walk(LeftToRight([seen], 0.5, ends=[4]), logits_of([3, 4, 5], [0.9] * 3))
+    _, confidence = decode(InOrderDecoder([seen], 0.5, ends=[4]), logits_of([3, 4, 5], [0.9] * 3))
     assert seen.accepted == [3, 4]
-    assert confidence[2] == HELD
+    assert confidence[2] == NOT_YET
 
 
 @pytest.mark.parametrize("tau", [0.6, 0.9])
 def test_a_confidence_of_exactly_the_threshold_is_not_above_it(tau):
-    """In float32, as `advance` compares: 0.6 there is a little more than 0.6."""
+    """In float32, as `step` compares: 0.6 there is a little more than 0.6."""
     seen = Recorder()
-    order = LeftToRight([seen], tau, ends=[])
+    order = InOrderDecoder([seen], tau, ends=[])
     exactly = torch.tensor([tau], dtype=torch.float32)
-    order.walk(torch.zeros(2, VOCAB), lambda row: (torch.tensor([3 + row]), exactly))
+    order.decode_in_order(torch.zeros(2, VOCAB), lambda row: (torch.tensor([3 + row]), exactly))
     assert seen.accepted == [3]
 
 
@@ -106,8 +106,8 @@ def test_bad_words_are_never_completed():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_advance_decides_what_the_walk_accepted(seed):
-    """On random windows, until the answers are done. (The compiled step equals `advance`.)"""
+def test_step_decodes_what_the_decoder_accepted(seed):
+    """On random windows, until the answers are done."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*values):
@@ -122,24 +122,24 @@ def test_advance_decides_what_the_walk_accepted(seed):
     window.start(0, params, **settings)
     add(window)
     seen = Recorder()
-    order = LeftToRight([seen], float(window.tau_R1), ends)
+    order = InOrderDecoder([seen], float(window.tau_R1), ends)
     committed: list[int] = []
     for _ in range(200):
         open_ = int(window.open_R)
-        undecided = (~window.decoded_RW[0, :open_]).nonzero()[:, 0]
+        masked = (~window.decoded_RW[0, :open_]).nonzero()[:, 0]
         # What is decided is a beginning of the text, and what comes next may be forced.
-        assert undecided.tolist() == list(range(open_ - len(undecided), open_))
-        assert not len(undecided) or activated(window)[0, undecided[0]]
-        tokens = [pick(1, 2, 3, 4, 5, 6, 7, 8) if pick(0, 0, 1) else 1 for _ in undecided]
-        logits = logits_of(tokens, [pick(0.3, 0.7, 0.95, 0.99) for _ in undecided])
+        assert masked.tolist() == list(range(open_ - len(masked), open_))
+        assert not len(masked) or activated(window)[0, masked[0]]
+        tokens = [pick(1, 2, 3, 4, 5, 6, 7, 8) if pick(0, 0, 1) else 1 for _ in masked]
+        logits = logits_of(tokens, [pick(0.3, 0.7, 0.95, 0.99) for _ in masked])
         before = len(seen.accepted)
-        order.begin()
+        order.begin_forward()
         proposal, confidence = torch.zeros(1, width, dtype=torch.int64), torch.zeros(1, width)
-        proposal[0, undecided], confidence[0, undecided] = walk(order, logits)
+        proposal[0, masked], confidence[0, masked] = decode(order, logits)
         expected = seen.accepted[before:]
         result = step(window, proposal, confidence, MASK)
         accepted = result.accepted_RW[0].nonzero()[:, 0]
-        assert accepted.tolist() == undecided[: len(expected)].tolist()
+        assert accepted.tolist() == masked[: len(expected)].tolist()
         assert result.tokens_RW[0, accepted].tolist() == expected
         answer = committed + result.tokens_RW[0, : int(result.emit_R)].tolist()
         committed += result.tokens_RW[0, : int(result.commit_R)].tolist()

@@ -14,7 +14,9 @@ from vllm_d2f.sampling import missing
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_confidence.py runs on the device")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_confidence_kernel.py runs on the device"
+)
 def test_confidence_interpreted():
     pytest.importorskip("triton")
     file = Path(__file__).with_name("test_confidence_kernel.py")

@@ -9,8 +9,8 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_d2f.sampling.logits_processors import LogitProcessor, LogitRules
 from vllm_d2f.sampling.logprobs import LogprobStore, take_all
-from vllm_d2f.sampling.request_sampler import make_proposer
-from vllm_d2f.sampling.sample import Sampling, propose_greedy
+from vllm_d2f.sampling.request_sampler import make_request_sampler
+from vllm_d2f.sampling.sample import Sampling, sample_greedy
 
 VOCAB = 23
 PROMPT = [3, 3, 7, 11]
@@ -65,7 +65,7 @@ def test_rules_equal_a_plain_loop(name):
     logits = torch.randn(len(POSITIONS), VOCAB, generator=torch.Generator().manual_seed(0)) * 3
     expected = torch.tensor(plain(rules, logits.tolist()), dtype=torch.float64)
     processor = LogitProcessor(rules, torch.tensor(PROMPT), VOCAB, "cpu")
-    # Undecided positions stand among the decided ones.
+    # Masked positions are among the decoded ones.
     answer = torch.tensor([VOCAB, *ANSWER, VOCAB, VOCAB])
     processor.apply(logits, torch.tensor(POSITIONS), answer)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-6, atol=1e-6)
@@ -88,7 +88,7 @@ def test_rules_come_from_sampling_params():
     assert LogitRules.of(SamplingParams(min_tokens=2)).empty  # there is nothing to hold off
 
 
-def proposer(params: SamplingParams, **options):
+def own_sampler(params: SamplingParams, **options):
     settings = dict(
         prompt=PROMPT,
         sampling=Sampling.greedy(1),
@@ -98,23 +98,25 @@ def proposer(params: SamplingParams, **options):
         vocab_size=VOCAB,
         window=16,
     )
-    return make_proposer(params, **settings | options)
+    return make_request_sampler(params, **settings | options)
 
 
-def test_who_asks_for_nothing_has_no_proposer():
-    assert proposer(SamplingParams(temperature=0.7, top_p=0.5, seed=3, stop_token_ids=[4])) is None
+def test_who_asks_for_nothing_has_no_sampler_of_its_own():
+    assert (
+        own_sampler(SamplingParams(temperature=0.7, top_p=0.5, seed=3, stop_token_ids=[4])) is None
+    )
 
 
 def test_logprobs_are_those_of_the_model_and_of_the_last_write():
     """At temperature 0 a token's log-probability is the log of its confidence."""
-    asked = proposer(SamplingParams(temperature=0, logprobs=3))
+    asked = own_sampler(SamplingParams(temperature=0, logprobs=3))
     store = asked.logprobs
     generator = torch.Generator().manual_seed(1)
     for positions in ([0, 1, 2, 3], [1, 3]):
         logits = torch.randn(len(positions), VOCAB, generator=generator) * 2
-        plain_token, plain_confidence = propose_greedy(logits.clone(), 0)
+        plain_token, plain_confidence = sample_greedy(logits.clone(), 0)
         at = torch.tensor(positions)
-        token, confidence = asked.propose(logits.clone(), at, torch.tensor(1), None)
+        token, confidence = asked.sample(logits.clone(), at, torch.tensor(1), None)
         assert torch.equal(token, plain_token)
         torch.testing.assert_close(confidence, plain_confidence)
         for row, position in enumerate(positions):
@@ -130,12 +132,12 @@ def test_logprobs_are_those_of_the_model_and_of_the_last_write():
 
 
 def test_logprobs_come_before_all_rules():
-    biased = proposer(SamplingParams(temperature=0, logprobs=1, logit_bias={5: 100.0}))
+    biased = own_sampler(SamplingParams(temperature=0, logprobs=1, logit_bias={5: 100.0}))
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2))
     expected = logits.clone()
     expected[:, 0] = -torch.inf
     expected = expected.log_softmax(-1)[0]
-    token, confidence = biased.propose(logits, torch.tensor([0]), torch.tensor(1), None)
+    token, confidence = biased.sample(logits, torch.tensor([0]), torch.tensor(1), None)
     token_NK, value_NK, rank_N = biased.logprobs.take(1, 1)
     assert token.item() == token_NK[0, 0] == 5
     assert confidence.item() == pytest.approx(1)
@@ -161,7 +163,7 @@ def test_logprobs_of_given_tokens_raw_logits_and_all():
     torch.testing.assert_close(value_NK[:, 1:].exp().sum(1), torch.ones(2))
 
 
-def test_what_leaves_is_in_order_and_as_wide_as_the_widest():
+def test_what_is_emitted_is_in_order_and_as_wide_as_the_widest():
     """Requests that did not ask have no rows, and prefills stand behind all of them."""
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(4))
     at, token = torch.arange(4), torch.tensor([1, 2, 3, 4])

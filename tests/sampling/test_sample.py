@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proposals: probabilities against a plain softmax, draws against their distribution."""
+"""Sampling: probabilities against a plain softmax, draws against their distribution."""
 
 import pytest
 import torch
 
-from vllm_d2f.sampling.sample import Sampling, gumbel, propose_drawn, propose_greedy
+from vllm_d2f.sampling.sample import Sampling, gumbel, sample, sample_drawn, sample_greedy
 
 MASK = 3
 
@@ -37,13 +37,13 @@ def plain_distribution(logits_V, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0
     return p / p.sum()
 
 
-def test_greedy_equals_softmax_and_never_proposes_the_mask():
+def test_greedy_equals_softmax_and_never_samples_the_mask():
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
     logits[:, MASK] += 5
     expected = logits.double().clone()
     expected[:, MASK] = -torch.inf
     expected = expected.softmax(-1)
-    token, confidence = propose_greedy(logits, MASK)
+    token, confidence = sample_greedy(logits, MASK)
     assert (token == expected.argmax(-1)).all()
     torch.testing.assert_close(confidence.double(), expected.amax(-1), rtol=1e-5, atol=1e-7)
     assert (token != MASK).all()
@@ -64,7 +64,7 @@ def test_draws_follow_the_distribution(rule):
     logits_V = torch.tensor([1.0, 2.0, 0.5, 4.0, -1.0, 1.5, 0.0, 2.2])
     rows = 20_000
     expected = plain_distribution(logits_V.clone(), **rule)
-    token, confidence = propose_drawn(
+    token, confidence = sample_drawn(
         logits_V.expand(rows, -1),
         MASK,
         sampling(rows, **rule),
@@ -84,9 +84,9 @@ def test_draws_depend_on_seed_position_and_forward_only():
     forward = torch.tensor([2, 2, 2, 3, 2, 2])
     rule = sampling(6, temperature=2.0, seed=9)
     rule.seed_R[4] = 10
-    together, _ = propose_drawn(logits, MASK, rule, position, forward)
+    together, _ = sample_drawn(logits, MASK, rule, position, forward)
     alone = [
-        propose_drawn(
+        sample_drawn(
             logits[i : i + 1],
             MASK,
             rule.rows(torch.tensor([i])),
@@ -112,9 +112,9 @@ def test_gumbel_moments():
 
 def test_nan_logits_give_confidence_zero():
     logits = torch.full((2, 8), torch.nan)
-    assert propose_greedy(logits.clone(), MASK)[1].tolist() == [0, 0]
+    assert sample_greedy(logits.clone(), MASK)[1].tolist() == [0, 0]
     zero = torch.zeros(2, dtype=torch.int64)
-    assert propose_drawn(logits, MASK, sampling(2), zero, zero)[1].tolist() == [0, 0]
+    assert sample_drawn(logits, MASK, sampling(2), zero, zero)[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -124,7 +124,24 @@ def test_half_precision_logits_give_float32_confidences(dtype):
     logits = (torch.randn(64, 500, generator=generator) * 4 + 15).to(dtype)
     expected = logits.double()
     expected[:, 3] = -torch.inf
-    _, confidence = propose_greedy(logits, 3)
+    _, confidence = sample_greedy(logits, 3)
     torch.testing.assert_close(
         confidence.double(), expected.softmax(-1).max(-1).values, rtol=1e-5, atol=1e-7
     )
+
+
+def test_rows_of_both_kinds_are_those_of_either():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(12, 40, generator=generator) * 3
+    rule = sampling(12, temperature=0.8, top_k=9)
+    rule.temperature_R[::3] = 0
+    at = torch.arange(12)
+    token, confidence = sample(logits.clone(), MASK, rule, at, at % 4)
+    greedy = sample_greedy(logits.clone(), MASK)
+    drawn = sample_drawn(logits, MASK, sampling(12, temperature=0.8, top_k=9), at, at % 4)
+    for row in range(12):
+        want = drawn if row % 3 else greedy
+        assert token[row] == want[0][row] and confidence[row] == want[1][row]
+    assert all(map(torch.equal, sample(logits.clone(), MASK), greedy))
+    with pytest.raises(ValueError, match="position_N"):
+        sample(logits, MASK, rule)

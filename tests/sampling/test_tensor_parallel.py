@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vocabulary split over ranks proposes what the whole one does."""
-
-import math
-import threading
+"""A vocabulary split over ranks gives what the whole one gives."""
 
 import pytest
 import torch
 from host_waits import no_host_waits
+from rank_threads import run_ranks
 
-from vllm_d2f.sampling.exchange import exchange
-from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
-from vllm_d2f.sampling.tensor_parallel import propose_sharded
-from vllm_d2f.sampling.vocab_cut import cut
+from vllm_d2f.sampling.sample import Sampling, sample
+from vllm_d2f.sampling.tensor_parallel import all_gather_values, sample_sharded, shard
 
 MASK, VOCABULARY, ROWS = 37, 101, 24
 
@@ -35,132 +31,48 @@ def make_sampling():
     return sampling, position, forward
 
 
-def whole(logits, sampling, position, forward):
-    token, confidence = propose_greedy(logits.clone(), MASK)
-    if sampling is not None:
-        drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
-        token[drawn], confidence[drawn] = propose_drawn(
-            logits[drawn], MASK, sampling.rows(drawn), position[drawn], forward[drawn]
-        )
-    return token, confidence
+def whole(logits, *settings):
+    return sample(logits.clone(), MASK, *settings)
 
 
-def cut_sampling():
-    """Rows with top_k, with top_p, with both, with min_p beside them, and without."""
-    sampling, position, forward = make_sampling()
-    row = torch.arange(ROWS)
-    sampling.temperature_R[row % 3 == 1] = 1.2
-    sampling.top_k_R[row % 4 == 0] = 1 + row[row % 4 == 0]
-    sampling.top_k_R[2] = 500  # more than there are
-    sampling.top_p_R[row % 4 < 2] = 0.3 + 0.02 * row[row % 4 < 2]
-    return sampling, position, forward
+def over_ranks(logits, bounds, *settings):
+    """`sample_sharded` on each part of the columns."""
+    volume = []
 
-
-def shards(logits, bounds, sampling=None, position=None, forward=None, cut=False):
-    """`propose_sharded` on each part of the columns, one thread per rank."""
-    ranks = len(bounds) - 1
-    board, results, volume = [None] * ranks, [None] * ranks, []
-    barrier = threading.Barrier(ranks, timeout=60)
-
-    def run(rank):
-        def gather(values):
-            barrier.wait()
-            board[rank] = values
-            volume.append(values.numel())
-            barrier.wait()
-            return torch.stack(board)
+    def work(rank, gather):
+        def counted(bits):
+            volume.append(bits.numel())
+            return gather(bits)
 
         part = logits[:, bounds[rank] : bounds[rank + 1]].clone()
-        results[rank] = propose_sharded(
-            part,
-            MASK,
-            bounds[rank],
-            gather,
-            sampling,
-            position,
-            forward,
-            rank if cut else None,
-        )
+        return sample_sharded(shard, part, MASK, bounds[rank], counted, *settings)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results, sum(volume)
+    return run_ranks(len(bounds) - 1, work), sum(volume)
 
 
 @pytest.mark.parametrize("bounds", [(0, 101), (0, 50, 101), (0, 37, 38, 101), (0, 30, 60, 90, 101)])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_split_is_whole(bounds, drawn):
     logits = make_logits()
-    settings = make_sampling() if drawn else (None, None, None)
+    settings = make_sampling() if drawn else ()
     want = whole(logits, *settings)
-    results, volume = shards(logits, bounds, *settings)
+    results, volume = over_ranks(logits, bounds, *settings)
     for token, confidence in results:
         assert torch.equal(token, want[0])
         torch.testing.assert_close(confidence, want[1], rtol=2e-5, atol=1e-7)
     assert torch.equal(results[0][1], results[-1][1]), "ranks must agree to the bit"
-    # What moves does not depend on the vocabulary: 5 numbers of a row and rank (a token has two).
-    assert volume == (len(bounds) - 1) * ROWS * (6 + drawn)
+    # What moves does not depend on the vocabulary: 4 numbers of a row and rank, one of them wide.
+    assert volume == (len(bounds) - 1) * ROWS * (5 + drawn)
 
 
-@pytest.mark.parametrize("bounds", [(0, 101), (0, 50, 101), (0, 37, 38, 101), (0, 30, 60, 90, 101)])
-@pytest.mark.parametrize("seed", range(8))
-def test_cut_at_top_k_and_top_p(bounds, seed):
-    logits = make_logits(seed)
-    if seed % 2:
-        logits = logits.round()  # many equal values, on all ranks
-    settings = cut_sampling()
-    settings[0].seed_R += seed
-    want = whole(logits, *settings)
-    uncut = whole(logits, *make_sampling())
-    assert not torch.equal(want[0], uncut[0])
-    results, volume = shards(logits, bounds, *settings, cut=True)
-    for token, confidence in results:
-        assert torch.equal(token, want[0])
-        torch.testing.assert_close(confidence, want[1], rtol=2e-5, atol=1e-7)
-    assert torch.equal(results[0][1], results[-1][1])
-    # Of a row and rank: for each limit four digits of 256 float64 and two numbers more, once the
-    # whole probability, and what moves without limits.
-    assert volume == (len(bounds) - 1) * ROWS * (7 + 2 * (2 * (4 * 256 + 2) + 1))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_what_a_cut_keeps(ranks):
-    """Against a sort in float64, with many equal values."""
-    generator = torch.Generator().manual_seed(ranks)
-    value = -torch.randint(0, 6, (40, 60), generator=generator).float() * math.log(2.0)
-    top_k = torch.randint(0, 70, (40,), generator=generator)
-    top_p = torch.where(
-        torch.rand(40, generator=generator) < 0.3, 1.0, torch.rand(40, generator=generator)
-    )
-    order = value.sort(descending=True, stable=True).indices
-    mass = value.double().exp().gather(1, order)
-    rank = torch.arange(60)
-    mass[(top_k[:, None] > 0) & (rank >= top_k[:, None])] = 0
-    before = mass.cumsum(1) - mass
-    keep = (mass > 0) & ((before < top_p[:, None] * mass.sum(1, keepdim=True)) | (rank == 0))
-    want = torch.zeros_like(keep).scatter(1, order, keep)
-
-    parts = value.split(60 // ranks, 1)
-    board, got, barrier = [None] * ranks, [None] * ranks, threading.Barrier(ranks, timeout=60)
-
-    def run(rank):
-        def gather(values):
-            barrier.wait()
-            board[rank] = values
-            barrier.wait()
-            return torch.stack(board)
-
-        got[rank] = cut(parts[rank], torch.zeros(40), top_k, top_p, rank, gather)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(torch.cat(got, 1), want)
+@pytest.mark.parametrize("bounds", [(0, 50, 101), (0, 37, 38, 101)])
+def test_top_k_and_top_p_are_not_looked_at(bounds):
+    """Rows with these gather their logits: tests/worker/test_proposals.py."""
+    logits, (sampling, position, forward) = make_logits(), make_sampling()
+    want = whole(logits, sampling, position, forward)
+    sampling.top_k_R[:], sampling.top_p_R[:] = 3, 0.2
+    (token, _), *_ = over_ranks(logits, bounds, sampling, position, forward)[0]
+    assert torch.equal(token, want[0])
 
 
 def test_one_exchange_is_exact():
@@ -169,33 +81,42 @@ def test_one_exchange_is_exact():
         torch.tensor([1 << 40, -3]),
         torch.tensor([torch.nan, 2.0]),
     )
-    back = exchange(values, lambda bits: torch.stack((bits, bits)))
+    back = all_gather_values(values, lambda bits: torch.stack((bits, bits)))
     for value, both in zip(values, back, strict=True):
         assert both.dtype == value.dtype
         for one in both:
             assert torch.equal(one.nan_to_num(7), value.nan_to_num(7))
     table = torch.rand(2, 5, dtype=torch.float64)
-    back = exchange((table, values[1]), lambda bits: torch.stack((bits, bits, bits)))
+    back = all_gather_values((table, values[1]), lambda bits: torch.stack((bits, bits, bits)))
     assert torch.equal(back[0], table.expand(3, 2, 5)) and back[1].shape == (3, 2)
 
 
 def test_nothing_waits_for_the_device():
-    logits, settings = make_logits(), cut_sampling()
+    logits, settings = make_logits(), make_sampling()
     with no_host_waits():
-        propose_sharded(logits, MASK, 0, lambda bits: bits[None], *settings, 0)
+        sample_sharded(shard, logits, MASK, 0, lambda bits: bits[None], *settings)
 
 
-def test_a_nan_gets_no_confidence():
-    logits = make_logits()
+def test_drawing_without_counters_is_refused():
+    with pytest.raises(ValueError, match="position_N"):
+        shard(make_logits(), MASK, make_sampling()[0])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_nan_gets_no_confidence(drawn):
+    logits, settings = make_logits(), make_sampling() if drawn else ()
     logits[0, 70] = torch.nan
     logits[8, 7] = torch.inf
     logits[12] = -torch.inf
-    for settings, is_cut in (((), False), (make_sampling(), False), (cut_sampling(), True)):
-        (token, confidence), *_ = shards(logits, (0, 50, 101), *settings, cut=is_cut)[0]
-        bad = torch.tensor([0, 8, 12])
-        assert not confidence[bad].any() and ((token >= 0) & (token < VOCABULARY)).all()
-        confidence[bad] = 1
-        assert (confidence > 0).all()
+    logits[3, 80] = torch.nan  # a row that is not drawn
+    (token, confidence), *_ = over_ranks(logits, (0, 50, 101), *settings)[0]
+    want_token, want = whole(logits, *settings)
+    bad = torch.tensor([0, 3, 8, 12])
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(confidence, want, rtol=2e-5, atol=1e-7)
+    assert not confidence[bad].any() and token[3] == 80
+    confidence[bad] = 1
+    assert (confidence > 0).all()
 
 
 def gloo_rank(rank, file, queue):
@@ -209,7 +130,7 @@ def gloo_rank(rank, file, queue):
         return torch.stack(parts)
 
     part = make_logits()[:, 50 * rank : 50 + 51 * rank].clone()
-    token, confidence = propose_sharded(part, MASK, 50 * rank, gather, *cut_sampling(), rank)
+    token, confidence = sample_sharded(shard, part, MASK, 50 * rank, gather, *make_sampling())
     queue.put((rank, token.tolist(), confidence.tolist()))
     dist.destroy_process_group()
 
@@ -226,7 +147,7 @@ def test_two_processes(tmp_path):
     got = sorted(queue.get(timeout=300) for _ in ranks)
     for process in ranks:
         process.join(60)
-    token, confidence = whole(make_logits(), *cut_sampling())
+    token, confidence = whole(make_logits(), *make_sampling())
     for _, tokens, confidences in got:
         assert tokens == token.tolist()
         assert confidences == pytest.approx(confidence.tolist(), rel=2e-5)

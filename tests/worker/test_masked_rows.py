@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The padded list of undecided positions, against `nonzero`."""
+"""The padded list of masked positions, against `nonzero`."""
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from vllm_d2f.worker.masked_rows import masked_rows, scatter
+from vllm_d2f.worker.masked_rows import bounded_rows, exact_rows, scatter
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -19,7 +19,7 @@ def test_equals_nonzero(seed):
     for bound in (exact, np.full(requests, width), some):
         multiple = (1, 16)[seed % 2]
         buffer = torch.full((requests * width + multiple + 1,), -7)
-        rows = masked_rows(masked, bound, multiple, buffer)
+        rows = bounded_rows(masked, bound, multiple, buffer)
         assert rows.target_N.data_ptr() == buffer.data_ptr()
         num_rows = len(rows.request_N)
         assert num_rows == -(-max(bound.sum(), 1) // multiple) * multiple
@@ -37,6 +37,9 @@ def test_equals_nonzero(seed):
         padding = rows.target_N == requests * width
         assert int(padding.sum()) == num_rows - exact.sum() and not rows.column_N[padding].any()
         assert torch.equal(scatter(rows, values, (requests, width)), want)
+    rows = exact_rows(masked)
+    assert torch.equal(torch.stack(rows[:2], 1), masked.nonzero())
+    assert torch.equal(scatter(rows, masked[masked], (requests, width)), masked)
 
 
 def test_waits_for_no_device():
@@ -44,21 +47,21 @@ def test_waits_for_no_device():
     with FakeTensorMode():
         masked = torch.zeros(4, 32, dtype=torch.bool)
         with pytest.raises(DynamicOutputShapeException):
-            masked.nonzero()
+            exact_rows(masked)
         bound = np.array([32, 20, 16, 32])
-        rows = masked_rows(masked, bound, 4, torch.empty(129, dtype=torch.int64))
+        rows = bounded_rows(masked, bound, 4, torch.empty(129, dtype=torch.int64))
         assert scatter(rows, torch.ones(100), (4, 32)).shape == (4, 32)
 
 
 def test_a_short_buffer_is_refused():
     with pytest.raises(ValueError, match="buffer"):
         masked = torch.zeros(2, 4, dtype=torch.bool)
-        masked_rows(masked, np.array([4, 4]), 1, torch.zeros(8, dtype=torch.int64))
+        bounded_rows(masked, np.array([4, 4]), 1, torch.zeros(8, dtype=torch.int64))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_proposing_waits_for_no_device():
+def test_sampling_waits_for_no_device():
     from vllm_d2f.sampling import confidence_kernel as confidence
     from vllm_d2f.sampling.sample import Sampling
 
@@ -71,9 +74,9 @@ def test_proposing_waits_for_no_device():
     forward = torch.zeros(8, dtype=torch.int64, device="cuda")
 
     def step():
-        rows = masked_rows(masked, bound, 16, buffer)
+        rows = bounded_rows(masked, bound, 16, buffer)
         logits = hidden[rows.request_N * 128 + rows.column_N] @ head
-        token, value = confidence.propose(
+        token, value = confidence.sample(
             logits, 3, sampling.rows(rows.request_N), rows.column_N, forward[rows.request_N]
         )
         return scatter(rows, token, (8, 128)), scatter(rows, value, (8, 128))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA sampler's step waits for nothing, and does what the plain sampler does.
+"""A step on CUDA makes the host wait for nothing, and does what a step on a CPU does.
 
 Here it runs on CPU tensors with the kernel's definition in the kernel's place; marked `gpu`, on a
 device.
@@ -15,80 +15,20 @@ from host_waits import HostWait, no_host_waits
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
+from sampler_parts import Event, Head, composed_as_on_cuda, make_states  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 
-from vllm_d2f.d2f import D2FParams, Window, add  # noqa: E402
-from vllm_d2f.sampling.request_sampler import make_proposer  # noqa: E402
-from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy  # noqa: E402
-from vllm_d2f.worker import cuda_sampler  # noqa: E402
-from vllm_d2f.worker.cuda_sampler import CudaSampler  # noqa: E402
-from vllm_d2f.worker.masked_bounds import UndecidedBounds  # noqa: E402
+from vllm_d2f.worker.masked_bounds import MaskedBounds  # noqa: E402
 from vllm_d2f.worker.sampler import D2FSampler  # noqa: E402
 
-SLOTS, WIDTH, HIDDEN, VOCABULARY, MASK, ENDS, LENGTH = 5, 24, 16, 60, 59, 2, 200
+SLOTS, WIDTH, HIDDEN, VOCABULARY, MASK, LENGTH = 5, 24, 16, 60, 59, 200
 
 RULES = {
-    0: SamplingParams(temperature=0, logprobs=2, repetition_penalty=1.3),
-    1: SamplingParams(temperature=0.8, top_k=9, seed=5, presence_penalty=0.5, min_tokens=4),
-    4: SamplingParams(temperature=0, logprobs=0, logit_bias={7: 1.5}, stop_token_ids=[3, 4]),
+    0: dict(temperature=0, logprobs=2, repetition_penalty=1.3),
+    1: dict(temperature=0.8, top_k=9, presence_penalty=0.5, min_tokens=4),
+    4: dict(temperature=0, logprobs=0, logit_bias={7: 1.5}),
 }
 """What the requests in these slots ask for beside their temperature."""
-
-
-class Event:
-    """A copy that is done when it is waited for."""
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
-
-
-def stand_in(logits, mask_id, sampling=None, position=None, forward=None):
-    """`kernels.confidence.propose` from its definition, for all rows alike."""
-    token, value = propose_greedy(logits.clone(), mask_id)
-    if sampling is None:
-        return token, value
-    drawn = sampling.temperature_R > 0
-    every = Sampling(**vars_of(sampling))
-    every.temperature_R = torch.where(drawn, sampling.temperature_R, 1.0)
-    other, chance = propose_drawn(logits, mask_id, every, position, forward)
-    return torch.where(drawn, other, token), torch.where(drawn, chance, value)
-
-
-def vars_of(sampling):
-    return {name: getattr(sampling, name) for name in type(sampling).__dataclass_fields__}
-
-
-def make_state(device, lagging, shift, drawing):
-    generator = torch.Generator().manual_seed(7)
-    head = (3 * torch.randn(HIDDEN, VOCABULARY, generator=generator)).to(device)
-    sampling = Sampling.greedy(SLOTS, device)
-    sampling.seed_R += torch.arange(SLOTS, device=device)
-    for slot in drawing:
-        sampling.temperature_R[slot] = 0.7
-    return SimpleNamespace(
-        device=torch.device(device),
-        lagging=lagging,
-        shift=shift,
-        mask_id=MASK,
-        max_num_reqs=SLOTS,
-        drawing=set(drawing),
-        proposers={},
-        cutting=set(),
-        sharded=False,
-        traced=set(),
-        resumed=set(),
-        sampling=sampling,
-        settings=SimpleNamespace(simulate_tokens_per_forward=None, window=WIDTH),
-        model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
-        project=lambda hidden: hidden @ head,
-        last_hidden_SH=torch.zeros(SLOTS, HIDDEN, device=device),
-        window=Window.empty(SLOTS, WIDTH, ENDS, MASK, device),
-        prompt_len_S=np.zeros(SLOTS, dtype=np.int64),
-        block_size_S=np.ones(SLOTS, dtype=np.int64),
-    )
 
 
 def make_base(device, lagging):
@@ -99,45 +39,45 @@ def make_base(device, lagging):
         draft_tokens=torch.zeros(SLOTS, WIDTH * (1 + lagging), dtype=torch.int64, device=device),
         all_token_ids=staged(SLOTS, LENGTH),
         total_len=staged(SLOTS),
-        vocab_size=VOCABULARY,
     )
     return SimpleNamespace(req_states=states, penalties_state=None, sampling_states=None)
 
 
 class Run:
-    """One sampler with a state of its own, fed as vLLM's runner feeds it."""
+    """One sampler with states of its own, fed as vLLM's runner feeds it."""
 
-    def __init__(self, kind, device, lagging, shift, drawing, rules=()):
-        self.state = make_state(device, lagging, shift, drawing)
-        self.rules = dict(rules)
-        self.sampler = kind(self.state, make_base(device, lagging))
+    def __init__(self, cuda, device, lagging, shift, drawing, rules=(), origin="prompt_end"):
+        generator = torch.Generator().manual_seed(7)
+        head = Head((3 * torch.randn(HIDDEN, VOCABULARY, generator=generator)).to(device))
+        self.states = make_states(
+            device,
+            slots=SLOTS,
+            width=WIDTH,
+            hidden=HIDDEN,
+            vocabulary=VOCABULARY,
+            mask=MASK,
+            length=LENGTH,
+            shift=shift,
+            ahead=lagging,
+            origin=origin,
+        )
+        self.drawing, self.rules = drawing, dict(rules)
+        self.sampler = D2FSampler(self.states, head, make_base(device, lagging), cuda=cuda)
 
     def admit(self, slot, params, max_tokens, prompt_len):
-        state = self.state
-        state.block_size_S[slot], state.prompt_len_S[slot] = params.block_size, prompt_len
-        state.window.start(
-            slot, params, max_tokens=max_tokens, limit=100, ends=[3, 4], mask_id=MASK
+        asked = self.rules.get(slot, dict(temperature=0.7 if slot in self.drawing else 0))
+        asked = asked | dict(min_tokens=min(asked.get("min_tokens", 0), max_tokens))
+        sampling = SamplingParams(
+            **asked, max_tokens=max_tokens, seed=slot, stop_token_ids=[3, 4], extra_args=params
         )
-        row = torch.full((1,), slot, dtype=torch.int64, device=state.device)
-        rows = state.window.rows(row)
-        add(rows)
-        state.window.put(row, rows)
-        if slot in self.rules:
-            asked = self.rules[slot]
-            state.sampling.temperature_R[slot] = asked.temperature
-            state.sampling.top_k_R[slot] = asked.top_k
-            state.drawing.discard(slot)
-            state.proposers[slot] = make_proposer(
-                asked,
-                prompt=[5, 6, 7],
-                sampling=state.sampling.rows(row),
-                ends=[3, 4],
-                tau_conf=params.tau_conf,
-                mask_id=MASK,
-                vocab_size=VOCABULARY,
-                window=WIDTH,
-                device=state.device,
-            )
+        data = SimpleNamespace(
+            req_id=str(slot),
+            sampling_params=sampling,
+            prompt_token_ids=[5, 6, 7, 8, 9, 10, 11, 12][:prompt_len],
+            prompt_len=prompt_len,
+        )
+        self.states.finish(str(slot))
+        self.states.add(slot, data)
         self.sampler.add_request(slot, None)
         self.sampler.apply_staged_writes()
 
@@ -158,18 +98,24 @@ def make_batch(slots, lengths, widths, device):
     )
 
 
-def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
-    """Random requests through both samplers; the CUDA sampler's calls are made under `guard`."""
+def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", steps=40):
+    """Random requests through both compositions; the calls of CUDA's are made under `guard`."""
     rng = np.random.default_rng(3)
-    setting = (device, lagging, shift, drawing, rules)
-    plain, cuda = (Run(kind, *setting) for kind in (D2FSampler, CudaSampler))
+    setting = (device, lagging, shift, drawing, rules, origin)
+    plain, cuda = (Run(cuda, *setting) for cuda in (False, True))
     generator = torch.Generator().manual_seed(1)
     free, fresh, rows = set(range(SLOTS)), set(), 0
     for _ in range(steps):
         for slot in list(free):
             if rng.random() < 0.6:
                 size = int(rng.choice([2, 4, 8]))
-                params = D2FParams(size, WIDTH // size, 0.1, 0.5, float(rng.choice([0.3, 0.9])))
+                params = dict(
+                    d2f_block_size=size,
+                    d2f_max_blocks=WIDTH // size,
+                    d2f_tau_add=0.1,
+                    d2f_tau_act=0.5,
+                    d2f_tau_conf=float(rng.choice([0.3, 0.9])),
+                )
                 request = (slot, params, int(rng.integers(1, 60)), int(rng.integers(1, 9)))
                 plain.admit(*request)
                 with guard():
@@ -179,13 +125,25 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
         busy = sorted(set(range(SLOTS)) - free)
         if not busy:
             continue
-        window = plain.state.window
+        window = plain.states.window
         open_S = window.open_R.tolist()
         lag_S = plain.sampler.lag_S.tolist()
         # Behind the window some positions that the scheduler adds in case.
         spare = int(rng.integers(0, 4)) if lagging else 0
-        widths = [lag_S[s] + open_S[s] + spare for s in busy]
-        prompts = [int(plain.state.prompt_len_S[s]) if s in fresh else 0 for s in busy]
+        # What is left of the prompt's tail in the query, which is no draft.
+        start_S = window.start_R.tolist()
+        tails = [max(lag_S[s] - start_S[s], 0) for s in busy]
+        assert any(tails) <= (origin == "zero")
+        widths = [lag_S[s] + open_S[s] + spare - t for s, t in zip(busy, tails, strict=True)]
+        drafts = plain.sampler.req_states.draft_tokens
+        for s, tail, width in zip(busy, tails, widths, strict=True):
+            if not lagging:
+                assert torch.equal(drafts[s, :width], window.tokens_RW[s, tail : open_S[s]])
+                assert (drafts[s, width:] == -1).all()
+        prompts = [
+            int(plain.states.prompt_len_S[s]) if s in fresh else t
+            for s, t in zip(busy, tails, strict=True)
+        ]
         lengths = [w + p for w, p in zip(widths, prompts, strict=True)]
         fresh.clear()
         batch = make_batch(busy, lengths, widths, device)
@@ -195,6 +153,10 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
             got = cuda.step(batch, hidden)
         for name in ("num_sampled", "num_rejected", "num_nans"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
+        if not lagging:  # the next query begins where the window does
+            moved = plain.states.window.start_R[busy] - torch.tensor(start_S)[busy]
+            here = torch.tensor(tails) + torch.tensor(widths)
+            assert torch.equal(here - want.num_rejected.cpu(), moved.cpu())
         for row, count in enumerate(want.num_sampled.tolist()):
             assert torch.equal(
                 got.sampled_token_ids[row, :count], want.sampled_token_ids[row, :count]
@@ -202,13 +164,13 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
             rows += count
         check_logprobs(want, got, busy, rules)
         for name in ("tokens_RW", "decoded_RW", "counters"):
-            theirs, ours = getattr(plain.state.window, name), getattr(cuda.state.window, name)
+            theirs, ours = getattr(plain.states.window, name), getattr(cuda.states.window, name)
             assert torch.equal(theirs, ours), name
         drafts = [run.sampler.req_states.draft_tokens for run in (plain, cuda)]
         assert torch.equal(*drafts)
-        undecided = (window.column_W < window.open_R[:, None]) & ~window.decoded_RW
-        bound = cuda.sampler.undecided.bound(busy, np.full(len(busy), WIDTH))
-        exact = undecided.sum(1).cpu().numpy()[busy]
+        masked = window.masked_RW
+        bound = cuda.sampler.proposals.bounds.bound(busy, np.full(len(busy), WIDTH))
+        exact = masked.sum(1).cpu().numpy()[busy]
         assert (bound >= exact).all() and (lagging or (bound == exact).all())
         # A lagging engine learns one step late that a request is done.
         done = (window.open_R == 0) if lagging else (window.lead_R >= window.goal_R)
@@ -220,8 +182,8 @@ def play(device, lagging, shift, drawing, guard, rules=(), steps=40):
 
 
 def check_logprobs(want, got, busy, rules):
-    """Of the tokens that left, for whom they belong to."""
-    asked = [slot in rules and rules[slot].logprobs is not None for slot in busy]
+    """Log-probabilities belong to the emitted tokens."""
+    asked = [slot in rules and rules[slot].get("logprobs") is not None for slot in busy]
     assert (want.logprobs_tensors is not None) == (got.logprobs_tensors is not None) == any(asked)
     if not any(asked):
         return
@@ -231,7 +193,7 @@ def check_logprobs(want, got, busy, rules):
         one, other = (lists.slice_request(row, count) for lists in (left, right))
         if not count:
             continue
-        columns = rules[slot].logprobs + 1
+        columns = rules[slot]["logprobs"] + 1
         assert np.array_equal(
             one.logprob_token_ids[:, :columns], other.logprob_token_ids[:, :columns]
         )
@@ -245,7 +207,7 @@ def check_logprobs(want, got, busy, rules):
 
 def finished(output, run, busy):
     """Whether nothing is left to decide for each request."""
-    window = run.state.window
+    window = run.states.window
     return [
         bool(window.open_R[s] == 0)
         or bool(window.lead_R[s] >= window.goal_R[s])
@@ -259,32 +221,56 @@ def finished(output, run, busy):
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
 @pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
 def test_a_step_waits_for_nothing(monkeypatch, lagging, shift, drawing, rules):
-    monkeypatch.setattr(cuda_sampler, "missing", lambda device: None)
-    monkeypatch.setattr(cuda_sampler.confidence, "propose", stand_in)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    composed_as_on_cuda(monkeypatch)
     allowed = ("vllm_d2f.worker.masked_bounds",)
     play("cpu", lagging, shift, drawing, lambda: no_host_waits(allowed), rules)
 
 
+@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
+def test_with_a_tail_of_the_prompt_in_the_window(monkeypatch, lagging, rules):
+    composed_as_on_cuda(monkeypatch)
+    allowed = ("vllm_d2f.worker.masked_bounds",)
+    play("cpu", lagging, True, (1, 4), lambda: no_host_waits(allowed), rules, origin="zero")
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_prompt_is_computed_again_from_its_last_block(drafts):
+    """Blocks are counted from position 0: what of the prompt shares one with the answer is open."""
+    run = Run(False, "cpu", False, True, (), origin="zero")
+    run.admit(2, dict(d2f_block_size=4, d2f_max_blocks=2), 20, 6)
+    assert run.sampler.req_states.draft_tokens[2].tolist() == [MASK, MASK] + [-1] * (WIDTH - 2)
+    window = run.states.window
+    assert window.tokens_RW[2, :4].tolist() == [9, 10, MASK, MASK]
+    batch = make_batch([2], [8 if drafts else 6], [2 if drafts else 0], "cpu")
+    batch.num_computed_tokens_np, batch.prefill_len_np = np.array([0]), np.array([6])
+    output = run.step(batch, torch.randn(8 if drafts else 6, HIDDEN))
+    # The query is as long as the prompt and the drafts; the next one begins at position 4.
+    assert output.num_rejected.tolist() == [4 if drafts else 2]
+    batch.num_computed_tokens_np, batch.prefill_len_np = np.array([0]), np.array([9])
+    if not drafts:  # a chunk that ends earlier stays
+        assert run.step(batch, torch.randn(6, HIDDEN)).num_rejected.tolist() == [0]
+
+
 def test_the_plain_sampler_would_be_caught(monkeypatch):
     """The check finds what it is for."""
-    run = Run(D2FSampler, "cpu", False, False, ())
-    run.admit(0, D2FParams(4, 2), 8, 3)
+    run = Run(False, "cpu", False, False, ())
+    run.admit(0, dict(d2f_block_size=4, d2f_max_blocks=2), 8, 3)
     batch = make_batch([0], [4], [4], "cpu")
     with pytest.raises(HostWait, match="nonzero"), no_host_waits():
         run.step(batch, torch.randn(4, HIDDEN))
 
 
-def test_bounds_of_undecided_positions():
-    bounds = UndecidedBounds(3, under_way=1, event=Event)
+def test_bounds_of_masked_positions():
+    bounds = MaskedBounds(3, in_flight=1, event=Event)
     bounds.start(2, known=8, block_size=8)
     assert bounds.bound([2], np.array([32])).tolist() == [8]
-    bounds.note([2], torch.tensor([13]))
-    assert bounds.bound([2], np.array([32])).tolist() == [16]  # one forward under way
-    bounds.note([2], torch.tensor([5]))
+    bounds.record([2], torch.tensor([13]))
+    assert bounds.bound([2], np.array([32])).tolist() == [16]  # one forward in flight
+    bounds.record([2], torch.tensor([5]))
     assert bounds.bound([2], np.array([32])).tolist() == [21]
-    bounds.start(2, known=4, block_size=4)  # another request: what is under way is not its own
-    bounds.note([0], torch.tensor([9]))
+    bounds.start(2, known=4, block_size=4)  # another request: what is in flight is not its own
+    bounds.record([0], torch.tensor([9]))
     assert bounds.bound([2, 0], np.array([3, 32])).tolist() == [3, 1]
 
 

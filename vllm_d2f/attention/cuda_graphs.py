@@ -6,7 +6,7 @@ blocks is b sequences, so a graph for R requests with b open blocks each has R *
 block; fewer requests are filled up with empty ones. Steps of another form (a prompt, windows of
 different widths, another block size, a last block cut short) run piecewise.
 
-Shape suffixes: R requests, S virtual sequences.
+Shape suffixes: R requests, S block sequences.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 def shapes(block_size: int, widest: int, max_num_seqs: int, max_tokens: int) -> list[Shape]:
-    """Graphs to capture: 1, 2, 3 ... blocks by 1, 2, 4, 8 ... requests.
+    """List the graphs to capture: 1, 2, 3 ... blocks by 1, 2, 4, 8 ... requests.
 
     Args:
         block_size: of the served model; requests that choose another run piecewise.
@@ -44,18 +44,18 @@ def shapes(block_size: int, widest: int, max_num_seqs: int, max_tokens: int) -> 
 def whole_blocks(
     start_R: NDArray[np.integer],
     length_R: NDArray[np.integer],
-    prompt_len_R: NDArray[np.integer],
+    origin_R: NDArray[np.integer],
     block_size_R: NDArray[np.integer],
     block_size: int,
 ) -> bool:
-    """Whether each query is whole answer blocks of the served size, equally many of all.
+    """Whether all queries are whole blocks of the served size, and equally many.
 
     Args:
         start_R, length_R: positions of the query.
-        prompt_len_R: where the request's blocks begin.
+        origin_R: the position from which the request's blocks are counted.
         block_size_R: of the request.
     """
-    answer_R = start_R - prompt_len_R
+    answer_R = start_R - origin_R
     return bool(
         length_R[0] % block_size == 0
         and (length_R == length_R[0]).all()
@@ -66,7 +66,7 @@ def whole_blocks(
 
 
 def fill_up(sequences: BlockSequences, size: int) -> BlockSequences:
-    """`size` sequences: what is missing has no queries and no keys."""
+    """Fill up to `size` sequences with some that have no queries and no keys."""
     missing = size - len(sequences.request_S)
     if missing < 0:
         raise ValueError(f"{len(sequences.request_S)} sequences in a graph of {size}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM attention backend for block-causal batches on FlashInfer: the default on CUDA.
 
-A step is one non-causal `BatchPrefillWithPagedKVCacheWrapper` plan over virtual sequences, made
+A step is one non-causal `BatchPrefillWithPagedKVCacheWrapper` plan over block sequences, made
 once and run by every layer. vLLM's own FlashInfer backend runs the same kernel, but sizes its
 buffers for `max_num_seqs` sequences; here a request is several.
 
@@ -35,20 +35,26 @@ from vllm.v1.attention.backends.utils import get_flashinfer_layout_string
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_d2f.attention.page_lists import PageLists
+from vllm_d2f.attention.selection import HEAD_SIZES
+from vllm_d2f.settings import served_settings
 
 CACHE_TYPES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+OTHER_MODELS = (
+    "this backend serves D2F models, whose batches are non-causal sequences; for other models "
+    "choose another --attention-backend"
+)
 GRAPH_KERNELS = "fa2"
 """FlashInfer's kernels that are recorded: their grid does not depend on the lengths of a step."""
 
 PLAN_BYTES = 8 << 20
-"""What FlashInfer sets aside for the plan of a step."""
+"""Memory that FlashInfer takes for the plan of a step."""
 
 WORKSPACE_BYTES_PER_CHANNEL = 16
-"""Of a query token. FlashInfer keeps partial results of sequences that it splits over programs."""
+"""Per channel of a query token: FlashInfer splits long sequences and keeps partial results."""
 
 
 class BlockCausalBackend(AttentionBackend):
@@ -80,7 +86,7 @@ class BlockCausalBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [64, 128, 256]
+        return list(HEAD_SIZES)
 
     @classmethod
     def supports_non_causal(cls) -> bool:
@@ -108,8 +114,8 @@ class BlockCausalMetadata(AttentionMetadata):
     """A planned step.
 
     Attributes:
-        wrapper: FlashInfer's, its plan made.
-        num_tokens: queries in the plan; what follows them is padding.
+        wrapper: FlashInfer's, with its plan made.
+        num_tokens: queries in the plan; the rows behind them are padding.
         layout: "NHD" or "HND", how the wrapper reads a page.
         order: the permutation of a layer's cache that gives this layout.
     """
@@ -124,11 +130,11 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
     """Plans a step.
 
     A plan depends on lengths, so it is made outside of CUDA graphs. With piecewise graphs attention
-    runs outside too. A FULL graph has recorded a wrapper's kernels; for each number of sequences
-    there is one such wrapper, and to plan a step is to write the buffers that its kernels read.
+    runs outside too. A FULL graph has recorded the kernels of a wrapper. There is one such wrapper
+    for each number of sequences, and planning a step writes the buffers that its kernels read.
 
     Attributes:
-        replayed: the step to plan is one that a FULL graph replays, or is captured from.
+        replayed: whether the next step is replayed by a FULL graph, or captured for one.
     """
 
     replayed = False
@@ -168,12 +174,14 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         self.max_tokens = scheduler.max_num_batched_tokens
         page_size = kv_cache_spec.block_size
         pages_per_request = -(-vllm_config.model_config.max_model_len // page_size)
-        config = vllm_config.model_config.hf_config
-        d2f = getattr(config, "d2f", None) or {}
-        # Each block of a query, and a prompt, lists all pages of its request. A query is longer
-        # than the window it holds if it was scheduled ahead.
-        canvas = getattr(config, "canvas_length", None) or 0
-        blocks = max(d2f.get("max_blocks", 1), canvas // d2f.get("block_size", 1)) + 1
+        model_config = vllm_config.model_config
+        if getattr(model_config.hf_config, "d2f", None) is None:
+            raise ValueError(OTHER_MODELS)
+        params = served_settings(model_config).params
+        # Each block of a query, and a prompt, lists all pages of its request. With asynchronous
+        # scheduling a query, at most a canvas, is longer than its window.
+        canvas = getattr(model_config.hf_config, "canvas_length", None) or 0
+        blocks = max(params.max_blocks, canvas // params.block_size) + 1
         self.pages = PageLists(
             page_size, scheduler.max_num_seqs * blocks * pages_per_request, device
         )
@@ -183,9 +191,8 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         self._graph_wrappers: dict[int, Any] = {}
         self._graph_plan_memory: Tensor | None = None
 
-    # vLLM lets the builders of all groups share one workspace.
-
     def _get_workspace_buffer(self) -> Tensor:
+        # vLLM lets the builders of all groups share one workspace.
         if self._workspace is None:
             channels = self.max_tokens * self.num_heads * self.head_size
             size = max(
@@ -205,10 +212,7 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
     ) -> BlockCausalMetadata:
         common = common_attn_metadata
         if common.causal is not False:
-            raise ValueError(
-                "this backend serves D2F models, whose batches are non-causal sequences; for other "
-                "models choose another --attention-backend"
-            )
+            raise ValueError(OTHER_MODELS)
         kv_len = common.seq_lens_cpu_upper_bound
         assert kv_len is not None  # D2FModelState gives the exact lengths
         layout = self.vllm_config.cache_config.get_resolved_kv_cache_layout()
@@ -238,7 +242,7 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         )
 
     def _any(self, layout: str) -> Any:
-        """The wrapper for steps of any form."""
+        """Return the wrapper for steps of any form."""
         if self._wrapper is None:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
@@ -248,10 +252,10 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         return self._wrapper
 
     def _graph_wrapper(self, num_sequences: int, layout: str) -> Any:
-        """The wrapper whose kernels the graphs with so many sequences have recorded.
+        """Return the wrapper whose kernels the graphs of `num_sequences` sequences have recorded.
 
-        All share the page list, the workspace and the memory for plans: graphs run one after
-        another, and a step writes its plan before it replays.
+        All wrappers share the page list, the workspace and the memory for plans: graphs run one
+        after another, and a step writes its plan before it replays its graph.
         """
         if num_sequences not in self._graph_wrappers:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -337,7 +341,7 @@ class BlockCausalImpl(AttentionImpl[BlockCausalMetadata]):
             return output.zero_()  # vLLM profiles its memory
         if kv_cache.dtype == torch.uint8:
             kv_cache = kv_cache.view(CACHE_TYPES[self.kv_cache_dtype])
-        # The strides of a single key head mean nothing to PyTorch, but something to the kernel.
+        # PyTorch ignores the strides of a single key head, but the kernel reads them.
         kv_cache = canonicalize_singleton_dim_strides(kv_cache.permute(*attn_metadata.order))
         pages = kv_cache.split(self.head_size, dim=-1)
         num_tokens = attn_metadata.num_tokens

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual sequences in FlashInfer's form: flat page lists with offsets.
+"""Block sequences in FlashInfer's form: flat page lists with offsets.
 
-Lengths are known on the host, page numbers on the device only, so nothing here waits for it. How
-many sequences a step has is bounded by its tokens (each has at least one query) and not by
-`max_num_seqs`, for which vLLM's own builders size their buffers.
+Lengths are known on the host and page numbers on the device only, so nothing here waits for the
+device. The number of sequences in a step is bounded by its tokens (each sequence has at least one
+query), and not by `max_num_seqs`, for which vLLM's own builders size their buffers.
 
 Shape suffixes: S sequences, P pages of the longest one, N pages of all.
 """
@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from vllm_d2f.sampling.host_copy import to_device
+from vllm.utils.torch_utils import async_tensor_h2d, np_to_pinned_tensor
 
 
 class PagedSequences(NamedTuple):
-    """What FlashInfer's `plan` wants. int32; on the host, except the pages.
+    """Arguments of FlashInfer's `plan`: int32, on the host except for the pages.
 
     Attributes:
         query_start_S1: [S + 1], queries of sequence s are [query_start[s], query_start[s + 1]).
@@ -37,15 +36,15 @@ class PagedSequences(NamedTuple):
 
 
 class PageLists:
-    """Builds `PagedSequences`; the page list of an ordinary step stays at one address.
-
-    Args:
-        page_size: positions of a page.
-        capacity: pages that fit into the buffer. A step with more, a long answer computed again
-            after a preemption, takes memory of its own.
-    """
+    """Builds `PagedSequences`. The page list of an ordinary step stays at one address."""
 
     def __init__(self, page_size: int, capacity: int, device: torch.device | str) -> None:
+        """
+        Args:
+            page_size: positions of a page.
+            capacity: pages that fit into the buffer. A step with more (a long answer that is
+                computed again after a preemption) takes memory of its own.
+        """
         self.page_size = page_size
         self.device = torch.device(device)
         self.buffer_N = torch.zeros(capacity, dtype=torch.int32, device=self.device)
@@ -56,7 +55,7 @@ class PageLists:
         kv_len_S: NDArray[np.int32],
         table_SP: Tensor,
     ) -> PagedSequences:
-        """Page lists of a step.
+        """Make the page lists of a step.
 
         Args:
             query_start_S1, kv_len_S: as in `BlockSequences`. A length of 0 is a sequence that
@@ -76,27 +75,21 @@ class PageLists:
         page_start_S1 = np.zeros(len(count_S) + 1, dtype=np.int32)
         count_S.cumsum(out=page_start_S1[1:])
         total = int(page_start_S1[-1])
-        start_S = self._put(page_start_S1[:-1])
+        start_S = async_tensor_h2d(page_start_S1[:-1], device=self.device)
         # With its size known on the host, repeat_interleave does not wait for the device.
         sequence_N = torch.arange(len(count_S), device=self.device).repeat_interleave(
-            self._put(count_S), output_size=total
+            async_tensor_h2d(count_S.astype(np.int32), device=self.device), output_size=total
         )
         column_N = torch.arange(total, device=self.device) - start_S[sequence_N]
         fits = total <= len(self.buffer_N)
         pages_N = self.buffer_N[:total] if fits else self.buffer_N.new_empty(total)
         pages_N.copy_(table_SP[sequence_N, column_N])
+        last_page_len_S = kv_len_S - (count_S - 1).clip(min=0) * self.page_size
         return PagedSequences(
-            self._pin(query_start_S1),
-            self._pin(page_start_S1),
+            # New memory in each step: a copy to the device may be in flight during the next one.
+            np_to_pinned_tensor(query_start_S1.astype(np.int32)),
+            np_to_pinned_tensor(page_start_S1),
             pages_N,
-            self._pin(kv_len_S - (count_S - 1).clip(min=0) * self.page_size),
-            self._pin(kv_len_S),
+            np_to_pinned_tensor(last_page_len_S.astype(np.int32)),
+            np_to_pinned_tensor(kv_len_S.astype(np.int32)),
         )
-
-    def _pin(self, values: NDArray[np.integer]) -> Tensor:
-        """New memory each step: the copy to the device may still be under way in the next."""
-        out = torch.from_numpy(values.astype(np.int32))
-        return out.pin_memory() if self.device.type == "cuda" else out
-
-    def _put(self, values: NDArray[np.integer]) -> Tensor:
-        return to_device(torch.from_numpy(values.astype(np.int32)), self.device)

@@ -16,11 +16,11 @@ logger = init_logger(__name__)
 PATH = "vllm_d2f.attention.flashinfer.BlockCausalBackend"
 
 HEAD_SIZES = (64, 128, 256)
-"""Sizes that FlashInfer has kernels for; those of published models. The embedded ones have 32."""
+"""Head sizes that FlashInfer has kernels for. Published models have them, embedded ones have 32."""
 
 
 def register() -> None:
-    """Take vLLM's name for a plugin's backend, CUSTOM, unless another plugin has it."""
+    """Take vLLM's name for a plugin's backend, CUSTOM, unless another plugin has taken it."""
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, PATH)
 
@@ -28,20 +28,20 @@ def register() -> None:
 def prepare(vllm_config: "VllmConfig") -> None:
     """Choose the backend, and which CUDA graphs it can be part of.
 
-    FlashInfer is the default and means the backend of this package: vLLM's own sizes its buffers
-    for `max_num_seqs` sequences, and here every open block is one. Other backends stay selectable,
-    and vLLM chooses one for head sizes that FlashInfer does not have.
+    FlashInfer is the default. It means the backend of this package, because vLLM's own sizes its
+    buffers for `max_num_seqs` sequences, and here every open block is a sequence. Other backends
+    stay selectable, and vLLM chooses one for head sizes that FlashInfer does not have.
 
     A FULL graph records how many sequences a batch has, and FLASH_ATTN and TRITON_ATTN keep
     buffers for `max_num_seqs` of them in that mode. A window has as many sequences as open blocks,
-    so with these only what lies between the attention layers is captured. The backend of this
-    package can be part of a FULL graph (see `vllm_d2f.attention.cuda_graphs`). It is only on
-    request, with `--compilation-config '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'`: no device has
-    shown yet that it wins.
+    so with these backends only the layers between the attention layers are captured. The backend of
+    this package can be part of a FULL graph (`vllm_d2f.attention.cuda_graphs`). It is only on
+    request, with `--compilation-config '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'`: no measurement
+    on a device has shown a gain yet.
 
     Raises:
-        ValueError: when FlashInfer is wanted and is not there or does not have the head size, or
-            the name is taken.
+        ValueError: FlashInfer is requested and not installed, or lacks the head size, or another
+            plugin has taken its name.
     """
     attention = vllm_config.attention_config
     attention.use_non_causal = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels, for CUDA. Nothing here is needed, or imported, on a CPU."""
+"""From logits to a token and its probability. The Triton kernel is imported on CUDA only."""
 
 from importlib.util import find_spec
 
@@ -7,7 +7,7 @@ import torch
 
 
 def missing(device: torch.device | str) -> str | None:
-    """What keeps the kernels from running on a device, with the remedy; None if nothing does."""
+    """Say why the Triton kernels cannot run on a device, with the remedy; None if they can."""
     if torch.device(device).type != "cuda":
         return f"the Triton kernels need a CUDA device, not {device}; use vllm_d2f.sampling.sample"
     if find_spec("triton") is None:

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm_d2f.sampling.sample` on CUDA: a token and its probability from each row of logits.
+"""Triton kernels that do on CUDA what `sampling.sample` does: a token and its probability per row.
 
-One program takes one tile of one row and leaves a maximum, a sum and the best token; a second
-kernel reduces the tiles. So few rows still fill the device, no softmax is stored, and because tiles
-depend on the vocabulary alone, a row's result does not depend on the batch. Logits are read in
-their own type and reduced in float32.
+One program reduces one tile of one row to a maximum, a sum and the best token; a second kernel
+reduces the tiles of a row. So few rows still fill the device, and no softmax is stored. The tiles
+depend on the size of the vocabulary alone, so a row's result does not depend on the batch. Logits
+are read in their own type and reduced in float32.
 
-What top_k and top_p keep is a prefix of the tokens in order of (logit, then lower id). Its end, the
-last logit and among equal logits the last id, is found without a sort by bisection over the float's
-bit pattern, which is exact after at most 32 counts of the row.
+top_k and top_p keep a prefix of the tokens in the order of (logit, then lower id). The kernel finds
+its end, the last logit and among equal logits the last id, without a sort: by bisection over the
+bit pattern of the float, which is exact after at most 32 counts of the row.
 
-A row with a NaN or +inf, or without a finite logit, gets confidence 0; its token is that of
-`proposal`: the first NaN, else the first largest when greedy, and token 0 when drawn.
+A row with a NaN or +inf, or without a finite logit, gets confidence 0 and the token that
+`sampling.sample` gives it.
 
 Shape suffixes: N rows, V vocabulary (or a rank's shard of it), C tiles of a row.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,9 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_d2f.sampling.sample import Sampling
+from vllm_d2f.sampling.tensor_parallel import Partial, finish
 
 MAX_TILE = 4096
-"""Logits of a program. Never chosen by the number of rows: sums must not depend on the batch."""
+"""Most logits of a program. It must not follow from the number of rows: sums would then depend on
+the batch."""
 
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 MIX_2 = tl.constexpr(0x94D049BB133111EB)
@@ -35,46 +34,25 @@ STEP = tl.constexpr(0x9E3779B97F4A7C15)
 LEAST = tl.constexpr(-(1 << 63))
 
 
-class Partial(NamedTuple):
-    """What one shard of the vocabulary contributes to each row.
-
-    Attributes:
-        order_N: int64, the best token's score and id in one number: the larger is the better.
-        value_N: float32, that token's logit over the temperature.
-        max_N: float32, the largest of these.
-        sum_N: float32, the sum of exp(value - max) over what may be drawn.
-    """
-
-    order_N: Tensor
-    value_N: Tensor
-    max_N: Tensor
-    sum_N: Tensor
-
-
-def propose(
+def sample(
     logits_NV: Tensor,
     mask_id: int,
     sampling: Sampling | None = None,
     position_N: Tensor | None = None,
     forward_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A token and its confidence for each row, greedy rows and drawn ones alike.
+    """Sample from rows of both kinds, greedy and drawn.
 
     Args:
         logits_NV: bfloat16, float16 or float32; not changed.
-        sampling: one entry per row, a temperature of 0 for greedy; None: all are greedy.
-        position_N, forward_N: as for `proposal.propose_drawn`, given with `sampling`.
+        sampling: one entry per row, a temperature of 0 for greedy; None: all rows are greedy.
+        position_N, forward_N: as for `sample.sample_drawn`, given with `sampling`.
 
     Returns:
         token_N (int64) and confidence_N (float32).
     """
-    drawn = None
-    if sampling is not None:
-        if position_N is None or forward_N is None:
-            raise ValueError("drawing needs position_N and forward_N")
-        drawn = sampling.temperature_R > 0
     partial = shard(logits_NV, mask_id, sampling, position_N, forward_N)
-    return merge([partial], drawn)
+    return finish(partial, None if sampling is None else sampling.temperature_R > 0)
 
 
 def shard(
@@ -87,16 +65,16 @@ def shard(
     first_token: int = 0,
     max_N: Tensor | None = None,
 ) -> Partial:
-    """One rank's part of `propose`, for a vocabulary that is split over ranks.
+    """Reduce this rank's part of each row; see `tensor_parallel.sample_sharded`.
 
-    Greedy rows need one exchange of partials. Drawn ones need the largest value of all ranks
-    first: call with `sampling=None` on logits over temperature, take the maximum of `max_N`, call
-    again with it. top_k and top_p are looked for in this shard only: leave them out here.
+    top_k and top_p are looked for in this shard only, so leave them out where it is not all.
 
     Args:
         first_token: the id of the shard's first column.
-        max_N: largest logit over temperature of the whole row, if this is not all of it.
+        max_N: the largest logit over temperature of the whole row, if this is not all of it.
     """
+    if sampling is not None and (position_N is None or forward_N is None):
+        raise ValueError("drawing needs position_N and forward_N")
     if logits_NV.stride(1) != 1:
         logits_NV = logits_NV.contiguous()
     rows, vocabulary = logits_NV.shape
@@ -172,33 +150,9 @@ def shard(
     return out
 
 
-def merge(partials: Sequence[Partial], drawn_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Token (int64) and confidence (float32) from the partials of all ranks, in any order.
-
-    Args:
-        drawn_N: bool, rows with a temperature; None: none.
-    """
-    order_N, value_N, max_N, sum_N = partials[0]
-    if len(partials) > 1:
-        order_PN, value_PN, max_PN, sum_PN = (
-            torch.stack(parts) for parts in zip(*partials, strict=True)
-        )
-        order_N, best_N = order_PN.max(0)
-        value_N = value_PN.gather(0, best_N[None])[0]
-        max_N = max_PN.amax(0)
-        base_N = torch.where(max_N == -torch.inf, 0, max_N)
-        sum_N = (sum_PN * (max_PN - base_N).exp()).sum(0)
-    token_N = 0x7FFFFFFF - (order_N & 0xFFFFFFFF)
-    confidence_N = (value_N - max_N).exp() / sum_N
-    bad_N = ~confidence_N.isfinite()
-    if drawn_N is not None:
-        token_N = token_N.masked_fill(bad_N & drawn_N, 0)
-    return token_N, confidence_N.masked_fill(bad_N, 0)
-
-
 @triton.jit
 def _key(x):
-    """int32 in the order of the floats, NaN above all, and -0 equal to 0."""
+    """Map floats to int32 in the same order, NaN above all, and -0 equal to 0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
@@ -210,13 +164,13 @@ def _from_key(key):
 
 @triton.jit
 def _order(score, token):
-    """Score and id in one number: of equal scores the lower id is the larger."""
+    """Put score and id into one number; of equal scores the lower id gives the larger number."""
     return (_key(score).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
 @triton.jit
 def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.constexpr):
-    """Logits over temperature, -inf for the mask token and beyond the row."""
+    """Load logits over temperature, -inf for the mask token and beyond the row."""
     row = tl.program_id(0).to(tl.int64)
     inside = (column < size) & (column != mask_at)
     x = tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf"))
@@ -230,7 +184,7 @@ def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.co
 
 @triton.jit
 def _row_max(max_tiles, row_max, tiles, ROW_TILES: tl.constexpr):
-    """The row's largest value: given, or that of the tiles."""
+    """Load the row's largest value, or reduce those of its tiles."""
     row = tl.program_id(0).to(tl.int64)
     if row_max is None:
         at = tl.arange(0, ROW_TILES)
@@ -254,7 +208,7 @@ def _tiles(
     first_token,
     TILE: tl.constexpr,
 ):
-    """A tile's best token, largest value and sum of exponentials."""
+    """Reduce a tile to its best token, largest value and sum of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     column = tile * TILE + tl.arange(0, TILE)
@@ -273,7 +227,7 @@ def _mass(
     logits, row_stride, size, mask_at, temperature, base, least, COUNT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """How many values have a key of at least `least`, or the sum of their exponentials."""
+    """Count the values with a key of at least `least`, or sum their exponentials."""
     total = tl.full((), 0.0, tl.float32)
     if COUNT:
         total = tl.full((), 0, tl.int32)
@@ -306,7 +260,7 @@ def _cut(
     ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The end of what min_p, top_k and top_p keep: the least value, and the last id that has it."""
+    """Find the end of what min_p, top_k and top_p keep: the least value and its last id."""
     row = tl.program_id(0).to(tl.int64)
     base = _row_max(max_tiles, row_max, tiles, ROW_TILES)
     k = tl.load(top_k + row)
@@ -412,7 +366,7 @@ def _draw(
     ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile's best token with its noise, and the sum of what may be drawn in it."""
+    """Reduce a tile to its best token with noise, and the sum of what may be drawn in it."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     if tl.load(temperature + row) > 0:
@@ -423,7 +377,7 @@ def _draw(
         last = tl.load(last_in + row)
         # A NaN is never kept here; `sum_out` of the first pass carries it.
         kept = (x > cut) | ((x == cut) & (column <= last))
-        # proposal.gumbel
+        # sample.gumbel
         start = _mix(tl.load(seed + row).to(tl.uint64)) + tl.load(position + row).to(tl.uint64)
         start = _mix(_mix(start) + tl.load(forward + row).to(tl.uint64))
         token = column + first_token
@@ -457,7 +411,7 @@ def _reduce(
     tiles,
     ROW_TILES: tl.constexpr,
 ):
-    """From the tiles of a row to one partial."""
+    """Reduce the tiles of a row to one partial."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, ROW_TILES)
     there = at < tiles

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deciding a request's positions in the order of its text.
+"""Decoding in the order of the text, for requests whose next token depends on the text before it.
 
-A grammar, or a bad word of several tokens, says what may come next after a text that is decided.
-A request with such a constraint is decided left to right: the first undecided position takes its
-token, and the next ones follow in the same forward as long as their confidence is above
-`tau_conf`. Positions behind stay proposals: they keep the mask and are held.
+A grammar, or a bad word of several tokens, says which tokens may follow a text that is decoded. So
+a request with such a constraint is decoded from left to right: its first masked position takes a
+token, and the positions after it follow in the same forward as long as their confidence is above
+`tau_conf`. The positions behind them stay masked and are marked `NOT_YET`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,22 +13,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-HELD = -1.0
-"""The confidence of a position that must not be decided in this forward."""
+NOT_YET = -1.0
+"""The confidence of a position that must not be decoded in this forward."""
 
 
 class Constraint(Protocol):
-    """What may come next, after the tokens accepted so far."""
+    """Which token may come next, after the tokens accepted so far."""
 
     def forbid(self, logits_V: Tensor) -> None:
-        """Write -inf, in place, over the logits of tokens that must not come next."""
+        """Write -inf, in place, over the logits of the tokens that must not come next."""
 
     def accept(self, token: int) -> None:
-        """The next token is decided."""
+        """Take the next decoded token."""
 
 
 class BadWords:
-    """Words of two and more tokens that must not stand in the answer."""
+    """Words of two and more tokens that must not occur in the answer."""
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         self.words = [tuple(word) for word in words]
@@ -45,48 +45,54 @@ class BadWords:
         self.tokens = [*self.tokens, token][1 - self._longest :]
 
 
-class LeftToRight:
-    """One request's walk over its undecided positions, forward by forward."""
+class InOrderDecoder:
+    """Decodes the masked positions of one request from left to right, forward by forward."""
 
     def __init__(
         self, constraints: Sequence[Constraint], tau_conf: float, ends: Sequence[int]
     ) -> None:
-        """The walk stops behind a token of `ends`: nothing follows it."""
+        """
+        Args:
+            constraints: all of them apply to every token.
+            tau_conf: the confidence above which a forward decodes more than one position.
+            ends: end tokens; nothing is decoded behind one of them.
+        """
         self.constraints = tuple(constraints)
-        # `advance` compares in float32, and both must agree.
+        # `d2f.step` compares in float32, and both must agree.
         self.tau_conf = float(torch.tensor(tau_conf, dtype=torch.float32))
         self.ends = frozenset(ends)
+        self.begin_forward()
+
+    def begin_forward(self) -> None:
         self._first = self._going = True
 
-    def begin(self) -> None:
-        """A new forward begins."""
-        self._first = self._going = True
-
-    def walk(
-        self, logits_NV: Tensor, choose: Callable[[int], tuple[Tensor, Tensor]]
+    def decode_in_order(
+        self, logits_NV: Tensor, sample: Callable[[int], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Decide the next rows of this forward, which may come in several calls.
+        """Decode the next rows of this forward, which may come in several calls.
 
-        `d2f.advance` accepts what this accepts. A confidence above the threshold passes there
-        too, and the first undecided position is always the best of a fully activated block: all
-        before it is decided, and the others of its block are held unless they pass.
+        `d2f.step` then accepts exactly what this method accepts. A confidence above the threshold
+        passes there too. The first masked position is always the most confident of a fully
+        activated block, because all positions before it are decoded and the others of its block
+        are marked `NOT_YET` unless they pass.
 
         Args:
             logits_NV: float32, rows in the order of the text; changed.
-            choose: (row) -> its token and confidence, [1] each, from the logits of that row.
+            sample: (row) -> its token and confidence, [1] each, from the logits of that row.
 
         Returns:
-            token_N (int64) and confidence_N (float32), `HELD` where the walk did not come.
+            token_N (int64) and confidence_N (float32), which is `NOT_YET` at positions that the
+            decoding did not reach.
         """
         num_rows, device = len(logits_NV), logits_NV.device
         token_N = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        confidence_N = torch.full((num_rows,), HELD, dtype=torch.float32, device=device)
+        confidence_N = torch.full((num_rows,), NOT_YET, dtype=torch.float32, device=device)
         for row in range(num_rows):
             if not self._going:
                 break
             for constraint in self.constraints:
                 constraint.forbid(logits_NV[row])
-            token_1, confidence_1 = choose(row)
+            token_1, confidence_1 = sample(row)
             token, sure = int(token_1), float(confidence_1) > self.tau_conf
             self._going = sure and token not in self.ends
             if sure or self._first:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request may ask of its logits before tokens are proposed.
+"""How sampling parameters change a request's logits before its tokens are sampled.
 
-The order is vLLM's: `allowed_token_ids`, `logit_bias`, `min_tokens`, penalties, and then words of
-one token that must not occur. Temperature, min_p, top_k and top_p come after (`proposal`).
+The order is vLLM's: `allowed_token_ids`, `logit_bias`, `min_tokens`, penalties, and then bad words
+of one token. Temperature, min_p, top_k and top_p come after them (`sample`).
 
-Under D2F many positions are undecided at once, so "so far" means: decided when the forward ran.
-Penalties count the prompt and every decided token of the answer, wherever in the window it
-stands; `min_tokens` goes by the position in the answer.
+Under D2F many positions are masked at once, so the text "so far" is what was decoded when the
+forward ran. Penalties count the prompt and every decoded token of the answer, wherever in the
+window it is; `min_tokens` goes by the position in the answer.
 
-Shape suffixes: N rows (one undecided position each), V vocabulary, P prompt, T answer positions.
+Shape suffixes: N rows (one masked position each), V vocabulary, P prompt, T answer positions.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_d2f.sampling.host_copy import to_device
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a host tensor to a device without waiting for the copy.
+
+    The driver waits if the source may be paged out, so a CUDA device gets it from pinned memory,
+    which PyTorch keeps until the copy is done. (vLLM's `async_tensor_h2d` does the same; this
+    package must not import vLLM.)
+    """
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +35,15 @@ class LogitRules:
     """The rules of one request.
 
     Attributes:
-        allowed: tokens that may be proposed; None for all.
+        allowed: tokens that may be sampled; None for all.
         bias: (token, number added to its logit) pairs.
-        banned: tokens that are never proposed: the bad words of a single token.
+        banned: tokens that are never sampled: the bad words of a single token.
         min_tokens: answer positions below this one get none of `stops`.
         stops: the tokens that end the request.
-        repetition: divides positive and multiplies negative logits of tokens that stand in the
-            prompt or the answer; 1 for none.
-        presence: is taken off the logits of tokens that stand in the answer; 0 for none.
-        frequency: the same, times how often they do; 0 for none.
+        repetition: divides positive and multiplies negative logits of tokens that occur in the
+            prompt or the answer; 1 for no penalty.
+        presence: is subtracted from the logits of tokens that occur in the answer; 0 for none.
+        frequency: the same, times the number of their occurrences; 0 for none.
     """
 
     allowed: tuple[int, ...] | None = None
@@ -47,7 +57,7 @@ class LogitRules:
 
     @classmethod
     def of(cls, params: Any) -> "LogitRules":
-        """The rules in vLLM's `SamplingParams`."""
+        """Take the rules from vLLM's `SamplingParams`."""
         words = params.bad_words_token_ids or ()
         return cls(
             allowed=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
@@ -62,12 +72,12 @@ class LogitRules:
 
     @property
     def penalise(self) -> bool:
-        """Whether the decided tokens have to be known."""
+        """Whether the rules depend on the decoded tokens."""
         return self.repetition != 1 or self.presence != 0 or self.frequency != 0
 
     @property
     def stops_wait(self) -> bool:
-        """Whether end tokens are held off for a while."""
+        """Whether the first positions must not get an end token."""
         return self.min_tokens > 0 and bool(self.stops)
 
     @property
@@ -78,7 +88,7 @@ class LogitRules:
 
 
 class LogitProcessor:
-    """Applies one request's rules to its rows. It keeps no state that decoding changes."""
+    """Applies one request's rules to its rows. Decoding does not change its state."""
 
     def __init__(
         self, rules: LogitRules, prompt_P: Tensor, vocab_size: int, device: torch.device | str
@@ -107,8 +117,8 @@ class LogitProcessor:
 
         Args:
             position_N: int64, each row's position in the answer.
-            answer_T: int64, the decided tokens of the answer in any order, and `vocab_size` where
-                nothing is decided. Read only if `rules.penalise`.
+            answer_T: int64, the decoded tokens of the answer in any order, and `vocab_size` at
+                positions that are masked. Read only if `rules.penalise`.
         """
         rules = self.rules
         if self.added_V is not None:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of decided tokens, kept until the tokens leave.
+"""Log-probabilities of decoded tokens, kept until the tokens are emitted.
 
-A token's log-probability is that of the forward that decided it: the log-softmax of the model's
-logits, before anything the request asks (`logprobs_mode` "raw_logprobs"), or these logits
-("raw_logits"). The mask token is no candidate, so a greedy token's is the log of its confidence.
+A token's log-probability comes from the forward that decoded it. It is the log-softmax of the
+model's logits before the request's rules change them (`logprobs_mode` "raw_logprobs"), or the logit
+itself ("raw_logits"). The mask token is no candidate, so for a greedy token it is the log of the
+confidence.
 
-Every forward writes the positions that are still undecided. Once a position is decided nothing
-writes it any more, so what stays is the deciding forward's. Positions live in a ring as long as
-the widest window.
+Every forward writes the positions that are still masked. Once a position is decoded, no forward
+writes it again, so the values of the decoding forward remain. Positions are kept in a ring as long
+as the widest window.
 
-Nothing here brings a value to the host: what a device alone knows stays on it.
+No function here copies a value to the host, so none waits for the device.
 
 Shape suffixes: N rows, V vocabulary, K columns (the chosen token, then the others), L ring, R
 requests.
@@ -20,13 +21,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_d2f.sampling.host_copy import to_device
+from vllm_d2f.sampling.logits_processors import to_device
 
 MODES = ("raw_logprobs", "raw_logits")
 
 
 class LogprobStore:
-    """One request's log-probabilities from when they are computed until they leave."""
+    """One request's log-probabilities, from their forward until they are emitted."""
 
     def __init__(
         self,
@@ -55,17 +56,17 @@ class LogprobStore:
         self.taken = torch.zeros((), dtype=torch.int64, device=device)
 
     def write(self, logits_NV: Tensor, position_N: Tensor, token_N: Tensor) -> None:
-        """Note what a forward said.
+        """Keep the log-probabilities of a forward.
 
         Args:
-            logits_NV: float32, the model's, -inf for the mask token.
+            logits_NV: float32, the model's logits, -inf for the mask token.
             position_N: int64, positions in the answer.
-            token_N: int64, the proposed tokens.
+            token_N: int64, the sampled tokens.
         """
         if self.normalise:
             logits_NV = logits_NV.log_softmax(-1)
-        # JSON has neither NaN nor infinity, and vLLM raises -inf only: else an answer with one
-        # could not be written.
+        # JSON has neither NaN nor infinity, and vLLM replaces -inf only. Without this, an answer
+        # with one of the others could not be sent.
         logits_NV = logits_NV.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         chosen_N1 = logits_NV.gather(1, token_N[:, None])
         if self.token_ids is not None:
@@ -79,11 +80,11 @@ class LogprobStore:
         self.rank_L[at_N] = (logits_NV >= chosen_N1).sum(-1)
 
     def take(self, count: int | Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the next tokens that leave: token_NK, value_NK and rank_N.
+        """Take token_NK, value_NK and rank_N of the next tokens that are emitted.
 
         Args:
-            count: how many they are.
-            most: at least `count`; there are so many rows, of which the last ones mean nothing.
+            count: how many tokens are emitted.
+            most: number of rows to return, at least `count`; the rows behind mean nothing.
         """
         at_N = self.taken + torch.arange(most, device=self.rank_L.device)
         self.taken += count
@@ -91,23 +92,23 @@ class LogprobStore:
         return self.token_LK[at_N], self.value_LK[at_N], self.rank_L[at_N]
 
     def at(self, position: int) -> float:
-        """The value of the chosen token at an answer position of the window."""
+        """Return the value of the sampled token at an answer position of the window."""
         return float(self.value_LK[position % self.length, 0])
 
 
 def take_all(
     stores: Sequence[LogprobStore | None], count_R: Tensor, most_R: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """What leaves in one step.
+    """Take the log-probabilities of all tokens that one step emits.
 
     Args:
-        stores: one per request, at least one of them there.
-        count_R: int64, how many tokens of each request leave.
-        most_R: what these are at most.
+        stores: one per request or None; at least one request has one.
+        count_R: int64, how many tokens of each request are emitted.
+        most_R: upper bounds of these numbers.
 
     Returns:
         token_NK, value_NK and rank_N of the requests with a store, `most_R` rows each, as wide as
-        the widest and filled up with token 0 at -inf, and where each request's rows begin (R + 1
+        the widest one and padded with token 0 at -inf; and where each request's rows begin (R + 1
         entries).
     """
     begin, taken = [0], []

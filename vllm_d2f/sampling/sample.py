@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to a proposed token and its probability, row by row.
+"""Sample a token and its probability from each row of logits.
 
-At temperature 0 the proposal is the most probable token. Above, it is drawn from the distribution
-that temperature, min_p, top_k and top_p leave (in vLLM's order), and the confidence is the token's
-probability in that distribution. Draws depend on (seed, position, forward) alone, so they are the
-same whatever else is in the batch.
+At temperature 0 the token is the most probable one. Above, it is drawn from the distribution that
+temperature, min_p, top_k and top_p leave (in vLLM's order), and the confidence is the token's
+probability in that distribution. A draw is a function of (seed, position, forward) and the logits,
+so it is the same whatever else is in the batch.
 
-A row with a NaN or +inf, or without a finite logit, has no distribution: its proposal has
-confidence 0, and every other one more. So it is never accepted for its confidence, and a fully
-activated block still decides one position per forward: the number of forwards stays bounded
-whatever a model says.
-Greedy, its token is the first NaN, else the first largest; drawn, it is token 0.
+A row with a NaN or +inf, or without a finite logit, has no distribution. Its confidence is 0, and
+every other confidence is above 0. So such a row is never accepted for its confidence. A fully
+activated block still decodes one position per forward, which bounds the number of forwards whatever
+the model computes. The token of such a row is the first NaN, else the first largest, if it is
+greedy, and token 0 if it is drawn.
 
-Shape suffixes: N rows (one undecided position each), V vocabulary, R requests.
+Shape suffixes: N rows (one masked position each), V vocabulary, R requests.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Sampling:
         )
 
     def rows(self, index_N: Tensor) -> "Sampling":
-        """A copy of the given rows, which may repeat."""
+        """Copy the given rows, which may repeat."""
         return Sampling(
             self.temperature_R[index_N],
             self.top_k_R[index_N],
@@ -63,9 +63,39 @@ class Sampling:
             self.seed_R[index_N],
         )
 
+    def without_top_k_and_top_p(self) -> "Sampling":
+        """The same settings with no limit in these two."""
+        no_k_R, no_p_R = torch.zeros_like(self.top_k_R), torch.ones_like(self.top_p_R)
+        return Sampling(self.temperature_R, no_k_R, no_p_R, self.min_p_R, self.seed_R)
 
-def propose_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """The most probable token of each row, the mask token excepted.
+
+def sample(
+    logits_NV: Tensor,
+    mask_id: int,
+    sampling: Sampling | None = None,
+    position_N: Tensor | None = None,
+    forward_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample from rows of both kinds, greedy and drawn.
+
+    Args:
+        logits_NV: changed as by `sample_greedy`.
+        sampling: one entry per row; None: all rows are greedy.
+        position_N, forward_N: as for `sample_drawn`, given with `sampling`.
+    """
+    token_N, confidence_N = sample_greedy(logits_NV, mask_id)
+    if sampling is not None:
+        if position_N is None or forward_N is None:
+            raise ValueError("drawing needs position_N and forward_N")
+        drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
+        token_N[drawn], confidence_N[drawn] = sample_drawn(
+            logits_NV[drawn], mask_id, sampling.rows(drawn), position_N[drawn], forward_N[drawn]
+        )
+    return token_N, confidence_N
+
+
+def sample_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Take the most probable token of each row, the mask token excepted.
 
     The probability is exp(max - logsumexp): one pass, no softmax is stored. Writes -inf into the
     mask column of `logits_NV`.
@@ -80,10 +110,10 @@ def propose_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     return token_N, confidence_N.nan_to_num_(0.0)
 
 
-def propose_drawn(
+def sample_drawn(
     logits_NV: Tensor, mask_id: int, sampling: Sampling, position_N: Tensor, forward_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A token drawn for each row, all of which have a temperature above 0.
+    """Draw a token for each row. All rows have a temperature above 0.
 
     Args:
         logits_NV: not changed.
@@ -119,7 +149,7 @@ def propose_drawn(
 
 
 def gumbel(seed_N: Tensor, position_N: Tensor, forward_N: Tensor, token_NV: Tensor) -> Tensor:
-    """Gumbel noise as a function of its arguments (int64), float32 [N, V].
+    """Compute Gumbel noise as a function of its arguments (int64), float32 [N, V].
 
     A counter-based generator: splitmix64's finaliser over (seed, position, forward, token).
     """
@@ -145,9 +175,10 @@ def _signed(value: int) -> int:
 
 
 def simulated_confidence(request_N: Tensor, forward_N: Tensor, tokens_per_forward: float) -> Tensor:
-    """Confidences that make so many positions of each request pass, left to right.
+    """Make up confidences with which so many positions of each request pass, left to right.
 
-    For timing without weights: the quota of forward f is floor((f + 1) t) - floor(f t).
+    This is for timing a model without its weights. With t tokens per forward, forward f accepts
+    floor((f + 1) t) - floor(f t) positions.
 
     Args:
         request_N: int64, the row of each position, ascending.

@@ -1,44 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token and confidence when the vocabulary is split over tensor-parallel ranks.
 
-A rank holds the logits of its tokens only. Gathering them would move rows x vocabulary numbers;
-what a row needs from each rank is its best token, that token's logit, the largest logit and the sum
-of the exponentials. Greedy rows take one exchange of these, drawn ones another before it, for the
-largest logit, from which min_p counts. Noise is keyed by token, so a draw does not depend on the
-split. Where top_k and top_p cut a row takes some more (`vocab_cut`).
+A rank holds the logits of its own tokens. Gathering them would move rows x vocabulary numbers.
+Instead each rank reduces a row to a `Partial`, the ranks exchange these, and every rank merges them
+to the same result. Greedy rows take one exchange. Drawn rows take another one before it, for the
+largest value of the row, from which min_p counts. The noise of a draw is a function of the token's
+id, so a draw does not depend on the split.
 
-Shape suffixes: N rows, V tokens of this rank, P ranks.
+top_k and top_p need the order of a whole row. Rows with either are not handled here: the caller
+gathers their logits, as vLLM does for every model.
+
+Shape suffixes: N rows, V tokens of this rank, P ranks, C columns of an exchange.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_d2f.sampling.exchange import Gather, exchange
 from vllm_d2f.sampling.sample import Sampling, gumbel
-from vllm_d2f.sampling.vocab_cut import cut
+
+Gather = Callable[[Tensor], Tensor]
+"""int32 [N, C] of this rank -> [P, N, C] of all ranks, in the order of their tokens."""
+
+HIGHEST = 0x7FFFFFFF
+"""The largest int32."""
 
 
 class Partial(NamedTuple):
-    """What one rank says of each row.
+    """What one shard of the vocabulary contributes to each row.
 
     Attributes:
-        score_N: float32, of its best token: the logit over temperature, with noise if drawn.
-        token_N: int64, that token.
-        value_N: float32, its logit over temperature.
-        max_N: float32, the largest of these.
+        order_N: int64, the score of the shard's best token and its id in one number: the larger
+            number is the better token, and of equal scores the lower id. The score is the token's
+            value, with noise if the row is drawn.
+        value_N: float32, that token's value: its logit over the temperature.
+        max_N: float32, the largest value.
         sum_N: float32, the sum of exp(value - max) over the tokens that may be drawn.
     """
 
-    score_N: Tensor
-    token_N: Tensor
+    order_N: Tensor
     value_N: Tensor
     max_N: Tensor
     sum_N: Tensor
 
 
-def propose_sharded(
+Shard = Callable[..., Partial]
+"""`shard` below, or `confidence_kernel.shard` on CUDA."""
+
+
+def sample_sharded(
+    shard: Shard,
     logits_NV: Tensor,
     mask_id: int,
     first_token: int,
@@ -46,72 +59,131 @@ def propose_sharded(
     sampling: Sampling | None = None,
     position_N: Tensor | None = None,
     forward_N: Tensor | None = None,
-    rank: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`proposal.propose_greedy` and `propose_drawn` over all ranks.
+    """Do what `sample.sample` does, over the shards of all ranks.
 
     Args:
-        logits_NV: this rank's, changed: the mask token's becomes -inf.
+        shard: reduces a shard to a partial.
+        logits_NV: this rank's logits; may be changed.
         first_token: the id of the first column.
-        sampling: one entry per row, a temperature of 0 for greedy; None: all are greedy.
-        position_N, forward_N: as for `proposal.propose_drawn`, given with `sampling`.
-        rank: this rank's place in what `gather` returns; None if top_k and top_p are not looked at.
+        sampling: one entry per row; top_k and top_p are not looked at. None: all rows are greedy.
+        position_N, forward_N: as for `sample.sample_drawn`, given with `sampling`.
 
     Returns:
         token_N (int64) and confidence_N (float32), the same on every rank.
     """
+    partial, drawn_N = shard(logits_NV, mask_id, first_token=first_token), None
+    if sampling is not None:
+        (max_PN,) = all_gather_values((partial.max_N,), gather)
+        drawn_N = sampling.temperature_R > 0
+        # A quotient is rounded in the order of its dividends: this is the largest value, exactly.
+        max_N = max_PN.amax(0) / torch.where(drawn_N, sampling.temperature_R, 1.0)
+        partial = shard(
+            logits_NV,
+            mask_id,
+            sampling.without_top_k_and_top_p(),
+            position_N,
+            forward_N,
+            first_token=first_token,
+            max_N=max_N,
+        )
+    return finish(merge(Partial(*all_gather_values(partial, gather))), drawn_N)
+
+
+def shard(
+    logits_NV: Tensor,
+    mask_id: int,
+    sampling: Sampling | None = None,
+    position_N: Tensor | None = None,
+    forward_N: Tensor | None = None,
+    *,
+    first_token: int = 0,
+    max_N: Tensor | None = None,
+) -> Partial:
+    """Reduce this rank's part of each row, in PyTorch.
+
+    Args:
+        logits_NV: changed: the mask token's becomes -inf.
+        sampling: one entry per row, a temperature of 0 for greedy; top_k and top_p are not looked
+            at. None: all rows are greedy.
+        first_token: the id of the first column.
+        max_N: the largest value of the whole row, if this is not all of it.
+    """
     if 0 <= mask_id - first_token < logits_NV.shape[1]:
         logits_NV[:, mask_id - first_token] = -torch.inf
+    value_NV = logits_NV.float()
     if sampling is None:
-        return merge(exchange(greedy_partial(logits_NV, first_token), gather))
-    if position_N is None or forward_N is None:
-        raise ValueError("drawing needs position_N and forward_N")
-    drawn_N = sampling.temperature_R > 0
-    value_NV = logits_NV.float() / torch.where(drawn_N, sampling.temperature_R, 1.0)[:, None]
-    (max_PN,) = exchange((value_NV.amax(-1),), gather)
-    max_N = max_PN.amax(0)
-    floor_N = max_N + torch.where(drawn_N, sampling.min_p_R, 0.0).log()
-    kept_NV = value_NV.masked_fill(value_NV < floor_N[:, None], -torch.inf)
-    if rank is not None:
-        top_k_N = torch.where(drawn_N, sampling.top_k_R, 0)
-        top_p_N = torch.where(drawn_N, sampling.top_p_R, 1.0)
-        stays_NV = cut(kept_NV, max_N, top_k_N, top_p_N, rank, gather)
-        kept_NV = kept_NV.masked_fill(~stays_NV, -torch.inf)
-    token_V = first_token + torch.arange(value_NV.shape[1], device=value_NV.device)
-    token_NV = token_V.expand(len(value_NV), -1)
-    noise_NV = gumbel(sampling.seed_R, position_N, forward_N, token_NV)
-    score_N, best_N = torch.where(drawn_N[:, None], kept_NV + noise_NV, kept_NV).max(-1)
-    partial = Partial(
-        score_N,
-        best_N + first_token,
+        kept_NV = value_NV
+        score_N, best_N = value_NV.max(-1)
+        max_N = score_N
+    else:
+        if position_N is None or forward_N is None:
+            raise ValueError("drawing needs position_N and forward_N")
+        drawn_N = sampling.temperature_R > 0
+        value_NV = value_NV / torch.where(drawn_N, sampling.temperature_R, 1.0)[:, None]
+        max_N = value_NV.amax(-1) if max_N is None else max_N
+        floor_N = max_N + torch.where(drawn_N, sampling.min_p_R, 0.0).log()
+        kept_NV = value_NV.masked_fill(value_NV < floor_N[:, None], -torch.inf)
+        token_V = first_token + torch.arange(value_NV.shape[1], device=value_NV.device)
+        token_NV = token_V.expand(len(value_NV), -1)
+        noise_NV = gumbel(sampling.seed_R, position_N, forward_N, token_NV)
+        score_N, best_N = torch.where(drawn_N[:, None], kept_NV + noise_NV, kept_NV).max(-1)
+    # A shard may hold nothing but the mask token.
+    base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    return Partial(
+        _order(score_N, best_N + first_token),
         value_NV.gather(1, best_N[:, None])[:, 0],
         max_N,
-        (kept_NV - max_N[:, None]).exp().sum(-1),
+        (kept_NV - base_N[:, None]).exp().sum(-1),
     )
-    return merge(exchange(partial, gather))
 
 
-def greedy_partial(logits_NV: Tensor, first_token: int) -> Partial:
-    """One rank's part of `propose_greedy`."""
-    top_N, best_N = logits_NV.max(-1)
-    top_N = top_N.float()
-    # A shard may hold nothing but the mask token.
-    base_N = torch.where(top_N == -torch.inf, 0.0, top_N)
-    sum_N = (logits_NV.float() - base_N[:, None]).exp().sum(-1)
-    return Partial(top_N, best_N + first_token, top_N, top_N, sum_N)
-
-
-def merge(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Token (int64) and confidence (float32) from all ranks' partials, each [P, N].
-
-    Of equal scores the lowest token wins. A row with a NaN gets confidence 0.
-    """
-    score_PN, token_PN, value_PN, max_PN, sum_PN = parts
-    best_N = score_PN.amax(0)
-    candidate_PN = torch.where(score_PN == best_N, token_PN, 1 << 31)
-    token_N, rank_N = candidate_PN.min(0)
-    token_N = torch.where(token_N == 1 << 31, token_PN[0], token_N)
+def merge(partial_PN: Partial) -> Partial:
+    """One partial of the whole row from those of all ranks, in any order; its fields are [P, N]."""
+    order_PN, value_PN, max_PN, sum_PN = partial_PN
+    order_N, best_N = order_PN.max(0)
     max_N = max_PN.amax(0)
-    sum_N = (sum_PN * (max_PN - max_N).exp()).sum(0)
-    confidence_N = (value_PN.gather(0, rank_N[None])[0] - max_N).exp() / sum_N
-    return token_N, confidence_N.nan_to_num_(0.0, posinf=0.0)
+    base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    return Partial(
+        order_N,
+        value_PN.gather(0, best_N[None])[0],
+        max_N,
+        (sum_PN * (max_PN - base_N).exp()).sum(0),
+    )
+
+
+def finish(partial: Partial, drawn_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Token (int64) and confidence (float32) from the partial of a whole row.
+
+    A row without a distribution gets confidence 0 and the token that `sample.sample` gives it.
+
+    Args:
+        drawn_N: bool, rows with a temperature; None: there are none.
+    """
+    token_N = HIGHEST - (partial.order_N & 0xFFFFFFFF)
+    confidence_N = (partial.value_N - partial.max_N).exp() / partial.sum_N
+    bad_N = ~confidence_N.isfinite()
+    if drawn_N is not None:
+        token_N = token_N.masked_fill(bad_N & drawn_N, 0)
+    return token_N, confidence_N.masked_fill(bad_N, 0)
+
+
+def all_gather_values(values: tuple[Tensor, ...], gather: Gather) -> tuple[Tensor, ...]:
+    """Gather several tensors of each rank at once: [P, N] of each [N], [P, N, C] of each [N, C].
+
+    Their bits travel side by side, so an exchange of any types is exact.
+    """
+    columns = [value.contiguous().view(torch.int32).view(len(value), -1) for value in values]
+    widths = [column.shape[1] for column in columns]
+    parts = gather(torch.cat(columns, 1)).split(widths, dim=-1)
+    return tuple(
+        part.contiguous().view(value.dtype).view(-1, *value.shape)
+        for part, value in zip(parts, values, strict=True)
+    )
+
+
+def _order(score_N: Tensor, token_N: Tensor) -> Tensor:
+    """See `Partial.order_N`. NaN is above all numbers, and -0 equals 0, as in the kernel."""
+    bits_N = torch.where(score_N == 0, 0.0, score_N).view(torch.int32)
+    key_N = torch.where(score_N.isnan(), HIGHEST, bits_N ^ ((bits_N >> 31) & HIGHEST))
+    return (key_N.long() << 32) | (HIGHEST - token_N)

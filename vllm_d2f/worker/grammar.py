@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured outputs: a grammar that stays in step with a request's decided tokens.
+"""Structured outputs: a grammar that follows a request's decoded tokens.
 
 vLLM compiles every request's grammar in the scheduler's process, lets it judge draft tokens and
 sends a bitmask per draft position. The positions of a window depend on each other, so under D2F
-the worker keeps a grammar of its own, compiled by the same backend from the same request, and
-walks it left to right (`left_to_right`). The scheduler's copy only confirms what leaves.
+the worker keeps a grammar of its own, which the same backend compiles from the same request. It
+decodes in the order of the text (`sampling.constraints`). The scheduler's grammar then only
+confirms the tokens that are emitted.
 """
 
-import json
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,53 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-
-from vllm_d2f.stuck_rules import stuck_rules
+from vllm.utils.torch_utils import async_tensor_h2d
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 logger = init_logger(__name__)
 
 
-def refuse_stuck(structured: "StructuredOutputsParams") -> None:
-    """Refuse a grammar with a rule that allows no next character (`more ::= more`), at admission.
-
-    Where such a rule is taken, the answer can neither go on nor end. Of the JSON schemas one that
-    refers to itself can be such a grammar.
-
-    Raises:
-        VLLMValidationError: names the rule and what to change.
-    """
-    schema = structured.json
-    if isinstance(schema, dict):
-        schema = json.dumps(schema)
-    refers = schema is not None and '"$ref"' in schema
-    if structured._backend != "xgrammar" or (structured.grammar is None and not refers):
-        return
-    import xgrammar
-    from vllm.exceptions import VLLMValidationError
-
-    if structured.grammar is not None:
-        stuck = stuck_rules(str(xgrammar.Grammar.from_ebnf(structured.grammar)))
-        problem = f"grammar: no text matches `{stuck[-1]}`" if stuck else ""
-        remedy = "every rule"
-    else:
-        assert schema is not None
-        stuck = stuck_rules(str(xgrammar.Grammar.from_json_schema(schema)))
-        problem, remedy = "json: no text matches a part of it", "every `$ref` to itself"
-    if stuck:
-        raise VLLMValidationError(
-            f"structured_outputs.{problem}. Give {remedy} an alternative that begins with a text.",
-            parameter="structured_outputs",
-        )
-
-
 class GrammarConstraint:
-    """Allows the tokens that the grammar allows after what is decided (a `Constraint`)."""
+    """Allows the tokens that the grammar allows after the decoded text (a `Constraint`)."""
 
     def __init__(
         self,
@@ -80,13 +46,12 @@ class GrammarConstraint:
             bitmask_1B: int32, one row as its backend allocates it, to write into.
             mask_id: the mask token: text to some backends, never allowed here.
             specials: the tokenizer's special tokens. To xgrammar they are text like any other, but
-                the detokenizer drops them, and what is left may not match any more.
+                the detokenizer drops them, and the remaining text may not match any more.
             min_tokens, stops: no stop token before so many tokens.
 
-        Special and early stop tokens give way to the grammar where nothing else is allowed. Where
-        it allows nothing at all (a rule that `refuse_stuck` has missed), a stop
-        token is proposed: the scheduler's grammar rejects it, and vLLM ends that request, and no
-        other, with an error.
+        Special and early stop tokens are allowed where the grammar allows nothing else. Where it
+        allows nothing at all (a rule that `admission.check_grammar` has missed), a stop token is sampled. The
+        scheduler's grammar rejects it, and vLLM ends this request with an error, and no other.
         """
         self.grammar, self.bitmask_1B, self.mask_id = grammar, bitmask_1B, mask_id
         self.lost = False
@@ -95,7 +60,7 @@ class GrammarConstraint:
 
     def forbid(self, logits_V: Tensor) -> None:
         if self.grammar.is_terminated():
-            return  # behind an ignored end token everything goes
+            return  # behind an ignored end token everything is allowed
         self.grammar.fill_bitmask(self.bitmask_1B, 0)
         bits = np.unpackbits(self.bitmask_1B.numpy().view(np.uint8)[0], bitorder="little")
         allowed_V = np.zeros(len(logits_V), dtype=bool)
@@ -109,12 +74,12 @@ class GrammarConstraint:
         allowed_V = _without(allowed_V, self.specials)
         if self.accepted < self.min_tokens:
             allowed_V = _without(allowed_V, self.stops)
-        forbidden_V = torch.from_numpy(~allowed_V).to(logits_V.device, non_blocking=True)
+        forbidden_V = async_tensor_h2d(~allowed_V, device=logits_V.device)
         logits_V.masked_fill_(forbidden_V, -torch.inf)
 
     def accept(self, token: int) -> None:
         self.accepted += 1
-        # Never an exception: it would end the engine, and with it the requests of everybody.
+        # Never raise: an exception would end the engine, and with it all requests.
         if not self.lost and not self.grammar.accept_tokens("", [token]):
             logger.error(
                 "vllm-d2f: the grammar allowed token %d and then did not accept it. This is a bug; "
@@ -132,16 +97,16 @@ class Grammars:
         self._manager: StructuredOutputManager | None = None
 
     def constraint(self, params: "SamplingParams") -> GrammarConstraint:
-        """The grammar of a request that `wire.send_grammar_backend` has seen.
+        """Compile the grammar of a request that `wire.send_grammar_backend` has seen.
 
-        The scheduler has compiled the same before it let the request in, so this does not fail.
+        The scheduler compiled the same grammar before it admitted the request, so this succeeds.
         """
         from vllm.v1.structured_output import StructuredOutputManager
         from vllm.v1.structured_output.request import StructuredOutputRequest
 
         if self._manager is None:
             self._manager = StructuredOutputManager(self.vllm_config)
-            # The request waits for its grammar either way.
+            # The request waits for its grammar in either case.
             self._manager._use_async_grammar_compilation = False
         structured = StructuredOutputRequest.from_sampling_params(params)
         assert structured is not None
@@ -164,7 +129,7 @@ class Grammars:
 
 
 def _without(allowed_V: np.ndarray, tokens: list[int]) -> np.ndarray:
-    """Without these tokens, unless that leaves nothing."""
+    """Forbid these tokens too, unless that leaves nothing."""
     fewer_V = allowed_V.copy()
     fewer_V[tokens] = False
     return fewer_V if fewer_V.any() else allowed_V

@@ -1,49 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After the forward: propose at the masked positions, advance the windows, say what leaves.
+"""After the forward: step the windows, emit tokens, publish the next queries.
 
-Two counts go back to vLLM per request: the tokens that leave (`num_sampled`), which are decided and
-have nothing undecided before them, and the positions that the next forward computes again
-(`num_rejected`), which are those not committed yet. Tokens leave before their block is committed.
+Two numbers go back to vLLM per request: the tokens that are emitted (`num_sampled`), which are
+decoded and have no masked position before them, and the positions that the next forward computes
+again (`num_rejected`), which are those not committed yet. Tokens are emitted before their block is
+committed.
 
-Shape suffixes: T tokens of the forward, H hidden, D requests that denoise in this step (they lead
-the batch), P that prefill, R = D + P, W window positions, N masked rows, V vocabulary.
+With asynchronous scheduling vLLM schedules a step before it knows the result of the one before, so
+the host cannot know how far a window has moved. For vLLM the window therefore moves one step later:
+a query begins where the window of the query before it began. The blocks that were committed there
+are computed once more. The scheduler adds positions for a block that may have been opened; they
+hold masks, and nothing reads them. The window itself, and with it every decision, is the same as
+with synchronous scheduling.
 
-With asynchronous scheduling a step is scheduled before the result of the one before it is known,
-so the host cannot know where a window has moved to. Therefore it moves one step later for vLLM
-(`lagging`): a forward begins where the window of the forward before it began. Blocks that were
-committed there are computed once more, and positions behind the open blocks, which the scheduler
-adds for those that may have been opened, hold masks and are not read. The window itself, and with
-it every decision, is the same.
+If blocks are counted from position 0, the prompt's last tokens may share a block with the answer.
+The window then begins with this tail of the prompt, as decoded positions before answer position 0.
+vLLM knows them as prompt tokens: they are part of a query but not of its draft tokens.
+
+Shape suffixes: T tokens of the forward, H hidden, D requests that denoise in this step (they come
+first in the batch), P those that only prefill, R = D + P, W window positions, N masked rows, V
+vocabulary.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import vllm.envs as envs
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_d2f.d2f import Window, add, finish, step
+from vllm_d2f.d2f import Step, Window, add, finish, step
 from vllm_d2f.sampling.logprobs import take_all
-from vllm_d2f.sampling.request_sampler import Proposer
-from vllm_d2f.sampling.sample import propose_drawn, propose_greedy, simulated_confidence
-from vllm_d2f.sampling.tensor_parallel import propose_sharded
-from vllm_d2f.wire import NONFINITE, StepStats
-
-if TYPE_CHECKING:
-    from vllm_d2f.worker.model_state import D2FModelState
-
-OwnRows = list[tuple[int, int, int]]
-"""Slots of requests with a proposer of their own, and their rows from begin to end."""
-
-LOGIT_BYTES = 32 << 20
-"""Rows go through the language-model head in chunks whose float32 logits stay under this."""
+from vllm_d2f.wire import StepStats
+from vllm_d2f.worker.proposals import Head, Proposals, Queries
+from vllm_d2f.worker.request_states import RequestStates
 
 
 class D2FSampler:
@@ -52,343 +46,219 @@ class D2FSampler:
     The runner hands it hidden states where other models have logits (`D2FModel.compute_logits`).
     """
 
-    def __init__(self, state: "D2FModelState", base: Any) -> None:
-        self.state = state
+    def __init__(
+        self,
+        states: RequestStates,
+        model: Head,
+        base: Any,
+        *,
+        tensor_parallel_size: int = 1,
+        cuda: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            base: vLLM's sampler.
+            cuda: see `Proposals`.
+        """
+        self.states = states
         self.req_states = base.req_states
+        # The runner reads these three.
         self.penalties_state = base.penalties_state
         self.sampling_states = base.sampling_states
         self.compute_nans = False
-        # Of the step at hand, on the host: the slots of its requests, and the positions that those
-        # that denoise have in it without their prompt.
-        self.slots: list[int] = []
-        self.width_D = np.zeros(0, dtype=np.int32)
-        # With this variable vLLM ends the engine where it finds a number in the tally's place.
+        self.proposals = Proposals(
+            states,
+            model,
+            self.req_states.all_token_ids.gpu,
+            tensor_parallel_size=tensor_parallel_size,
+            cuda=cuda,
+        )
+        # With this variable vLLM ends the engine where it finds a number in place of the counters.
         self.raise_on_nans = envs.VLLM_RAISE_ON_LOGIT_NANS
-        self._resumed: list[int] = []
-        # Positions by which a request's next query begins before its window.
-        self.lagging: bool = state.lagging
-        self.lag_S = torch.zeros(state.max_num_reqs, dtype=torch.int64, device=state.device)
-        self.simulate = state.settings.simulate_tokens_per_forward
-        self.project: Callable[[Tensor], Tensor] = state.project
-        self.rows_per_chunk = max(1, LOGIT_BYTES // (4 * state.model_config.get_vocab_size()))
-        self.rank = get_tensor_model_parallel_rank() if state.sharded else 0
+        # Positions by which the next query begins before its window; 0 with synchronous scheduling.
+        self.lag_S = torch.zeros(states.max_num_reqs, dtype=torch.int64, device=states.device)
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
-        """`D2FModelState.add_request` made the window; its first forward may come at once."""
-        slot = torch.full((1,), req_index, dtype=torch.int64, device=self.state.device)
-        rows = self.state.window.rows(slot)
+        """Publish the first query. `RequestStates.add` has made the window."""
+        row = self.states.row(req_index)
+        window = self.states.window.rows(row)
         self.lag_S[req_index] = 0
-        if self.lagging:
-            self.req_states.draft_tokens[req_index] = self.state.mask_id  # vLLM wrote zeros
-        self._publish(slot, rows, rows.tokens_RW)
-        if req_index in self.state.resumed:
-            self._resumed.append(req_index)
+        if self.states.async_scheduling:
+            self.req_states.draft_tokens[req_index] = self.states.mask_id  # vLLM wrote zeros
+        self._publish(row, window, window.tokens_RW, window.start_R)
+        self.proposals.add_request(req_index)
 
     def apply_staged_writes(self) -> None:
-        """A request that was preempted comes back with its committed tokens; more have left."""
-        window = self.state.window
-        for slot in self._resumed:
-            known_T = self.req_states.all_token_ids.gpu[slot]
-            end = window.start_R[slot] + int(self.state.prompt_len_S[slot])
-            column_T = torch.arange(len(known_T), device=known_T.device) - end
-            ahead_T = (column_T >= 0) & (column_T < window.lead_R[slot])
-            token_T = window.tokens_RW[slot][column_T.clamp_(0, len(window.column_W) - 1)]
-            known_T.copy_(torch.where(ahead_T, token_T.to(known_T.dtype), known_T))
-            self.req_states.total_len.gpu[slot] += window.lead_R[slot]
-        self._resumed.clear()
+        """Give vLLM the emitted tokens of requests that come back from a preemption.
+
+        vLLM knows the committed ones; those that were emitted ahead of them are in the window.
+        """
+        window, req_states = self.states.window, self.req_states
+        for slot in self.states.resumed:
+            known_L = req_states.all_token_ids.gpu[slot]
+            first = window.start_R[slot] + int(self.states.prompt_len_S[slot])
+            column_L = torch.arange(len(known_L), device=known_L.device) - first
+            emitted_L = (column_L >= 0) & (column_L < window.lead_R[slot])
+            token_L = window.tokens_RW[slot][column_L.clamp_(0, len(window.column_W) - 1)]
+            known_L.copy_(torch.where(emitted_L, token_L.to(known_L.dtype), known_L))
+            tail = (-window.start_R[slot]).clamp(min=0)
+            req_states.total_len.gpu[slot] += window.lead_R[slot] - tail
+        self.states.resumed.clear()
 
     def __call__(
         self, hidden_TH: Tensor, input_batch: InputBatch, draft_logits: Any = None
     ) -> SamplerOutput:
-        state, device, num_reqs = self.state, hidden_TH.device, input_batch.num_reqs
-        if num_reqs > state.max_num_reqs:
+        states, device, num_reqs = self.states, hidden_TH.device, input_batch.num_reqs
+        if num_reqs > states.max_num_reqs:
             # vLLM's memory profiling takes every token for a request.
-            self._take_memory(hidden_TH)
+            self.proposals.reserve_memory(hidden_TH)
             return _nothing_sampled(num_reqs, device)
         # Lengths are known on the host; what is in the windows is known on the device only.
         drafts_np = input_batch.num_draft_tokens_per_req
-        if drafts_np is None:
-            drafts_np, num_denoising = np.zeros(num_reqs, dtype=np.int32), 0
-        elif input_batch.has_prefill:
-            num_denoising = int((drafts_np > 0).sum())
-        else:
-            num_denoising = num_reqs
-        lengths = np.empty((2, num_reqs), dtype=np.int64)
-        lengths[0] = input_batch.query_start_loc_np[:num_reqs]
-        lengths[1] = input_batch.query_start_loc_np[1 : num_reqs + 1]
+        denoising = 0 if drafts_np is None else int((drafts_np > 0).sum())
+        bounds = input_batch.query_start_loc_np
+        lengths = np.stack((bounds[:num_reqs], bounds[1 : num_reqs + 1])).astype(np.int64)
         begin_R, end_R = async_tensor_h2d(lengths, device=device)
         slot_R = input_batch.idx_mapping
-
-        keep_R = end_R - 1  # a prompt alone leaves the output at its last position
-        if num_denoising:
-            self.width_D = drafts_np[:num_denoising]
-            self.slots = input_batch.idx_mapping_np.tolist()
-            width_D = async_tensor_h2d(self.width_D.astype(np.int64), device=device)
-            slot_D = slot_R[:num_denoising]
-            # The window is the end of the query: a prompt may ride along before it.
-            first_D = end_R[:num_denoising] - width_D
-            if self.lagging:
-                lag_D = self.lag_S[slot_D]
-                first_D += lag_D
-            tokens_DW, new_D, commit_D, tally_D = self._denoise(
-                hidden_TH, slot_D, begin_R[:num_denoising], first_D
-            )
-            if self.lagging:
-                stays_D = lag_D
-                self.lag_S.index_copy_(0, slot_D, commit_D)
+        output = _nothing_sampled(num_reqs, device)
+        last_R = end_R - 1  # the last position whose output the next window may need
+        if denoising:
+            queries = self._queries(hidden_TH, input_batch, begin_R, end_R, denoising)
+            result, window, nonfinite_D = self._denoise(queries)
+            new_D = result.emit_R - result.emitted_R
+            column_DW = window.column_W + result.emitted_R[:, None]
+            token_DW = result.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
+            again_D = end_R[:denoising] - queries.first_D
+            if states.async_scheduling:
+                self.lag_S.index_copy_(0, queries.slot_D, result.commit_R)
             else:
-                stays_D = commit_D
+                again_D -= result.commit_R
             output = SamplerOutput(
-                sampled_token_ids=_pad_rows(tokens_DW, num_reqs),
-                logprobs_tensors=self._logprobs(new_D) if state.proposers else None,
-                num_nans=_pad_rows(
-                    tally_D >> NONFINITE
-                    if self.raise_on_nans
-                    else self._with_traces(tally_D, slot_D),
-                    num_reqs,
-                ),
+                sampled_token_ids=_pad_rows(token_DW, num_reqs),
+                logprobs_tensors=self._logprobs(queries, new_D, num_reqs),
+                num_nans=_pad_rows(self._counters(queries, result, window, nonfinite_D), num_reqs),
                 num_sampled=_pad_rows(new_D.int(), num_reqs),
-                num_rejected=_pad_rows((width_D - stays_D).int(), num_reqs),
+                num_rejected=_pad_rows(again_D.int(), num_reqs),
             )
-            keep_R[:num_denoising] = first_D + commit_D - 1
-        else:
-            output = _nothing_sampled(num_reqs, device)
-
-        if state.shift:
-            # Before `begin` means: nothing committed, what was kept before still holds.
+            last_R[:denoising] = queries.first_D + result.commit_R - 1
+        if states.origin_zero and denoising < num_reqs:
+            # The tail of a prompt that is complete belongs to the window: it is computed again.
+            end_np = input_batch.num_computed_tokens_np + (lengths[1] - lengths[0])
+            ends_R = async_tensor_h2d(end_np >= input_batch.prefill_len_np, device=device)
+            tail_R = (-states.window.start_R[slot_R]).clamp(min=0) * ends_R
+            output.num_rejected[denoising:] = tail_R[denoising:].int()
+        if states.logits_shift:
+            # Before `begin` nothing was committed, and what was kept before still holds.
             kept_RH = torch.where(
-                (keep_R >= begin_R)[:, None],
-                hidden_TH[keep_R.clamp(min=0)],
-                state.last_hidden_SH[slot_R],
+                (last_R >= begin_R)[:, None],
+                hidden_TH[last_R.clamp(min=0)],
+                states.last_hidden_SH[slot_R],
             )
-            state.last_hidden_SH.index_copy_(0, slot_R, kept_RH)
+            states.last_hidden_SH.index_copy_(0, slot_R, kept_RH)
         return output
 
-    def _take_memory(self, hidden_TH: Tensor) -> None:
-        """Take what a step takes at most: one chunk of logits."""
-        self.project(hidden_TH[: self.rows_per_chunk])
+    def _queries(
+        self,
+        hidden_TH: Tensor,
+        input_batch: InputBatch,
+        begin_R: Tensor,
+        end_R: Tensor,
+        denoising: int,
+    ) -> Queries:
+        """Find the windows: a window is the end of a query, and a prompt may come before it."""
+        assert input_batch.num_draft_tokens_per_req is not None
+        width_D = input_batch.num_draft_tokens_per_req[:denoising].astype(np.int64)
+        slot_D = input_batch.idx_mapping[:denoising]
+        slots = input_batch.idx_mapping_np[:denoising].tolist()
+        lag_D = self.lag_S[slot_D]
+        tail_D = (lag_D - self.states.window.start_R[slot_D]).clamp(min=0)
+        first_D = end_R[:denoising] - async_tensor_h2d(width_D, device=end_R.device)
+        samplers = self.states.samplers
+        return Queries(
+            hidden_TH,
+            slots,
+            width_D,
+            slot_D,
+            begin_R[:denoising],
+            first_D - tail_D + lag_D,
+            {d: samplers[slot] for d, slot in enumerate(slots) if slot in samplers},
+        )
 
-    def _denoise(
-        self, hidden_TH: Tensor, slot_D: Tensor, begin_D: Tensor, first_D: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Propose, advance, grow, publish.
-
-        Args:
-            begin_D, first_D: rows of `hidden_TH` at which the request and its window begin.
+    def _denoise(self, queries: Queries) -> tuple[Step, Window, Tensor]:
+        """Run one iteration of the algorithm behind its forward, and publish the next query.
 
         Returns:
-            Of these requests: the tokens that leave now and how many they are, `Step.commit_R`,
-            and `StepStats.pack` of the step.
+            The step, the windows after it, and how many proposals had no distribution, [D].
         """
-        state = self.state
-        window = state.window.rows(slot_D)
-        masked_DW = (window.column_W < window.open_R[:, None]) & ~window.decoded_RW
-        proposal_DW, confidence_DW = self._proposals(masked_DW, hidden_TH, slot_D, begin_D, first_D)
-        result = step(window, proposal_DW, confidence_DW, state.mask_id)
+        states, slot_D = self.states, queries.slot_D
+        window = states.window.rows(slot_D)
+        start_D, masked_DW = window.start_R.clone(), window.masked_RW
+        proposal_DW, confidence_DW = self.proposals(masked_DW, queries)
+        result = step(window, proposal_DW, confidence_DW, states.mask_id)
         add(window)
-        if self.lagging:
+        if states.async_scheduling:
             finish(window, result.done_R)
-        state.window.put(slot_D, window)
-        self._publish(slot_D, window, result.tokens_RW)
-        column_DW = window.column_W + result.emitted_R[:, None]
-        new_DW = result.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
-        active_D = (result.accepted_RW & result.active_RW).sum(1)
-        nonfinite_D = (masked_DW & (confidence_DW == 0)).sum(1)
-        semi_D = result.accepted_RW.sum(1) - active_D
-        tally_D = StepStats.pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
-        return new_DW, result.emit_R - result.emitted_R, result.commit_R, tally_D
+        states.window.put(slot_D, window)
+        self._publish(slot_D, window, result.tokens_RW, start_D)
+        self.proposals.record(queries, window)
+        return result, window, (masked_DW & (confidence_DW == 0)).sum(1)
 
-    def _proposals(
-        self,
-        masked_DW: Tensor,
-        hidden_TH: Tensor,
-        slot_D: Tensor,
-        begin_D: Tensor,
-        first_D: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Token (int64) and confidence (float32) [D, W] at the masked positions, 0 elsewhere."""
-        request_N, column_N = masked_DW.nonzero(as_tuple=True)
-        token_N, confidence_N = self._propose(
-            hidden_TH, request_N, column_N, slot_D, begin_D, first_D, self._own_rows(request_N)
-        )
-        proposal_DW = torch.zeros_like(masked_DW, dtype=torch.int64)
-        confidence_DW = torch.zeros_like(masked_DW, dtype=torch.float32)
-        proposal_DW[request_N, column_N] = token_N
-        confidence_DW[request_N, column_N] = confidence_N
-        return proposal_DW, confidence_DW
+    def _publish(self, slot_D: Tensor, window: Window, before_DW: Tensor, start_D: Tensor) -> None:
+        """Write the next forward's query where vLLM keeps draft tokens.
 
-    def _propose(
-        self,
-        hidden_TH: Tensor,
-        request_N: Tensor,
-        column_N: Tensor,
-        slot_D: Tensor,
-        begin_D: Tensor,
-        first_D: Tensor,
-        own: OwnRows,
-    ) -> tuple[Tensor, Tensor]:
-        """Token (int64) and confidence (float32) at the given window positions, [N] each.
+        With synchronous scheduling this is the window, and -1 beyond its open blocks. With
+        asynchronous scheduling it is the window before it moved, with what the forward decoded;
+        blocks opened since are masks, and only masks follow.
 
         Args:
-            own: the rows of requests with a proposer of their own.
-        """
-        state = self.state
-        slot_N, source_N = slot_D[request_N], first_D[request_N] + column_N
-        if state.shift:
-            # Position i is predicted at i - 1. For the window's first one that is the last position
-            # before it, whose output is kept from an earlier forward unless it is in this one.
-            hidden_NH = torch.where(
-                (source_N > begin_D[request_N])[:, None],
-                hidden_TH[(source_N - 1).clamp(min=0)],
-                state.last_hidden_SH[slot_N],
-            )
-        else:
-            hidden_NH = hidden_TH[source_N]
-        token_N = torch.empty_like(column_N)
-        confidence_N = torch.empty(len(column_N), dtype=torch.float32, device=column_N.device)
-        step = self.rows_per_chunk
-        if state.sharded and state.drawing:
-            step = max(1, step // 8)  # noise takes several times the logits' memory
-        for at in range(0, len(hidden_NH), step):
-            chunk = slice(at, at + step)
-            project = state.project_shard if state.sharded else self.project
-            choose = self._choose_sharded if state.sharded else self._choose
-            logits_NV = project(hidden_NH[chunk])
-            token_N[chunk], confidence_N[chunk] = choose(logits_NV, slot_N[chunk], column_N[chunk])
-            for slot, begin, end in own:
-                # Rows of one request are neighbours, and a chunk may end among them.
-                rows = slice(max(begin, at), min(end, at + step))
-                if rows.start < rows.stop:
-                    if state.sharded:  # what they ask for may need whole rows
-                        own_NV = self.project(hidden_NH[rows])
-                    else:
-                        own_NV = logits_NV[rows.start - at : rows.stop - at]
-                    token_N[rows], confidence_N[rows] = state.proposers[slot].propose(
-                        own_NV.float(),
-                        state.window.start_R[slot] + column_N[rows],
-                        state.window.forward_R[slot],
-                        self._answer(slot),
-                    )
-        if self.simulate is not None:
-            forward_N = state.window.forward_R[slot_N]
-            confidence_N = simulated_confidence(request_N, forward_N, self.simulate)
-        return token_N, confidence_N
-
-    def _choose(self, logits_NV: Tensor, slot_N: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and confidence of rows by their requests' sampling settings, [N] each."""
-        state = self.state
-        token_N, confidence_N = propose_greedy(logits_NV, state.mask_id)
-        if state.drawing:
-            drawn = (state.sampling.temperature_R[slot_N] > 0).nonzero()[:, 0]
-            who = slot_N[drawn]
-            token_N[drawn], confidence_N[drawn] = propose_drawn(
-                logits_NV[drawn],
-                state.mask_id,
-                state.sampling.rows(who),
-                state.window.start_R[who] + column_N[drawn],
-                state.window.forward_R[who],
-            )
-        return token_N, confidence_N
-
-    def _choose_sharded(
-        self, logits_NV: Tensor, slot_N: Tensor, column_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `_choose`, with this rank's logits only."""
-        state = self.state
-        if not state.drawing:
-            return propose_sharded(logits_NV, state.mask_id, state.first_token, gather_ranks)
-        return propose_sharded(
-            logits_NV,
-            state.mask_id,
-            state.first_token,
-            gather_ranks,
-            state.sampling.rows(slot_N),
-            state.window.start_R[slot_N] + column_N,
-            state.window.forward_R[slot_N],
-            self.rank if state.cutting else None,
-        )
-
-    def _own_proposers(self) -> dict[int, Proposer]:
-        """Of the requests that denoise in this step, by their place among them."""
-        proposers = self.state.proposers
-        if not proposers:
-            return {}
-        slots = self.slots[: len(self.width_D)]
-        return {d: proposers[slot] for d, slot in enumerate(slots) if slot in proposers}
-
-    def _own_rows(self, request_N: Tensor) -> OwnRows:
-        """Where the rows of requests with a proposer of their own are; waits for the device."""
-        own = self._own_proposers()
-        if not own:
-            return []
-        ends = torch.arange(len(self.width_D) + 1, device=request_N.device)
-        end = torch.searchsorted(request_N, ends).tolist()
-        for proposer in own.values():
-            proposer.begin()
-        return [(self.slots[d], end[d], end[d + 1]) for d in own]
-
-    def _answer(self, slot: int) -> Tensor | None:
-        """The decided tokens of a request, and the vocabulary's size where there is none."""
-        state, window = self.state, self.state.window
-        if not state.proposers[slot].needs_answer:
-            return None
-        nothing = self.req_states.vocab_size
-        known = self.req_states.all_token_ids.gpu[slot, int(state.prompt_len_S[slot]) :]
-        # What follows the committed tokens may have left already; the window has it too.
-        committed = torch.arange(len(known), device=known.device) < window.start_R[slot]
-        return torch.cat(
-            (
-                torch.where(committed, known.long(), nothing),
-                torch.where(window.decoded_RW[slot], window.tokens_RW[slot], nothing),
-            )
-        )
-
-    def _logprobs(self, new_D: Tensor) -> LogprobsTensors | None:
-        """Log-probabilities of the tokens that leave in this step, for who asked.
-
-        How many leave is known on the device, so each request has a row per position of its query,
-        and its tokens' are the first of these: vLLM reads so many as tokens have left.
-        """
-        own = self._own_proposers()
-        stores = [own[d].logprobs if d in own else None for d in range(len(new_D))]
-        if not any(stores):
-            return None
-        token_NK, value_NK, rank_N, begin = take_all(stores, new_D, self.width_D.tolist())
-        begin += [begin[-1]] * (len(self.slots) - len(new_D))  # those that only prefill
-        return LogprobsTensors(token_NK, value_NK, rank_N, begin)
-
-    def _publish(self, slot_D: Tensor, window: Window, decided_DW: Tensor) -> None:
-        """The next forward's query, where vLLM keeps draft tokens.
-
-        The window, -1 beyond the open blocks; if `lagging`, the window before it moved, as the last
-        forward decided it: what it has opened since are masks, and masks are all that follows.
+            before_DW, start_D: tokens of the window before it moved, and where it began.
         """
         drafts = self.req_states.draft_tokens
-        if self.lagging:
-            drafts[:, : decided_DW.shape[1]].index_copy_(0, slot_D, decided_DW)
-            return
-        open_DW = window.column_W < window.open_R[:, None]
-        drafts.index_copy_(0, slot_D, torch.where(open_DW, window.tokens_RW, -1))
+        if self.states.async_scheduling:
+            token_DW, begin_D = before_DW, start_D
+        else:
+            open_DW = window.column_W < window.open_R[:, None]
+            token_DW, begin_D = torch.where(open_DW, window.tokens_RW, -1), window.start_R
+        if self.states.origin_zero:
+            # Without the prompt's tail.
+            filler = self.states.mask_id if self.states.async_scheduling else -1
+            column_DW = window.column_W - begin_D.clamp(max=0)[:, None]
+            width = len(window.column_W)
+            moved_DW = token_DW.gather(1, column_DW.clamp(max=width - 1))
+            token_DW = torch.where(column_DW < width, moved_DW, filler)
+        drafts[:, : token_DW.shape[1]].index_copy_(0, slot_D, token_DW)
 
-    def _with_traces(self, tally_D: Tensor, slot_D: Tensor) -> Tensor:
-        """The tallies, [D]; with a request that is traced behind each the window's start and its
-        tokens, [D, 2 + W]. Synchronous scheduling gets these with the next query.
+    def _counters(
+        self, queries: Queries, result: Step, window: Window, nonfinite_D: Tensor
+    ) -> Tensor:
+        """What goes to the scheduler in place of NaN counts: the packed `StepStats`, [D].
+
+        If a request has a trace, each row also has its window's start and tokens, [D, 2 + W].
+        Synchronous scheduling gets these with the next query.
         """
-        window, traced = self.state.window, self.state.traced
-        if not (self.lagging and traced):
-            return tally_D
-        rows = (tally_D[:, None], window.start_R[slot_D, None], window.tokens_RW[slot_D])
-        return torch.cat(rows, dim=1)
+        states = self.states
+        if self.raise_on_nans:
+            return nonfinite_D
+        active_D = (result.accepted_RW & result.active_RW).sum(1)
+        semi_D = result.accepted_RW.sum(1) - active_D
+        packed_D = StepStats.pack(active_D, semi_D, result.dropped_R, window.open_R, nonfinite_D)
+        if not (states.async_scheduling and states.traced):
+            return packed_D
+        return torch.cat((packed_D[:, None], window.start_R[:, None], window.tokens_RW), dim=1)
 
+    def _logprobs(self, queries: Queries, new_D: Tensor, num_reqs: int) -> LogprobsTensors | None:
+        """Collect the log-probabilities of the emitted tokens, for the requests that want them.
 
-def gather_ranks(bits_NC: Tensor) -> Tensor:
-    """What each tensor-parallel rank has, int32 [P, N, C].
-
-    They travel as float32, whose bits nobody looks at: vLLM's gather over shared memory on a CPU
-    takes floating types only.
-    """
-    moved = tensor_model_parallel_all_gather(bits_NC.view(torch.float32), dim=0)
-    return moved.view(torch.int32).view(-1, *bits_NC.shape)
+        Only the device knows how many tokens are emitted. So each of these requests has a row per
+        position of its query, of which vLLM reads as many as there are emitted tokens.
+        """
+        samplers = queries.samplers
+        stores = [samplers[d].logprobs if d in samplers else None for d in range(len(new_D))]
+        if not any(stores):
+            return None
+        token_NK, value_NK, rank_N, begin = take_all(stores, new_D, queries.width_D.tolist())
+        begin += [begin[-1]] * (num_reqs - len(new_D))  # those that only prefill
+        return LogprobsTensors(token_NK, value_NK, rank_N, begin)
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
@@ -398,12 +268,12 @@ def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
         logprobs_tensors=None,
         num_nans=None,
         num_sampled=zeros_R,
-        num_rejected=zeros_R,
+        num_rejected=zeros_R.clone(),
     )
 
 
 def _pad_rows(values: Tensor, num_rows: int) -> Tensor:
-    """Zero rows for the requests that only prefill, which come last."""
+    """Append zero rows for the requests that only prefill, which come last."""
     missing = num_rows - len(values)
     if not missing:
         return values

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that a D2F engine on CUDA runs before its first request, so that its kernels are compiled.
 
-They are what the scheduler would make: a prompt alone, a prompt beside its first block, both beside
-windows, windows only. The requests are greedy, drawn with every limit, and one with rules of its
-own, so that all kernels of the sampler run.
+They are steps as the scheduler makes them: a prompt alone, a prompt with its first block, both
+beside windows, and windows only. One request is greedy, one is drawn with every limit, one is drawn
+without, and one has a request sampler, so that all kernels of the sampler run.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def warm_up(
     """Run the steps.
 
     Args:
-        runner: vLLM's V2 model runner, with a `D2FModelState` and its cache.
+        runner: vLLM's V2 model runner, with a `D2FModelState` and its KV cache.
         execute_model, sample_tokens: the worker's, as the engine calls them.
     """
     settings = runner.model_state.settings
@@ -50,12 +50,13 @@ def warm_up(
     length = min(len(PROMPT) + settings.window, runner.max_model_len)
     requests = _requests(runner, length) if length > len(PROMPT) else []
     if not requests:
-        return  # no room; the first request compiles what it needs
+        return  # no room: the first request compiles what it needs
     zeroer = getattr(runner, "kv_block_zeroer", None)
     if zeroer is not None:
         zeroer.warmup(runner.kv_cache_config.num_blocks)
-    # The first prompt goes alone, the others beside their first blocks, the last one late.
-    first = min(block_size, length - len(PROMPT))
+    # The first prompt goes alone, the others with their first blocks, the last one late.
+    tail = len(PROMPT) % block_size if runner.model_state.states.origin_zero else 0
+    first = min(block_size - tail, length - len(PROMPT))
     for step in range(STEPS):
         arriving = requests[:1] if step == 0 else requests[1:-1] if step == 1 else requests[-1:]
         output = SchedulerOutput.make_empty()
@@ -71,13 +72,13 @@ def warm_up(
     output.finished_req_ids = {one.req_id for one in requests if one.admitted}
     execute_model(output)
     if zeroer is not None:
-        zeroer.zero_block_ids([0])  # nobody's page, where padding is written
+        zeroer.zero_block_ids([0])  # the null page, where padding is written
     if runner.device.type != "cpu":
         torch.accelerator.synchronize()
 
 
 def _requests(runner: Any, length: int) -> list[_Request]:
-    """As many kinds as there are slots and pages for. Page 0 is nobody's."""
+    """Make requests of as many kinds as there are slots and pages for. Page 0 is the null page."""
     max_tokens = length - len(PROMPT)
     groups = runner.kv_cache_config.kv_cache_groups
     pages = [-(-length // group.kv_cache_spec.block_size) for group in groups]
@@ -96,7 +97,7 @@ def _requests(runner: Any, length: int) -> list[_Request]:
 
 
 def _admit(runner: Any, output: SchedulerOutput, request: _Request, width: int) -> None:
-    """Its prompt, and `width` positions of its window."""
+    """Schedule a request's prompt and `width` positions of its window."""
     tokens = len(PROMPT) + width
     if output.total_num_scheduled_tokens + tokens > runner.max_num_tokens:
         return
@@ -118,20 +119,22 @@ def _admit(runner: Any, output: SchedulerOutput, request: _Request, width: int) 
 
 
 def _continue(runner: Any, output: SchedulerOutput, requests: list[_Request]) -> None:
-    """The window of each request that has one. Where it is, is read from the device."""
-    state, cached = runner.model_state, CachedRequestData.make_empty()
+    """Schedule the window of each request that has one. Its place is read from the device."""
+    window, cached = runner.model_state.states.window, CachedRequestData.make_empty()
     for request in requests:
         slot = runner.req_states.req_id_to_index[request.req_id]
-        open_ = int(state.window.open_R[slot])
-        width = open_ + int(runner.sampler.lag_S[slot])
-        if not open_ or output.total_num_scheduled_tokens + width > runner.max_num_tokens:
+        open_, lag = int(window.open_R[slot]), int(runner.sampler.lag_S[slot])
+        tokens = open_ + lag
+        # The query begins with the prompt's tail, if that is still in the window.
+        tail = max(lag - int(window.start_R[slot]), 0)
+        if not open_ or output.total_num_scheduled_tokens + tokens > runner.max_num_tokens:
             continue
         computed = int(runner.req_states.num_computed_tokens.gpu[slot])
         cached.req_ids.append(request.req_id)
         cached.num_computed_tokens.append(computed)
-        cached.num_output_tokens.append(computed - len(PROMPT))
+        cached.num_output_tokens.append(max(computed - len(PROMPT), 0))
         cached.new_block_ids.append(None)
-        _schedule(output, request, width, width)
+        _schedule(output, request, tokens, tokens - tail)
     output.scheduled_cached_reqs = cached
 
 

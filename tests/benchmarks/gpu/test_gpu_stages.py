@@ -144,16 +144,16 @@ def test_inputs_rotate():
 @pytest.mark.parametrize("rule", list(kernels.RULES))
 def test_confidences_are_compared_with_float64(rule):
     """What `proposal` gives passes, a confidence or token that is off does not."""
-    from vllm_d2f.sampling.sample import propose_drawn, propose_greedy
+    from vllm_d2f.sampling.sample import sample_drawn, sample_greedy
 
     rows, size, mask_id = 16, 1000, 7
     logits = (3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(1))).bfloat16()
     how = kernels.sampling(rule, rows, "cpu")
     counters = torch.arange(rows)
     if how is None:
-        token, value = propose_greedy(logits.float(), mask_id)
+        token, value = sample_greedy(logits.float(), mask_id)
     else:
-        token, value = propose_drawn(logits.float(), mask_id, how, counters, counters % 7)
+        token, value = sample_drawn(logits.float(), mask_id, how, counters, counters % 7)
     same, error = kernels.confidence_error(logits, mask_id, token, value, how, counters)
     assert same and error <= kernels.RULES[rule]
     same, error = kernels.confidence_error(logits, mask_id, token, value * 1.01, how, counters)

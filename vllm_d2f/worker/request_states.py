@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker keeps per request.
+
+A slot is the runner's row number of a request. A preempted request loses its slot and its pages but
+not its window: `preempt` puts the window aside by request id, and `add` takes it up again, so the
+answer does not depend on preemptions.
+
+Shape suffixes: S slots, W window positions, H hidden.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData
+
+from vllm_d2f.admission import MAX_END_TOKENS, end_tokens
+from vllm_d2f.blocks import NO_PROMPT_END
+from vllm_d2f.d2f import D2FParams, Window, add
+from vllm_d2f.sampling.request_sampler import RequestSampler, make_request_sampler
+from vllm_d2f.sampling.sample import Sampling
+from vllm_d2f.settings import request_params, served_settings, wants_trace
+from vllm_d2f.worker.grammar import Grammars
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Preempted(NamedTuple):
+    """What is put aside while a request has no slot."""
+
+    window: Window
+    sampler: RequestSampler | None
+
+
+class RequestStates:
+    """Tensors by slot on the device, and sets of slots on the host.
+
+    Attributes:
+        window: the windows.
+        sampling: temperature and so on.
+        last_hidden_SH: the output at the position before each window, which predicts its first one.
+        prompt_len_S: tokens of the prompt, on the host.
+        origin_S: the position from which blocks are counted, on the host: the end of the prompt,
+            or 0; `NO_PROMPT_END` in a free slot.
+        block_size_S: positions per block, on the host.
+        drawing: slots with a temperature. Greedy decoding runs no code for drawing.
+        truncating: those of them that have top_k or top_p.
+        samplers: samplers of requests that have their own. Their slots are not in `drawing`.
+        traced: slots of requests with `d2f_trace`.
+        resumed: slots that came back from a preemption and have not been completed by
+            `D2FSampler.apply_staged_writes`.
+        slots: the slot of each request id.
+        preempted: what was put aside, by request id.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", device: torch.device) -> None:
+        model_config = vllm_config.model_config
+        self.device = device
+        self.settings = served_settings(model_config)
+        self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        # vLLM may still reduce the model's length when it knows how much memory there is.
+        self.model_config = model_config
+        self.async_scheduling = bool(vllm_config.scheduler_config.async_scheduling)
+        self.vocab_size = model_config.get_vocab_size()
+        self.mask_id: int = model_config.hf_config.mask_token_id
+        self.logits_shift: bool = model_config.hf_config.logits_shift
+        self.origin_zero = self.settings.block_origin == "zero"
+        self.grammars = Grammars(vllm_config, self.mask_id)
+
+        slots = self.max_num_reqs
+        self.window = Window.empty(
+            slots, self.settings.window, MAX_END_TOKENS, self.mask_id, device
+        )
+        self.sampling = Sampling.greedy(slots, device)
+        self.last_hidden_SH = torch.zeros(
+            slots,
+            model_config.get_hidden_size(),
+            dtype=cast(torch.dtype, model_config.dtype),
+            device=device,
+        )
+        self.prompt_len_S = np.zeros(slots, dtype=np.int64)
+        self.origin_S = np.full(slots, NO_PROMPT_END)
+        self.block_size_S = np.ones(slots, dtype=np.int64)
+        self.drawing: set[int] = set()
+        self.truncating: set[int] = set()
+        self.samplers: dict[int, RequestSampler] = {}
+        self.traced: set[int] = set()
+        self.resumed: set[int] = set()
+        self.slots: dict[str, int] = {}
+        self.preempted: dict[str, Preempted] = {}
+
+    def add(self, slot: int, data: NewRequestData) -> None:
+        """Let a request take a slot, with a new window or the one that was put aside."""
+        sampling = data.sampling_params
+        assert sampling is not None and sampling.max_tokens is not None
+        params = request_params(self.settings, sampling.extra_args)
+        prompt, prompt_len = data.prompt_token_ids or [], data.prompt_len
+        # Counted from position 0, the prompt's last tokens may share a block with the answer.
+        tail = prompt[prompt_len - prompt_len % params.block_size :] if self.origin_zero else ()
+        self.slots[data.req_id] = slot
+        self.prompt_len_S[slot] = prompt_len
+        self.origin_S[slot] = 0 if self.origin_zero else prompt_len
+        self.block_size_S[slot] = params.block_size
+        self._set_sampling(slot, sampling)
+        if wants_trace(sampling.extra_args):
+            self.traced.add(slot)
+        self.window.start(
+            slot,
+            params,
+            max_tokens=sampling.max_tokens,
+            limit=self.model_config.max_model_len - prompt_len,
+            ends=end_tokens(sampling),
+            mask_id=self.mask_id,
+            tail=tail,
+        )
+        row = self.row(slot)
+        preempted = self.preempted.pop(data.req_id, None)
+        if preempted is None:
+            window, sampler = self.window.rows(row), self._make_sampler(slot, data, params)
+            add(window)
+        else:
+            window, sampler = preempted
+            self.resumed.add(slot)
+        self.window.put(row, window)
+        if sampler is not None:
+            self.samplers[slot] = sampler
+            self.drawing.discard(slot)
+            self.truncating.discard(slot)
+
+    def preempt(self, req_id: str) -> None:
+        """Put a request aside, unless it has finished before."""
+        slot = self.slots.pop(req_id, None)
+        if slot is not None:
+            window = self.window.rows(self.row(slot))
+            self.preempted[req_id] = Preempted(window, self.samplers.get(slot))
+            self._free(slot)
+
+    def finish(self, req_id: str) -> None:
+        """Forget a request, wherever it is."""
+        self.preempted.pop(req_id, None)
+        slot = self.slots.pop(req_id, None)
+        if slot is not None:
+            self._free(slot)
+
+    def row(self, slot: int) -> torch.Tensor:
+        """Index one slot, with a tensor that is filled on the device: a copy would wait for it."""
+        return torch.full((1,), slot, dtype=torch.int64, device=self.device)
+
+    def _set_sampling(self, slot: int, params: SamplingParams) -> None:
+        if params.temperature > 0:
+            self.drawing.add(slot)
+            if params.top_k > 0 or params.top_p < 1:
+                self.truncating.add(slot)
+        self.sampling.temperature_R[slot] = params.temperature
+        self.sampling.top_k_R[slot] = max(params.top_k, 0)
+        self.sampling.top_p_R[slot] = params.top_p
+        self.sampling.min_p_R[slot] = params.min_p
+        # A request without a seed takes the engine's next one, which is the same on every rank.
+        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
+        self.sampling.seed_R[slot] = seed
+
+    def _make_sampler(
+        self, slot: int, data: NewRequestData, params: D2FParams
+    ) -> RequestSampler | None:
+        sampling = data.sampling_params
+        assert sampling is not None
+        structured = sampling.structured_outputs is not None
+        return make_request_sampler(
+            sampling,
+            prompt=data.prompt_token_ids or (),
+            sampling=self.sampling.rows(self.row(slot)),
+            ends=end_tokens(sampling),
+            tau_conf=params.tau_conf,
+            mask_id=self.mask_id,
+            vocab_size=self.vocab_size,
+            window=self.settings.window,
+            grammar=self.grammars.constraint(sampling) if structured else None,
+            logprobs_mode=self.model_config.logprobs_mode,
+            device=self.device,
+        )
+
+    def _free(self, slot: int) -> None:
+        self.origin_S[slot] = NO_PROMPT_END
+        for slots in (self.drawing, self.truncating, self.traced, self.resumed):
+            slots.discard(slot)
+        self.samplers.pop(slot, None)
