@@ -15,13 +15,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 TORCH := $(if $(filter cpu,$(EXTRA)),torch==2.13.0)
 
-# One thread unless the caller says otherwise: see README, "Speed on a CPU".
+# One thread unless the caller says otherwise: see docs/serving.md, "Speed on a CPU".
 export OMP_NUM_THREADS ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow test-async test-next lint lint-imports models gpu-bundle clean
+.PHONY: help setup demo serve test test-slow test-async test-next lint lint-imports docs models gpu-bundle clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
@@ -31,6 +31,7 @@ help:
 	@echo 'make test-async the engine tests again, every engine scheduling asynchronously'
 	@echo 'make test-next  tests of what touches vLLM, on the next version'"'"'s Python sources'
 	@echo 'make lint       ruff, mypy and who may import whom (.importlinter)'
+	@echo 'make docs       the pages of docs/ as a web site, in site/'
 	@echo 'make models     train the embedded models again, about an hour'
 	@echo 'make gpu-bundle pack what an offline GPU host lacks to measure, see benchmarks/gpu/README.md'
 	@echo 'make setup      only install, EXTRA=cpu or EXTRA=gpu (here: $(EXTRA))'
@@ -94,6 +95,9 @@ lint-imports:
 	@cp -r patches build/imports/vllm_d2f/patches
 	cd build/imports && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/.importlinter
 
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
 models: setup
 	$(BIN)/python -m training.train --config training/configs/tiny.yaml --out $(OUT)
 	cp -r $(OUT)/models/. vllm_d2f/embedded/
@@ -102,4 +106,4 @@ gpu-bundle: setup
 	$(BIN)/python -m benchmarks.gpu.bundle
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a running server, all at once and streaming.
+"""Ask a running server for whole answers and for a stream.
 
     vllm serve --config examples/serve.yaml
     python examples/client.py [--url http://localhost:8000/v1]
 
-`vllm_xargs` carries the D2F settings of one request; here each is asked carefully and boldly.
+`vllm_xargs` carries the D2F settings of one request. This example asks the same question with a
+high and with a low confidence threshold.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
         tokens = answer.usage.completion_tokens
         print(f"tau_conf {tau_conf}: {answer.choices[0].message.content} ({tokens} tokens)")
 
-    # A piece is what one forward committed: usually a whole block.
+    # Each piece holds the tokens that one forward pass made available to the client.
     print("streamed:", end="", flush=True)
     for event in client.chat.completions.create(
         model=model, messages=messages, max_tokens=64, stream=True

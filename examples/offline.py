@@ -3,8 +3,8 @@
 
     python examples/offline.py [--model d2f-tiny] [--prompts FILE] [--out FILE]
 
-One prompt a line goes in, one JSON object a line comes out. vLLM batches the requests itself: hand
-all of them in at once.
+The input has one prompt per line, and the output one JSON object per line. Pass all prompts in one
+call: vLLM forms the batches.
 """
 
 import argparse
@@ -23,12 +23,12 @@ PROMPTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer many prompts without a server.")
     parser.add_argument("--model", default="d2f-tiny", help="name, folder or Hub id")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the terminal")
     options = parser.parse_args()
     prompts = options.prompts.read_text().splitlines() if options.prompts else PROMPTS
 
-    # For a model of 7B on a GPU, leave out everything but the model.
+    # These options suit the tiny model on a CPU. A 7B model on a GPU needs none of them.
     llm = LLM(options.model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=1 << 27)
     sampling = SamplingParams(temperature=0, max_tokens=64, extra_args={"d2f_tau_conf": 0.95})
     outputs = llm.generate(prompts, sampling)

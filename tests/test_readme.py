@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents promise is there: commands, links, files, ranges, figures. No network.
+"""What README.md and the user's pages promise is there: commands, links, figures. No network.
 
-`python tests/test_readme.py --write` renews the table of results from benchmarks/results/*.json.
+`python tests/test_readme.py --write` renews the figures of README.md and docs/results.md from
+benchmarks/results/*.json. `test_docs.py` holds the other pages to the code.
 """
 
 import json
@@ -9,22 +10,26 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from vllm_d2f.d2f import D2FParams
-from vllm_d2f.settings import MAX_WINDOW, PRESETS
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
+PAGES = ("CONTRIBUTING.md", "docs/api.md", "docs/decoding.md", "docs/serving.md")
+TEXT = README + "".join((ROOT / page).read_text() for page in (*PAGES, "docs/training.md"))
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(str(path.relative_to(ROOT)) for path in ROOT.glob("*/README.md") if path.parts[-2] != "docs"),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+)
 
 
-def blocks(language: str, text: str = README + CONTRIBUTING) -> list[str]:
+def blocks(language: str, text: str = TEXT) -> list[str]:
     """The code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
@@ -67,20 +72,6 @@ def test_make_targets_exist(target):
     )
 
 
-@pytest.mark.parametrize("words", commands("vllm"), ids=" ".join)
-def test_serve_commands_parse(words):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_d2f.settings import settings_from_dict
-
-    program, verb, *arguments = words
-    assert (program, verb) == ("vllm", "serve")
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    if section := (parsed.additional_config or {}).get("d2f"):
-        settings_from_dict(section)
-
-
 def test_the_request_is_json_for_an_embedded_model():
     from vllm_d2f.hub.names import EMBEDDED
 
@@ -107,65 +98,65 @@ def test_the_offline_example_answers(tmp_path):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_relative_links_lead_somewhere(document):
-    text = (ROOT / document).read_text()
-    headings = {
-        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
-        for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    }
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if "://" in link:
+            continue
         path, _, anchor = link.partition("#")
-        assert not path or ((ROOT / document).parent / path).exists(), link
-        assert path or anchor in headings, link
+        target = ((ROOT / document).parent / path) if path else ROOT / document
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
 
 
-def listed() -> dict[str, str]:
-    """The file tree: path -> purpose."""
-    (tree,) = [block for block in blocks("text", README) if "vllm_d2f/d2f.py" in block]
-    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in tree.splitlines())
+def headings(page: Path) -> set[str]:
+    """The anchors of a page."""
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    }
 
 
-def test_the_file_tree_is_complete():
-    for path, purpose in listed().items():
-        assert purpose and (ROOT / path).exists(), path
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_d2f").glob("*.py")}
-    assert modules <= listed().keys()
-    folders = {f"{path.name}/" for path in ROOT.iterdir() if any(path.glob("*.py"))}
-    assert folders - {"vllm_d2f/"} <= listed().keys()
+def test_readme_is_short():
+    assert len(README.encode()) <= 8192
 
 
-def test_the_table_of_settings_is_right():
-    defaults = D2FParams()
-    rows = {}
-    for line in README.splitlines():
-        cells = [cell.strip("` ") for cell in line.strip("|").split("|")]
-        if len(cells) == 5:
-            rows[cells[0]] = cells[1:]
-    for name in D2FParams.__dataclass_fields__:
-        assert rows[name][0] == f"d2f_{name}"
-        assert rows[name][2] == str(getattr(defaults, name))
-    assert rows["window"][1] == f"up to {MAX_WINDOW}"
-    for preset in PRESETS:
-        assert f"`{preset}`" in README
+# Figures
+
+MARKS = {
+    "README.md": "figures",
+    "docs/results.md": "results",
+}
+"""Document -> name of its generated part, which is the name of a function here."""
 
 
-def test_the_picture_is_that_of_the_algorithm():
-    from vllm_d2f import d2f
-
-    (picture,) = [part for part in (d2f.__doc__ or "").split("\n\n") if "[ P P P P ]" in part]
-    assert picture in README
-
-
-# The table of results
-
-BEGIN, END = "<!-- results: python tests/test_readme.py --write -->\n", "<!-- end of results -->"
+def figures() -> str:
+    """The few figures of README.md as Markdown."""
+    rows = []
+    if report := load("throughput.json"):
+        ratio = {row["batch_size"]: row["ratio"]["median"] for row in report["d2f_vs_ar"]}
+        scores = f"{100 * report['exact_d2f']:.1f} % against {100 * report['exact_ar']:.1f} %"
+        what = "answer tokens per second of d2f-tiny, against ar-tiny in the same vLLM"
+        at_once = ", ".join(f"{ratio[n]:.2f}x for {n}" for n in (8, 256))
+        rows.append((what, f"{ratio[1]:.2f}x for 1 request at a time, {at_once}"))
+        rows.append(("answers that are exactly right, d2f-tiny against ar-tiny", scores))
+    if report := load("tiny_training.json"):
+        tokens = report["figures"]["d2f-tiny"]["tokens_per_forward"]
+        rows.append(("tokens per forward pass (ar-tiny: 1)", f"{tokens:.2f}"))
+    ways = [way for _, report in parity_reports() for way in report["ways"].values()]
+    equal = f"{sum(way['equal'] for way in ways):,} of {sum(way['of'] for way in ways):,}"
+    rows.append(("answers with the tokens and forward passes of the reference loop", equal))
+    rows.append(("published 7B and 8B models; any model on a GPU", "not run yet"))
+    return table(["what", "result"], rows)
 
 
 def results() -> str:
     """The table of results as Markdown. A figure without a file does not appear."""
     rows = [*tiny_rows(), *demo_rows(), *throughput_rows(), *parity_rows(), *overhead_rows()]
-    rows += streaming_rows()
-    head = ["| what | result | where | command |", "|---|---|---|---|"]
-    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    return table(["what", "result", "where", "command"], [*rows, *streaming_rows()])
+
+
+def table(head: list[str], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
 def load(name: str) -> dict | None:
@@ -235,16 +226,21 @@ def streaming_rows() -> Iterator[tuple[str, ...]]:
         yield "time to first token", times, report["machine"], f"`{report['command']}`"
 
 
+def parity_reports() -> list[tuple[str, dict]]:
+    """Every comparison with the reference loop, by its file's name."""
+    paths = sorted(RESULTS.glob("parity*.json"))
+    return [(path.name, json.loads(path.read_text())) for path in paths]
+
+
 def parity_rows() -> Iterator[tuple[str, ...]]:
-    for path in sorted(RESULTS.glob("parity*.json")):
-        report = json.loads(path.read_text())
+    for _, report in parity_reports():
         ways = report["ways"].values()
         equal = f"{sum(way['equal'] for way in ways)} of {sum(way['of'] for way in ways)} equal"
         if ties := sum(way["ties"] for way in ways):
             equal += f", {ties} decided by a tie"
         what = (
-            f"answers and forwards as the reference: {report['model']}, {len(ways)} ways, "
-            f"{report['prompts']} prompts x {report['settings']} settings"
+            f"answers and forward passes as the reference loop: {report['model']}, "
+            f"{len(ways)} ways, {report['prompts']} prompts x {report['settings']} settings"
         )
         yield what, equal, report["machine"], f"`{report['command']}`"
 
@@ -259,16 +255,23 @@ def overhead_rows() -> Iterator[tuple[str, ...]]:
         yield "what the plugin adds to a step", added, where, f"`{report['command']}`"
 
 
-def rendered(text: str) -> str:
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + results() + END + rest.partition(END)[2]
+def rendered(document: str) -> str:
+    """A document with its generated part renewed."""
+    name = MARKS[document]
+    begin = f"<!-- {name}: python tests/test_readme.py --write -->\n"
+    end = f"<!-- end of {name} -->"
+    before, found, rest = (ROOT / document).read_text().partition(begin)
+    assert found and end in rest
+    return before + begin + globals()[name]() + end + rest.partition(end)[2]
 
 
-def test_the_table_of_results_is_that_of_the_files():
-    assert BEGIN in README and END in README
-    assert rendered(README) == README, "run: python tests/test_readme.py --write"
+@pytest.mark.parametrize("document", MARKS)
+def test_the_figures_are_those_of_the_files(document):
+    renew = "run: python tests/test_readme.py --write"
+    assert rendered(document) == (ROOT / document).read_text(), renew
 
 
 if __name__ == "__main__":
     assert sys.argv[1:] == ["--write"], __doc__
-    (ROOT / "README.md").write_text(rendered(README))
+    for document in MARKS:
+        (ROOT / document).write_text(rendered(document))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command and program in the documents is run by a named test, or its parser is run here.
+"""Every command and program in README, docs/ and the folders' READMEs is run by a named test, or
+its parser is run here.
 
 The table below says which. A command that no row knows fails, so that none gets into a document
 without a proof; so does a row that names a test which is not there.
@@ -26,10 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
-    "training/README.md",
-    "benchmarks/README.md",
     "deploy/README.md",
     "examples/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 )
 
 # How a command is proved, first match counts. A test: it runs the command, or the same with other
@@ -39,7 +39,9 @@ PARSED = "parsed"
 HUB = "tests/hub/test_prepare.py::test_the_command_from_first_to_last"
 PROOFS: tuple[tuple[str, str], ...] = (
     (r"make demo", "tests/test_demo.py::test_the_whole_demo"),
-    (r"make (setup|serve|test|test-slow|test-async|test-next|lint|models|gpu-bundle)", PARSED),
+    (r"make (setup|serve|test|test-\w+|lint|models|stress|gpu-bundle)( EXTRA=\w+)?", PARSED),
+    (r"make docs", "tests/test_docs.py::test_the_site_builds"),
+    (r"source \.venv/bin/activate", PARSED),
     (r"vllm serve --config examples/serve.yaml", "tests/test_examples.py::test_the_client"),
     (r"vllm serve d2f-tiny .*", "tests/http/test_readme_examples.py::test_the_curl_line"),
     (r"vllm serve .*d2f-(dream-7b|llada-8b)", "tests/hub/test_serve_by_name.py"),
@@ -64,13 +66,15 @@ PROOFS: tuple[tuple[str, str], ...] = (
     (r"python -m training\.\w+ .*", PARSED),
     (r"accelerate launch .* -m training\.train .*", PARSED),
     (r"docker .*", "tests/test_deploy.py"),
-    (r"pip install 'vllm-d2f\[[\w,]+\]'", PARSED),
+    (r"pip wheel .*", "tests/test_docs.py::test_the_wheel"),
+    (r"pip install '(\.|vllm-d2f|dist/[\w.-]+\.whl)\[[\w,-]+\]'", PARSED),
     (r"(\.venv/bin/)?pre-commit install", PARSED),
 )
 # The programs, by a line of theirs.
 PROGRAMS = {
     "import openai": "tests/http/test_readme_examples.py::test_the_client",
     "from vllm import LLM": "tests/test_readme.py::test_the_offline_example_answers",
+    "# vllm_d2f/": "tests/test_docs.py::test_quoted_code_is_that_of_its_file",
 }
 
 
@@ -89,6 +93,8 @@ def commands() -> list[str]:
         blocks += re.findall(r"^ {4}(?:python|pip|vllm|make) .*$", plain, re.M)
         for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # the command's environment
+                words.pop(0)
             if words:
                 found.append(shlex.join(words))
     return list(dict.fromkeys(found))
@@ -132,7 +138,8 @@ def test_every_proof_is_there(by):
 
 @pytest.mark.parametrize("program", programs())
 def test_every_program_compiles_and_has_a_proof(program):
-    ast.parse(program)
+    if not program.startswith("# vllm_d2f/"):  # the quoted lines of a file
+        ast.parse(program)
     assert [by for line, by in PROGRAMS.items() if line in program], "say in PROGRAMS who runs it"
 
 
@@ -230,11 +237,31 @@ def parse_make(words):
 
 def parse_pip(words):
     from packaging.requirements import Requirement
+    from packaging.utils import parse_wheel_filename
 
     project = tomllib.loads(text("pyproject.toml"))["project"]
-    for requirement in map(Requirement, words[1:]):
-        assert requirement.name == project["name"]
+    verb, *requirements = words
+    if verb == "wheel":
+        from pip._internal.commands import create_command
+
+        _, (folder,) = create_command(verb).parse_args(requirements)
+        assert (ROOT / folder / "pyproject.toml").is_file()
+        return
+    assert verb == "install", f"pip {verb}: say here how it is checked"
+    for requirement in requirements:
+        place, bracket, extras = requirement.partition("[")
+        if place.endswith(".whl"):
+            name, version, *_ = parse_wheel_filename(Path(place).name)
+            assert (name, str(version)) == (project["name"], project["version"])
+        elif place != ".":
+            assert place == project["name"]
+        requirement = Requirement(project["name"] + bracket + extras)
         assert requirement.extras <= set(project["optional-dependencies"])
+
+
+def parse_source(words):
+    """`make setup` makes the file with the environment."""
+    assert words == [".venv/bin/activate"]
 
 
 def parse_bash(words):
@@ -270,6 +297,7 @@ PARSERS = {
     "pip": parse_pip,
     "pre-commit": parse_precommit,
     "python": parse_python,
+    "source": parse_source,
     "vllm": parse_vllm,
 }
 
@@ -290,6 +318,7 @@ def test_every_command_parses(command, monkeypatch):
         'vllm serve d2f-tiny --additional-config \'{"d2f": {"block_size": 0}}\'',
         "make no-such-target",
         "pip install 'vllm-d2f[nothing]'",
+        "pip install 'dist/vllm_d2f-9.9.9-py3-none-any.whl[cpu]'",
     ],
 )
 def test_wrong_commands_do_not_parse(command, monkeypatch, capsys):

@@ -116,7 +116,7 @@ def hostile_picture():
     mask = Cell("_", State.MASK)
     blocks = (
         Block(Phase.COMMITTED, (Cell("4", State.COMMITTED, 0.9),)),
-        Block(Phase.FULL, (cell, Cell("2", State.DECIDED, 0.9))),
+        Block(Phase.FULL, (cell, Cell("2", State.DECODED, 0.9))),
         Block(Phase.SEMI, (mask, mask)),
     )
     return Picture(HOSTILE, 3, blocks, "4", False)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A D2F model and its autoregressive twin answer 16 problems in stock vLLM.
+"""A D2F model and an autoregressive model of its size answer 16 problems in stock vLLM.
 
     python -m vllm_d2f.demo [--model d2f-tiny] [--baseline ar-tiny] [--json FILE]
 
 Both run in this process, one after the other, with the same settings: float32 on a CPU, greedy,
-no compilation. Tokens are counted up to and including the end token. A plain model needs one
-forward per token; a D2F request's forwards are counted by vLLM, and its prompt rides in the first.
+no compilation. Tokens are counted up to and including the end token. An autoregressive model needs
+one forward per token. vLLM counts the forwards of a D2F request, of which the first includes the
+prompt.
 """
 
 import argparse
@@ -38,7 +39,7 @@ NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, the worked answer expected of it, and the number it ends with."""
+    """A question, its worked answer, and the number that the answer ends with."""
 
     question: str
     answer: str
@@ -47,13 +48,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a model did with the problems.
+    """What one model did with the problems.
 
     Attributes:
-        right: problems whose answer ended in the right number.
-        tokens: tokens of all answers.
-        forwards: forwards of all requests, counted per request.
-        batch_tokens_per_s: all problems in one batch, median of several runs.
+        right: problems whose answer ended with the right number.
+        tokens, forwards: sums over all requests.
+        batch_tokens_per_s: all problems in one batch, median of `REPEATS` runs.
         single_tokens_per_s: one problem after the other.
     """
 
@@ -65,85 +65,62 @@ class Figures:
     batch_tokens_per_s: float
     single_tokens_per_s: float
 
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.tokens / self.forwards
-
 
 def bundled_problems() -> list[Problem]:
-    """The problems that ship with the package. None of them was in the training data."""
+    """Return the problems that ship with the package. No model was trained on them."""
     file = resources.files("vllm_d2f").joinpath("embedded", "problems.json")
     return [Problem(**problem) for problem in json.loads(file.read_text())]
 
 
 def final_number(text: str) -> int | None:
-    """The last number of an answer, None if it has none."""
+    """Return the last number of an answer, or None if it has none."""
     numbers = NUMBER.findall(text)
     return int(numbers[-1]) if numbers else None
 
 
 def is_right(output: "RequestOutput", problem: Problem) -> bool:
-    """Whether an answer came to its end by itself and its last number is the right one."""
+    """Whether the model ended the answer by itself, with the right number."""
     completion = output.outputs[0]
     return completion.finish_reason == "stop" and final_number(completion.text) == problem.final
 
 
-def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
-    """Answer all problems with one model: in one batch, then one by one.
-
-    Args:
-        show: print a progress bar and every answer.
-    """
-    llm, sampling = _start(model, len(problems))
-    prompts = [problem.question for problem in problems]
-    # What comes first pays for memory and code that are touched for the first time.
-    llm.generate(prompts, sampling, use_tqdm=False)
-
-    outputs = llm.generate(prompts, sampling, use_tqdm=show)
-    if show:
-        _print_answers(problems, outputs)
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-
-    seconds = statistics.median(_timed(llm, prompts, sampling) for _ in range(REPEATS))
-    single_seconds = sum(_timed(llm, [prompt], sampling) for prompt in prompts)
-    return Figures(
-        model=model,
-        problems=len(problems),
-        right=sum(is_right(o, p) for o, p in zip(outputs, problems, strict=True)),
-        tokens=tokens,
-        forwards=sum(count_forwards(output) for output in outputs),
-        batch_tokens_per_s=tokens / seconds,
-        single_tokens_per_s=tokens / single_seconds,
-    )
-
-
 def count_forwards(output: "RequestOutput") -> int:
-    """Forwards that a request took part in."""
+    """Return the forwards that a request took part in."""
     completion = output.outputs[0]
-    if completion.spec_decode_metrics is None:
+    if completion.spec_decode_metrics is None:  # an autoregressive model
         return len(completion.token_ids)
     return denoising_forwards(completion)
 
 
-def summary(figures: Sequence[Figures]) -> str:
-    """The closing table, one line per model."""
-    width = max(len("model"), *(len(Path(f.model).name) for f in figures))
-    batch = f"batch of {figures[0].problems}"
-    lines = [
-        f"{'':{width}}  {'right':>8}  {'tokens per':>10}  {'tokens/s,':>11}  {'tokens/s,':>11}",
-        f"{'model':{width}}  {'answers':>8}  {'forward':>10}  {batch:>11}  {'one by one':>11}",
-    ]
-    for f in figures:
-        lines.append(
-            f"{Path(f.model).name:{width}}  {f'{f.right} of {f.problems}':>8}  "
-            f"{f.tokens_per_forward:>10.2f}  {f.batch_tokens_per_s:>11.0f}  "
-            f"{f.single_tokens_per_s:>11.0f}"
-        )
-    return "\n".join(lines)
+def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
+    """Answer all problems with one model, in one batch and then one by one.
+
+    Args:
+        show: print a progress bar and every answer.
+    """
+    llm = _load(model, len(problems))
+    prompts = [problem.question for problem in problems]
+    _timed(llm, prompts)  # warms up
+    outputs, _ = _timed(llm, prompts, show)
+    right = [is_right(output, problem) for output, problem in zip(outputs, problems, strict=True)]
+    if show:
+        _print_answers(problems, outputs, right)
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    batch_seconds = statistics.median(_timed(llm, prompts)[1] for _ in range(REPEATS))
+    single_seconds = sum(_timed(llm, [prompt])[1] for prompt in prompts)
+    return Figures(
+        model=model,
+        problems=len(problems),
+        right=sum(right),
+        tokens=tokens,
+        forwards=sum(map(count_forwards, outputs)),
+        batch_tokens_per_s=tokens / batch_seconds,
+        single_tokens_per_s=tokens / single_seconds,
+    )
 
 
-def _start(model: str, num_problems: int) -> tuple["LLM", Any]:
-    from vllm import LLM, SamplingParams
+def _load(model: str, num_problems: int) -> "LLM":
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     print(f"\nLoading {model} into vLLM ...", flush=True)
@@ -154,32 +131,55 @@ def _start(model: str, num_problems: int) -> tuple["LLM", Any]:
         enforce_eager=True,
         max_num_seqs=num_problems,
         kv_cache_memory_bytes=1 << 27,
-        # An answer must be computed each time it is timed.
+        # Each timed run must compute its prompts.
         enable_prefix_caching=False,
         use_tqdm_on_load=False,
     )
     print(f"Loaded in {time.perf_counter() - began:.0f} s.\n", flush=True)
-    return llm, SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    return llm
 
 
-def _timed(llm: "LLM", prompts: list[str], sampling: Any) -> float:
+def _timed(
+    llm: "LLM", prompts: list[str], show: bool = False
+) -> "tuple[list[RequestOutput], float]":
+    """Answer prompts. Return the outputs and the seconds."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     began = time.perf_counter()
-    llm.generate(prompts, sampling, use_tqdm=False)
-    return time.perf_counter() - began
+    return llm.generate(prompts, sampling, use_tqdm=show), time.perf_counter() - began
 
 
-def _print_answers(problems: Sequence[Problem], outputs: Sequence["RequestOutput"]) -> None:
+def _print_answers(
+    problems: Sequence[Problem], outputs: "Sequence[RequestOutput]", right: Sequence[bool]
+) -> None:
     print()
-    for number, (problem, output) in enumerate(zip(problems, outputs, strict=True), start=1):
-        mark = "right" if is_right(output, problem) else f"WRONG, {problem.final} expected"
+    rows = zip(problems, outputs, right, strict=True)
+    for number, (problem, output, correct) in enumerate(rows, start=1):
+        mark = "right" if correct else f"WRONG, {problem.final} expected"
         lines = textwrap.wrap(problem.question, WIDTH - 4)
-        answer = textwrap.wrap(f"{output.outputs[0].text.strip()}   [{mark}]", WIDTH - 4)
-        print(f"{number:2}. " + "\n    ".join(lines + answer))
+        lines += textwrap.wrap(f"{output.outputs[0].text.strip()}   [{mark}]", WIDTH - 4)
+        print(f"{number:2}. " + "\n    ".join(lines))
     print(flush=True)
 
 
+def summary(figures: Sequence[Figures]) -> str:
+    """Return the closing table, one line per model."""
+    batch = f"batch of {figures[0].problems}"
+    rows = [
+        ("", "right", "tokens per", "tokens/s,", "tokens/s,"),
+        ("model", "answers", "forward", batch, "one by one"),
+    ]
+    for f in figures:
+        score, per_forward = f"{f.right} of {f.problems}", f"{f.tokens / f.forwards:.2f}"
+        speeds = f"{f.batch_tokens_per_s:.0f}", f"{f.single_tokens_per_s:.0f}"
+        rows.append((Path(f.model).name, score, per_forward, *speeds))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{a:{width}}  {b:>8}  {c:>10}  {d:>11}  {e:>11}" for a, b, c, d, e in rows)
+
+
 def _machine() -> dict[str, str]:
-    """Where the figures come from."""
+    """Return what a reader of the figures must know about this machine."""
     import torch
     import vllm
     from vllm.platforms import current_platform
@@ -195,12 +195,12 @@ def _machine() -> dict[str, str]:
 
 
 def _prepare_process() -> None:
-    """Environment and log levels, before vLLM and torch are imported. The user's own come first."""
-    # One process: it starts sooner, and no message passing is timed.
+    """Set environment and log levels before vLLM and torch are imported; the user's own win."""
+    # One process starts sooner, and no message passing is timed.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # With more threads than idle cores every operator waits for the scheduler.
+    # With more threads than idle cores, every operator waits for the operating system.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Errors only: the warnings of a plain start ask for nothing that a newcomer could do.
+    # The warnings of a plain start are nothing that a newcomer could act on.
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if level == "ERROR":
@@ -208,14 +208,8 @@ def _prepare_process() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _stop() -> None:
-    """Free what the last engine holds in this process, so that another can start."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_d2f.demo",
         description="A D2F model and its autoregressive twin answer 16 problems in stock vLLM.",
@@ -230,11 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(problems)} arithmetic problems that no model here was trained on.")
     figures = [run(options.model, problems, show=True)]
     if options.baseline:
-        _stop()
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()  # the first engine's, so that another can start
         figures.append(run(options.baseline, problems, show=False))
     print(summary(figures))
     if options.json:
-        report = {"machine": _machine(), "figures": [asdict(f) for f in figures]}
+        report: dict[str, Any] = {"machine": _machine(), "figures": [asdict(f) for f in figures]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

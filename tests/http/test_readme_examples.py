@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of README.md under "Ask", run as they stand against the real server."""
+"""The examples of README.md and docs/api.md, run as they stand against the real server."""
 
 import json
 import re
@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 URL = "http://localhost:8000"
 
 
@@ -21,7 +23,7 @@ def test_the_curl_line(server):
 
 
 def test_the_client(server):
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", API, re.MULTILINE | re.DOTALL)
     (example,) = [block for block in blocks if "import openai" in block]
     done = subprocess.run(
         [sys.executable, "-c", example.replace(URL, server.url)],

@@ -3,8 +3,9 @@
 
     python -m vllm_d2f.watch "a question" [--gif FILE] [--html FILE]
 
-One picture per forward: colours are blocks, `_` is undecided, full colour is committed. Seconds
-mean nothing here (the reference loop recomputes everything); forwards are those of the engine.
+There is one picture per forward. Each block has a colour; `_` is masked, light is decoded, full
+colour is committed. The forwards are those of the engine. The seconds are not, because the
+reference loop recomputes the whole sequence in each forward.
 """
 
 import argparse
@@ -24,7 +25,7 @@ SETTINGS = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf", "prese
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m vllm_d2f.watch",
         description=__doc__,
@@ -54,9 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 2 for what cannot be done as asked."""
+    """Run the command. Return the exit status: 2 if a model, setting or file cannot be used."""
     options = parser().parse_args(arguments)
-    # Loading is quick here; progress bars and advice would only push the picture down.
+    # Loading is quick, and progress bars and advice would move the picture down.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -71,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watch(options: argparse.Namespace) -> None:
-    """Load, decode, show, write.
+    """Load the models, show them decoding, and write the files.
 
     Raises:
-        ValueError: a model, setting or question that cannot be decoded.
-        OSError: a file that cannot be written.
-        ImportError: `--gif` without matplotlib.
+        ValueError: a model, setting or question cannot be decoded.
+        OSError: a file cannot be written.
+        ImportError: `--gif` is given and matplotlib is not installed.
     """
     from vllm_d2f.watch.decoders import ARDecoder, D2FDecoder
     from vllm_d2f.watch.page import page
@@ -94,7 +95,7 @@ def watch(options: argparse.Namespace) -> None:
 
     runs = [decoder.run(options.question, options.max_tokens) for decoder in decoders]
     ticks = _show(options.question, together(*runs), options.delay)
-    # A run that has ended repeats its last picture; each once again.
+    # A run that has ended repeats its last picture; take each picture once.
     unique = [list(dict.fromkeys(tick[index] for tick in ticks)) for index in range(len(runs))]
     if options.html:
         options.html.write_text(page(options.question, unique), encoding="utf-8")
@@ -107,7 +108,7 @@ def watch(options: argparse.Namespace) -> None:
 def _show(
     question: str, ticks: "Iterator[tuple[Picture, ...]]", delay: float
 ) -> "list[tuple[Picture, ...]]":
-    """Print while decoding: in place on a terminal, else as plain lines. Returns all pictures."""
+    """Print while decoding, in place on a terminal, else as lines. Return all pictures."""
     from rich.console import Console
     from rich.live import Live
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two decoders to watch, on transformers' models: D2F's reference loop, and greedy decoding.
 
-The reference loop recomputes everything in each forward, so seconds mean nothing here. What can be
-compared is forwards, and those are the engine's.
+The reference loop recomputes the whole sequence in each forward, so its seconds say nothing about
+the engine. Its forwards do: the engine needs as many.
 """
 
 import json
@@ -23,11 +23,11 @@ __all__ = ["ARDecoder", "D2FDecoder", "WatchError"]
 
 
 class WatchError(ValueError):
-    """The model or the question cannot be decoded; the message says what to change."""
+    """A model or a question that cannot be decoded. The message says what to change."""
 
 
 class _Decoder:
-    """A model's folder, its tokenizer and its end tokens."""
+    """A model's configuration, tokenizer and end tokens."""
 
     def __init__(self, model: str, raw: bool) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -43,10 +43,10 @@ class _Decoder:
         self.ends: tuple[int, ...] = ()
 
     def prompt(self, question: str, max_tokens: int) -> list[int]:
-        """The question's tokens, in the model's chat template if it has one and `raw` is not set.
+        """Return the question's tokens, in the model's chat template if it has one.
 
         Raises:
-            WatchError: nothing to answer, or no room left for an answer.
+            WatchError: the question is empty, or leaves too few positions for an answer.
         """
         text = question
         if self.tokenizer.chat_template and not self.raw:
@@ -66,11 +66,11 @@ class _Decoder:
         return ids
 
     def show(self, token: int) -> str:
-        """A token's own text."""
+        """Return the text of one token."""
         return "END" if token in self.ends else self.tokenizer.decode([token])
 
     def text(self, tokens: Any) -> str:
-        """An answer's text."""
+        """Return the text of an answer, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
@@ -83,8 +83,8 @@ class D2FDecoder(_Decoder):
         raw: ask without the chat template.
 
     Raises:
-        WatchError: not a D2F model, or none that says how it decodes.
-        ValueError: a setting out of range.
+        WatchError: the model is no D2F model, or has no settings and none are given.
+        ValueError: a setting is out of range.
     """
 
     def __init__(self, model: str, given: Mapping[str, Any], raw: bool = False) -> None:
@@ -96,7 +96,7 @@ class D2FDecoder(_Decoder):
                 "it with --ar, or give a D2F model"
             )
         self.settings = self._settings(given)
-        # A picture taken with other settings than the model's says so.
+        # The picture names the settings that differ from the model's.
         if given:
             self.name += f" ({', '.join(f'{name} {value}' for name, value in given.items())})"
         hf_model, self.config = load_hf(self.folder)
@@ -110,12 +110,12 @@ class D2FDecoder(_Decoder):
             raise WatchError(
                 f"{self.name} does not say how it decodes; add --preset NAME or --block-size N"
             )
-        # No engine, so no window to fit in.
+        # There is no engine here, and no window that the blocks must fit into.
         sections = (generation, self.config.d2f, {**given, "window": MAX_WINDOW})
         return settings_from_dict(*sections, family=self.config.family)
 
     def run(self, question: str, max_tokens: int) -> Iterator[Picture]:
-        """One picture per forward."""
+        """Yield one picture per forward."""
         params = self.settings.params
         whole = self.settings.prompt_attention == "bidirectional"
         frames = decode(
@@ -128,6 +128,7 @@ class D2FDecoder(_Decoder):
             shift=self.config.logits_shift,
             max_len=self.config.max_position_embeddings,
             prompt_block=None if whole else params.block_size,
+            block_origin=self.settings.block_origin,
         )
         return pictures(self.name, frames, self.show, self.text)
 
@@ -152,7 +153,7 @@ class ARDecoder(_Decoder):
         self.ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
 
     def run(self, question: str, max_tokens: int) -> Iterator[Picture]:
-        """One picture per forward, which is one per token."""
+        """Yield one picture per forward, that is, one per token."""
         tokens = self._tokens(self.prompt(question, max_tokens), max_tokens)
         return autoregressive(self.name, tokens, self.show, self.text)
 

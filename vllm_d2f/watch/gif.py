@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as an animated GIF, one frame per forward, for a README or a talk."""
+"""Draw pictures as an animated GIF with one frame per forward, for a README or a talk."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.watch.palette import colours
-from vllm_d2f.watch.picture import Block, Picture, State, together
+from vllm_d2f.watch.picture import Block, Picture, State, colours, together
 
 __all__ = ["write_gif"]
 
 WIDTH, MARGIN, FONT_SIZE = 900, 16, 14
 LINE = 25
-LABEL = 92  # room for a block's phase
-SHARES = (0.52, 0.48)  # of the width: the D2F model, the other one
+LABEL = 92  # width of the text that names a block's phase
+SHARES = (0.52, 0.48)  # of the width, for the D2F model and the other one
 INK, GREY, WHITE = "#1b1f24", "#6b7682", "#ffffff"
-HOLD = 4  # how much longer than the others the last frame stays
+HOLD = 4  # the last frame is shown so many times as long as the others
 
 
 def write_gif(
@@ -60,7 +59,7 @@ def write_gif(
 
 
 class _Panel:
-    """Where the cells of one model stand: the same places in every frame, so that nothing jumps."""
+    """The places of one model's cells. They are the same in every frame, so that no cell moves."""
 
     def __init__(self, run: Sequence[Picture], font: Any, left: float, width: float) -> None:
         self.left, self.font = left, font
@@ -103,7 +102,7 @@ class _Panel:
             fill, ink, edge = {
                 State.MASK: (WHITE, GREY, light),
                 State.NEW: (light, INK, INK),
-                State.DECIDED: (light, INK, light),
+                State.DECODED: (light, INK, light),
                 State.COMMITTED: (strong, WHITE, strong),
             }[cell.state]
             canvas.rounded_rectangle(
@@ -120,7 +119,7 @@ def _image(
     pictures: Sequence[Picture],
     font: Any,
 ) -> Any:
-    """One frame."""
+    """Draw one frame of all models."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (WIDTH, height), WHITE)
@@ -129,5 +128,5 @@ def _image(
         canvas.text((MARGIN, MARGIN + number * LINE), line, fill=INK, font=font)
     for panel, picture in zip(panels, pictures, strict=True):
         panel.draw(canvas, top, picture)
-    # Few colours: text on plain ground needs no more, and the file is a third of the size.
+    # Text on plain ground needs few colours, and the file is a third of the size with them.
     return image.quantize(64)

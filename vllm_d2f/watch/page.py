@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as one HTML file that can be played and stepped through, without a network.
+"""Draw pictures as one HTML file that plays them and steps through them, without a network.
 
-Every frame is in the file as escaped markup; the script only chooses which one is shown. Without
-scripts the last one is.
+The file holds every frame as escaped markup, and the script chooses which one to show. A browser
+without scripts shows the last one.
 """
 
 from collections.abc import Sequence
 from html import escape
 
-from vllm_d2f.watch.palette import PALETTE, colours
-from vllm_d2f.watch.picture import Picture, State
+from vllm_d2f.watch.picture import PALETTE, Picture, State, colours
 
 __all__ = ["page"]
 
@@ -75,13 +74,13 @@ CONTROLS = """<nav id="controls" hidden>
 
 
 def page(question: str, runs: Sequence[Sequence[Picture]]) -> str:
-    """The file's text.
+    """Return the text of the file.
 
     Args:
         runs: the pictures of each model, one per forward.
     """
     title = f"{' and '.join(run[0].name for run in runs)}: {question}"
-    # The markup is all ours, and the policy forbids whatever else would get in to load anything.
+    # The policy forbids to load anything, should markup of a model ever escape the escaping.
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -93,7 +92,7 @@ def page(question: str, runs: Sequence[Sequence[Picture]]) -> str:
 {CONTROLS}
 <div class="runs">
 {"".join(_run(run) for run in runs)}</div>
-<p class="caption">_ undecided; light: decided; outlined: decided by this forward; full colour:
+<p class="caption">_ masked; light: decoded; outlined: decoded by this forward; full colour:
 committed. Semi-activated blocks accept confident tokens only, fully activated ones at least
 one.</p>
 <script>{SCRIPT}</script>
@@ -102,9 +101,9 @@ one.</p>
 
 
 def _block_styles() -> str:
-    """Rules for the cells of the blocks b0, b1, ..."""
+    """Return style rules for the cells of the blocks b0, b1, ..."""
     return "".join(
-        f".b{index} .mask{{border-color:{light}}}.b{index} .new,.b{index} .decided"
+        f".b{index} .mask{{border-color:{light}}}.b{index} .new,.b{index} .decoded"
         f"{{background:{light};border-color:{strong}}}"
         f".b{index} .committed{{background:{strong};color:#fff}}\n"
         for index, (strong, light) in enumerate(map(colours, range(len(PALETTE))))

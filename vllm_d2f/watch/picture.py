@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to see after one forward, however it is drawn."""
+"""The state of a decoder after one forward, as a terminal, a GIF and a page can draw it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,24 +7,40 @@ from enum import StrEnum
 
 from vllm_d2f.reference import Frame
 
-__all__ = ["MASK", "Block", "Cell", "Phase", "Picture", "State", "autoregressive", "pictures"]
-__all__ += ["together", "visible"]
+__all__ = ["MASK", "PALETTE", "Block", "Cell", "Phase", "Picture", "State", "autoregressive"]
+__all__ += ["colours", "pictures", "together", "visible"]
 
 MASK = "_"
-"""Drawn where nothing is decided."""
+"""The text of a masked position."""
+
+PALETTE: tuple[tuple[str, str], ...] = (
+    ("#0072b2", "#cfe5f2"),
+    ("#d55e00", "#f8dfcc"),
+    ("#007a5a", "#cceee3"),
+    ("#a3407c", "#f3dbe9"),
+    ("#8a6d00", "#f5ebc4"),
+    ("#4b5a6b", "#dde2e8"),
+)
+"""Colours of the blocks, strong and light. Colour-blind people can tell them apart (after Okabe and
+Ito)."""
+
+
+def colours(block: int) -> tuple[str, str]:
+    """Return the strong and the light colour of a block, by its index."""
+    return PALETTE[block % len(PALETTE)]
 
 
 class State(StrEnum):
-    """Of one position."""
+    """The state of one position."""
 
     MASK = "mask"
-    NEW = "new"  # decided by this very forward
-    DECIDED = "decided"
+    NEW = "new"  # decoded by this forward
+    DECODED = "decoded"
     COMMITTED = "committed"
 
 
 class Phase(StrEnum):
-    """Of one block. An autoregressive answer is one committed block."""
+    """The phase of one block. An autoregressive answer is drawn as one committed block."""
 
     SEMI = "semi"
     FULL = "full"
@@ -36,8 +52,8 @@ class Cell:
     """One position.
 
     Attributes:
-        text: printable; `MASK` where nothing is decided.
-        confidence: the token's probability when it was accepted; 0 where there is none.
+        text: the token in printable form, or `MASK`.
+        confidence: the token's probability when it was accepted; 0 for a masked position.
     """
 
     text: str
@@ -58,11 +74,11 @@ class Picture:
     """One decoder after one forward.
 
     Attributes:
-        name: of the model.
-        forward: 1 for the first.
-        blocks: from the answer's start on.
-        text: the committed part of the answer, what a client has received by now.
-        done: the answer is complete.
+        name: the model's name.
+        forward: number of this forward; the first is 1.
+        blocks: all blocks of the answer that are committed or open.
+        text: the committed part of the answer.
+        done: whether the answer is complete.
     """
 
     name: str
@@ -73,7 +89,7 @@ class Picture:
 
     @property
     def tokens(self) -> int:
-        """How many are decided, the end token included."""
+        """Decoded positions, including the end token."""
         return sum(cell.state != State.MASK for block in self.blocks for cell in block.cells)
 
     @property
@@ -82,7 +98,7 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """One line of figures."""
+        """The figures of this forward on one line."""
         end = ", done" if self.done else ""
         return (
             f"forward {self.forward}, {self.tokens} tokens, "
@@ -91,7 +107,7 @@ class Picture:
 
 
 def visible(text: str) -> str:
-    """A token's text on one line, harmless to a terminal: what does not print is escaped."""
+    """Escape the characters of a token that do not print, so that a terminal ignores them."""
     if not text:
         return "\\0"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -103,13 +119,13 @@ def pictures(
     show: Callable[[int], str],
     decode: Callable[[Sequence[int]], str],
 ) -> Iterator[Picture]:
-    """The frames of `vllm_d2f.reference.decode` as pictures.
+    """Turn the frames of `vllm_d2f.reference.decode` into pictures.
 
     Args:
-        show: the text of one token in its cell.
-        decode: the text of a whole answer.
+        show: returns the text of one token.
+        decode: returns the text of several tokens.
     """
-    before = 0  # positions committed when the forward began: where its open blocks start
+    before = 0  # positions that were committed when the forward began, before its open blocks
     for frame in frames:
         size, first = frame.block_size, before // frame.block_size
         new = set(frame.accepted)
@@ -118,7 +134,7 @@ def pictures(
             if not frame.decided[position]:
                 cells.append(Cell(MASK, State.MASK))
                 continue
-            state = State.COMMITTED if position < frame.committed else State.DECIDED
+            state = State.COMMITTED if position < frame.committed else State.DECODED
             state = State.NEW if position in new else state
             cells.append(Cell(visible(show(token)), state, frame.confidences[position]))
         blocks = []
@@ -139,10 +155,10 @@ def autoregressive(
     show: Callable[[int], str],
     decode: Callable[[Sequence[int]], str],
 ) -> Iterator[Picture]:
-    """An answer that grows by one token per forward as pictures.
+    """Turn an answer that grows by one token per forward into pictures.
 
     Args:
-        tokens: id, probability, and whether the answer is complete with it.
+        tokens: id and probability of each token, and whether it completes the answer.
     """
     ids: list[int] = []
     cells: list[Cell] = []
@@ -154,7 +170,7 @@ def autoregressive(
 
 
 def together(*runs: Iterable[Picture]) -> Iterator[tuple[Picture, ...]]:
-    """One picture of each run per forward; a run that has ended stays at its last picture."""
+    """Yield one picture of each run per forward. A run that has ended repeats its last picture."""
     iterators = [iter(run) for run in runs]
     now: list[Picture | None] = [None] * len(iterators)
     while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in a terminal: in colour and in place, or as plain lines."""
+"""Draw pictures in a terminal, in colour and in place, or as plain lines."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vllm_d2f.watch.palette import colours
-from vllm_d2f.watch.picture import Picture, State, visible
+from vllm_d2f.watch.picture import Picture, State, colours, visible
 
 __all__ = ["LEGEND", "plain", "render"]
 
-LEGEND = "_ undecided   light: decided   underlined: just now   full colour: committed"
+LEGEND = "_ masked   light: decoded   underlined: by this forward   full colour: committed"
 
 
 def render(question: str, pictures: Sequence[Picture]) -> RenderableType:
-    """What `rich` shows after one forward: the models side by side."""
+    """Return what `rich` shows after one forward: the models side by side."""
     table = Table.grid(expand=True, padding=(0, 1))
     for position in range(len(pictures)):
         table.add_column(ratio=3 if position == 0 else 2)
@@ -26,7 +25,7 @@ def render(question: str, pictures: Sequence[Picture]) -> RenderableType:
 
 
 def plain(pictures: Sequence[Picture]) -> str:
-    """The same as lines without colours, for a pipe or a file."""
+    """Return the same as lines without colours, for a pipe or a file."""
     lines = []
     for picture in pictures:
         lines.append(f"{visible(picture.name)}: {picture.caption}")
@@ -58,6 +57,6 @@ def _style(state: State, strong: str, light: str) -> str:
     return {
         State.MASK: f"dim {strong}",
         State.NEW: f"bold underline #000000 on {light}",
-        State.DECIDED: f"#000000 on {light}",
+        State.DECODED: f"#000000 on {light}",
         State.COMMITTED: f"#ffffff on {strong}",
     }[state]
