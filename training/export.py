@@ -6,8 +6,7 @@ A folder appears, or changes, as a whole.
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from training.checkpoint import whole_folder
 from training.config import DecodingSection, StageSection
-from training.model import Loaded
+from training.model import MASK_ROW, Loaded, adapter_state
 from vllm_d2f.models.olmo_names import to_olmo
 
 ARCHITECTURES = {"dream": "DreamModel", "llada": "LLaDAModelLM"}
@@ -47,11 +47,11 @@ def export(
             False.
         base: the name of the base, for an adapter's config.
     """
-    if hasattr(net, "peft_config") and not stage.merge:
-        _replace(directory, lambda part: _write_adapter(part, loaded, net, stage, card, base))
-        return
-    state = merged_state(net)
-    _replace(directory, lambda part: _write_model(part, loaded, state, stage, decoding, card))
+    with whole_folder(directory) as part:
+        if hasattr(net, "peft_config") and not stage.merge:
+            _write_adapter(part, loaded, net, stage, card, base)
+        else:
+            _write_model(part, loaded, merged_state(net), stage, decoding, card)
 
 
 def merged_state(net: Any) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def merged_state(net: Any) -> dict[str, Tensor]:
             if base.bias is not None:
                 state[f"{name}.bias"] = base.bias
     for name, tensor in net.get_base_model().state_dict().items():
-        if ".lora_" not in name and ".base_layer." not in name:
+        if ".lora_" not in name and ".base_layer." not in name and MASK_ROW not in name:
             state[name] = tensor
     return state
 
@@ -205,23 +205,10 @@ def save_weights(net: torch.nn.Module, path: Path) -> None:
     part = path.with_suffix(".part")
     state = net.state_dict()
     if hasattr(net, "peft_config"):
-        state = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+        state = adapter_state(net)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part)
     os.replace(part, path)
 
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _replace(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `directory`, then put it in its place."""
-    part, gone = (directory.with_name(directory.name + end) for end in (".part", ".old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    shutil.rmtree(gone, ignore_errors=True)
-    if directory.exists():
-        os.rename(directory, gone)
-    os.rename(part, directory)
-    shutil.rmtree(gone, ignore_errors=True)

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, Q queries, K keys, C hidden size, M chosen positions, 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from training.attention import as_argument
 from training.config import LoraSection, ModelSection
@@ -24,8 +33,21 @@ from vllm_d2f.models import register_configs
 from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
 from vllm_d2f.models.olmo_names import to_llama, to_olmo
 
-CONFIGS: dict[str, Any] = {"dream": DreamConfig, "llada": LLaDAConfig}
-MODELS: dict[str, Any] = {"dream": Qwen2ForCausalLM, "llada": LlamaForCausalLM}
+CONFIGS: dict[str, Any] = {
+    "dream": DreamConfig,
+    "llada": LLaDAConfig,
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+MODELS: dict[str, Any] = {
+    "dream": Qwen2ForCausalLM,
+    "llada": LlamaForCausalLM,
+    "llama": LlamaForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+}
+AUTOREGRESSIVE = ("llama", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,7 +67,13 @@ class Base:
     @property
     def shift(self) -> bool:
         """Whether the output at i - 1 predicts position i."""
-        return CONFIGS[self.family].logits_shift
+        return self.family in AUTOREGRESSIVE or CONFIGS[self.family].logits_shift
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        eos = self.config.eos_token_id
+        listed = tuple(eos) if isinstance(eos, list) else (eos,)
+        return getattr(self.config, "end_token_ids", listed)
 
     @property
     def end(self) -> int:
@@ -94,6 +122,8 @@ def open_base(section: ModelSection) -> Base:
     config = AutoConfig.from_pretrained(folder)
     check_base(section, config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if section.family in AUTOREGRESSIVE:
+        choose_mask(section, config, tokenizer)
     check_tokens(section, config, tokenizer)
     return Base(tokenizer, config, section.family, folder)
 
@@ -163,6 +193,27 @@ def check_tokens(section: ModelSection, config: Any, tokenizer: Any) -> None:
         )
 
 
+def choose_mask(section: ModelSection, config: Any, tokenizer: Any) -> None:
+    """Give an autoregressive checkpoint a mask token: `model.mask_token`.
+
+    Raises:
+        ValueError: the config names none, or one that has no row in the embedding.
+    """
+    if getattr(config, "mask_token_id", None) is None:
+        if section.mask_token is None:
+            raise ValueError(
+                f"model.mask_token: {section.base} has no mask token; name one of its tokens that "
+                "never occurs in text, or a new one"
+            )
+        if section.mask_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"mask_token": section.mask_token})
+        config.mask_token_id = tokenizer.get_vocab()[section.mask_token]
+    if config.mask_token_id >= config.vocab_size:
+        raise ValueError(
+            f"model.mask_token: no row of the embedding is free for {config.mask_token_id}"
+        )
+
+
 def load_weights(folder: Path, config: Any, section: ModelSection, attention: str) -> Any:
     """Build the model without weights, then put them in, one file at a time.
 
@@ -226,7 +277,7 @@ def check_base(section: ModelSection, config: Any) -> None:
 
 
 class Predictor(nn.Module):
-    """A causal language model as the losses call it (`training.loss.Logits`).
+    """A causal language model as the losses call it (`training.objectives.Logits`).
 
     A module, so that it can be wrapped for several devices as a whole. Only the chosen positions go
     through the LM head.
@@ -241,8 +292,18 @@ class Predictor(nn.Module):
         self._no_split_modules = getattr(net, "_no_split_modules", None)
 
     def forward(
-        self, ids_BT: Tensor, position_BT: Tensor, allowed_BTT: Tensor, chosen_BT: Tensor
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        allowed_BTT: Tensor,
+        chosen_BT: Tensor,
+        before_BT: Tensor | None = None,
     ) -> Tensor:
+        """Logits of the chosen positions.
+
+        Args:
+            before_BT: index of the token before each, where that is not the one on the left.
+        """
         inner = self.net.get_base_model() if hasattr(self.net, "peft_config") else self.net
         hidden_BTC = inner.model(
             input_ids=ids_BT,
@@ -250,6 +311,8 @@ class Predictor(nn.Module):
             attention_mask=as_argument(allowed_BTT, self.attention, inner.dtype),
             use_cache=False,
         ).last_hidden_state
+        if self.shift and before_BT is not None:
+            return inner.lm_head(hidden_BTC[chosen_BT.nonzero()[:, 0], before_BT[chosen_BT]])
         if self.shift:
             # Position 0 is predicted by nothing; prompts are never empty.
             return inner.lm_head(hidden_BTC[:, :-1][chosen_BT[:, 1:]])
@@ -273,7 +336,33 @@ def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
         target_modules=targets,
         bias="none",
     )
-    return get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+    net = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+    if loaded.family in AUTOREGRESSIVE:
+        train_mask_row(net.get_base_model().model.embed_tokens, loaded.mask_id)
+    return net
+
+
+MASK_ROW = "mask_row"
+
+
+def train_mask_row(embedding: nn.Embedding, mask_id: int) -> None:
+    """Train the mask token's embedding beside adapters: an autoregressive base never saw it.
+
+    The embedding itself stays frozen; the row has a parameter of its own.
+    """
+    row_C = embedding.weight[mask_id].detach().float().clone()
+    embedding.register_parameter(MASK_ROW, nn.Parameter(row_C))
+
+    def put(module: Any, args: tuple[Tensor, ...], out_BTC: Tensor) -> Tensor:
+        return torch.where((args[0] == mask_id)[..., None], module.mask_row.to(out_BTC), out_BTC)
+
+    embedding.register_forward_hook(put)
+
+
+def adapter_state(net: Any) -> dict[str, Tensor]:
+    """What is trained beside a frozen base: adapters, and the mask token's embedding."""
+    names = (".lora_", f".{MASK_ROW}")
+    return {k: v for k, v in net.state_dict().items() if any(name in k for name in names)}
 
 
 def lora_modules(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -295,10 +384,24 @@ def _olmo_end(name: str) -> str:
 
 
 @contextlib.contextmanager
-def without_adapter(predictor: Predictor) -> Iterator[None]:
-    """The base inside: one copy of the weights serves as teacher and student."""
-    training = predictor.net.training
-    predictor.net.eval()  # no dropout in the teacher
-    with predictor.net.disable_adapter():
-        yield
-    predictor.net.train(training)
+def as_teacher(predictor: Predictor, adapter: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """One copy of the base's weights serves as teacher and student.
+
+    Args:
+        adapter: the teacher's, which is exchanged for the student's inside; None: it has none.
+    """
+    net = predictor.net
+    training = net.training
+    net.eval()  # no dropout in the teacher
+    if adapter is None:
+        with net.disable_adapter():
+            yield
+    else:
+        own = adapter_state(net)
+        student = {name: tensor.clone() for name, tensor in own.items()}
+        for weights in (adapter, student):
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+            if weights is adapter:
+                yield
+    net.train(training)
