@@ -83,7 +83,8 @@ class ModelSection(Section):
         family: layout of a new model, and what a base must be. `llama`, `qwen2` and `qwen3` are
             checkpoints with an autoregressive head.
         mask_token: of a checkpoint that has none: one of its tokens that never occurs in text, or
-            a new one.
+            a new one; `<|mask|>` by default.
+        chat_template: replaces the base's, in Jinja.
         dtype: of the weights.
         attention: `auto` is `eager` on a CPU and `sdpa` on CUDA. All give the same result.
         gradient_checkpointing: compute activations again in the backward pass; less memory.
@@ -95,6 +96,7 @@ class ModelSection(Section):
     sizes: Sizes | None = None
     family: Literal["dream", "llada", "llama", "qwen2", "qwen3"] = "dream"
     mask_token: Annotated[str, Field(min_length=1)] | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "xformers"] = "auto"
     gradient_checkpointing: bool = False

@@ -7,6 +7,7 @@ that was never interrupted, and there is no data state to save.
 Shapes: B rows, T tokens, D documents (examples) of a batch.
 """
 
+import itertools
 import json
 import math
 import random
@@ -236,9 +237,8 @@ def read_records(
     check_tokenizer(data, tokenizer)
     counts = {"records": 0, "truncated": 0, "dropped": 0}
     kept: list[Example] = []
-    for prompt, answer in _wanted(data, name, split):
+    for example in _encoded(_wanted(data, name, split), data, tokenizer):
         counts["records"] += 1
-        example = _encode(prompt, answer, data, tokenizer)
         if not example.prompt:
             raise ValueError(f"{name}, record {counts['records']}: the prompt has no tokens")
         room = data.max_length - len(example.prompt)
@@ -323,16 +323,24 @@ def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[An
     return record[data.prompt], record[data.response]
 
 
-def _encode(prompt: Any, answer: str, data: DataSection, tokenizer: Any) -> Example:
-    if data.chat_template or data.messages is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def _encoded(
+    texts: Iterator[tuple[Any, str]], data: DataSection, tokenizer: Any
+) -> Iterator[Example]:
+    """Prompts and answers as token ids. Many at a time: calls of the tokenizer are what costs."""
+    template = data.chat_template or data.messages is not None
+    end = end_of(data, tokenizer)
+    while chunk := list(itertools.islice(texts, 1000)):
+        prompts, answers = ([pair[i] for pair in chunk] for i in (0, 1))
+        if template:
+            chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+            prompts = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=False
+            )
         # The template writes the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt).input_ids
-    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return Example(tuple(ids), tuple(answer_ids), answer, end=end_of(data, tokenizer))
+        prompt_ids = tokenizer(prompts, add_special_tokens=not template).input_ids
+        answer_ids = tokenizer(answers, add_special_tokens=False).input_ids
+        for prompt, ids, answer in zip(prompt_ids, answer_ids, answers, strict=True):
+            yield Example(tuple(prompt), tuple(ids), answer, end=end)
 
 
 def training_batch(

@@ -16,13 +16,19 @@ from torch import Tensor
 
 from training.checkpoint import whole_folder
 from training.config import DecodingSection, StageSection
-from training.model import MASK_ROW, Loaded, adapter_state
+from training.model import AUTOREGRESSIVE, MASK_ROW, Loaded, adapter_state
 from vllm_d2f.models.olmo_names import to_olmo
 
-ARCHITECTURES = {"dream": "DreamModel", "llada": "LLaDAModelLM"}
+ARCHITECTURES = {
+    "dream": "DreamModel",
+    "llada": "LLaDAModelLM",
+    "llama": "D2FLlamaForCausalLM",
+    "qwen2": "D2FQwen2ForCausalLM",
+    "qwen3": "D2FQwen3ForCausalLM",
+}
 
 KINDS = {
-    "next_token": "Autoregressive Qwen2.",
+    "next_token": "Autoregressive.",
     "diffusion": "Bidirectional masked diffusion; needs full attention.",
     "d2f": "Discrete Diffusion Forcing: attention is bidirectional inside a block and causal "
     "between blocks, so that finished blocks stay in the KV cache.",
@@ -69,6 +75,12 @@ def merged_state(net: Any) -> dict[str, Tensor]:
     for name, tensor in net.get_base_model().state_dict().items():
         if ".lora_" not in name and ".base_layer." not in name and MASK_ROW not in name:
             state[name] = tensor
+    embedding = net.get_base_model().model.embed_tokens
+    if hasattr(embedding, MASK_ROW):
+        state["model.embed_tokens.weight"] = embedding.weight.clone()
+        state["model.embed_tokens.weight"][embedding.mask_id] = embedding.mask_row.to(
+            embedding.weight.dtype
+        )
     return state
 
 
@@ -77,6 +89,13 @@ def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -
     if loaded.folder is not None:
         values = json.loads((loaded.folder / "config.json").read_text())
         values.pop("auto_map", None)  # no remote code
+        if loaded.family in AUTOREGRESSIVE:
+            values["vocab_size"] = loaded.config.vocab_size
+            if stage.objective != "next_token":
+                values["architectures"] = [ARCHITECTURES[loaded.family]]
+                values["model_type"] = f"d2f_{loaded.family}"
+                values["mask_token_id"] = loaded.mask_id
+                values["logits_shift"] = "previous"
     else:
         values = _plain_config(loaded, stage)
     values.pop("d2f", None)
@@ -130,6 +149,8 @@ def _write_model(
     _write_tokenizer(part, loaded)
     _write_json(part / "config.json", hub_config(loaded, stage, decoding))
     _write_json(part / "generation_config.json", _generation(loaded))
+    if loaded.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     olmo = loaded.family == "llada" and stage.objective != "next_token"
     weights = {
         (to_olmo(name) if olmo else name): tensor.detach().cpu().contiguous()
@@ -154,11 +175,16 @@ def _write_adapter(
         inner = name.removeprefix("base_model.model.")
         inner = to_olmo(inner) if loaded.family == "llada" else inner
         weights[f"base_model.model.{inner}"] = tensor.detach().cpu().contiguous()
-    save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
     ends = {
         name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights
     }  # as the official base calls them
     config = net.peft_config["default"].to_dict()
+    embedding = net.get_base_model().model.embed_tokens
+    if hasattr(embedding, MASK_ROW):
+        key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        weights[key] = embedding.mask_row.detach()[None].cpu()
+        config["trainable_token_indices"] = {"embed_tokens": [embedding.mask_id]}
+    save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
     config |= {
         "target_modules": sorted(ends),
         "base_model_name_or_path": base,

@@ -122,6 +122,8 @@ def open_base(section: ModelSection) -> Base:
     config = AutoConfig.from_pretrained(folder)
     check_base(section, config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if section.chat_template is not None:
+        tokenizer.chat_template = section.chat_template
     if section.family in AUTOREGRESSIVE:
         choose_mask(section, config, tokenizer)
     check_tokens(section, config, tokenizer)
@@ -194,24 +196,20 @@ def check_tokens(section: ModelSection, config: Any, tokenizer: Any) -> None:
 
 
 def choose_mask(section: ModelSection, config: Any, tokenizer: Any) -> None:
-    """Give an autoregressive checkpoint a mask token: `model.mask_token`.
+    """Give an autoregressive checkpoint the mask token `model.mask_token`.
 
-    Raises:
-        ValueError: the config names none, or one that has no row in the embedding.
+    A new token takes a row of the embedding that no token has, or a row that is added.
     """
     if getattr(config, "mask_token_id", None) is None:
-        if section.mask_token is None:
-            raise ValueError(
-                f"model.mask_token: {section.base} has no mask token; name one of its tokens that "
-                "never occurs in text, or a new one"
-            )
-        if section.mask_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"mask_token": section.mask_token})
-        config.mask_token_id = tokenizer.get_vocab()[section.mask_token]
-    if config.mask_token_id >= config.vocab_size:
-        raise ValueError(
-            f"model.mask_token: no row of the embedding is free for {config.mask_token_id}"
-        )
+        tokenizer.add_special_tokens({"mask_token": section.mask_token or "<|mask|>"})
+        config.mask_token_id = tokenizer.mask_token_id
+    config.vocab_size = max(config.vocab_size, config.mask_token_id + 1)
+
+
+def with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with rows added up to `rows`, each the mean of those there are."""
+    missing = rows - len(tensor)
+    return torch.cat((tensor, tensor.mean(0, keepdim=True).expand(missing, -1)))
 
 
 def load_weights(folder: Path, config: Any, section: ModelSection, attention: str) -> Any:
@@ -234,6 +232,9 @@ def load_weights(folder: Path, config: Any, section: ModelSection, attention: st
         if unknown := sorted(set(weights) - missing):
             raise ValueError(f"model.base: {file} has tensors the model has not: {unknown[:3]}")
         missing -= set(weights)
+        for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+            if len(weights[name]) < config.vocab_size and section.family in AUTOREGRESSIVE:
+                weights[name] = with_rows(weights[name], config.vocab_size)
         model.load_state_dict(weights, strict=False, assign=True)
     if missing and not (config.tie_word_embeddings and missing == {"lm_head.weight"}):
         raise ValueError(f"model.base: {folder} lacks the tensors {sorted(missing)[:3]}")
@@ -319,8 +320,11 @@ class Predictor(nn.Module):
         return inner.lm_head(hidden_BTC[chosen_BT])
 
 
-def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
+def add_lora(loaded: Loaded, section: LoraSection, seed: int, masks: bool = True) -> Any:
     """The model with adapters, whose weights alone are trained; in float32, whatever the base is.
+
+    Args:
+        masks: whether it will be shown masks.
 
     Raises:
         ValueError: a target is no module of the model. (PEFT is content when any of them is.)
@@ -336,8 +340,8 @@ def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
         target_modules=targets,
         bias="none",
     )
-    net = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
-    if loaded.family in AUTOREGRESSIVE:
+    net: Any = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+    if masks and loaded.family in AUTOREGRESSIVE:
         train_mask_row(net.get_base_model().model.embed_tokens, loaded.mask_id)
     return net
 
@@ -345,13 +349,14 @@ def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
 MASK_ROW = "mask_row"
 
 
-def train_mask_row(embedding: nn.Embedding, mask_id: int) -> None:
+def train_mask_row(embedding: Any, mask_id: int) -> None:
     """Train the mask token's embedding beside adapters: an autoregressive base never saw it.
 
     The embedding itself stays frozen; the row has a parameter of its own.
     """
     row_C = embedding.weight[mask_id].detach().float().clone()
     embedding.register_parameter(MASK_ROW, nn.Parameter(row_C))
+    embedding.mask_id = mask_id
 
     def put(module: Any, args: tuple[Tensor, ...], out_BTC: Tensor) -> Tensor:
         return torch.where((args[0] == mask_id)[..., None], module.mask_row.to(out_BTC), out_BTC)

@@ -249,30 +249,28 @@ def d2f_loss(
         other_BT = torch.where(none_B1, masked_BT, other_BT)
         seen_BT = batch.ids_BT.masked_fill(other_BT, mask_id)
         masked_BT = masked_BT & other_BT
-    student_MV = predicted(noised_BT)
-    if options.teacher == "bidirectional":
-        with torch.no_grad():
+    # The autoregressive teacher knows nothing of what is behind the end of an answer.
+    taught_BT = masked_BT & ~batch.tail_BT if options.teacher == "next_token" else masked_BT
+    with torch.no_grad():
+        if options.teacher == "bidirectional":
             full_BTT = allowed(batch, "full")
-            teacher_MV = teacher(seen_BT, batch.position_BT, full_BTT, masked_BT)
-        loss_M = divergence(student_MV, teacher_MV, options)
-        data_weight = options.data_weight
-    else:
-        loss_M, data_weight = student_MV.new_zeros(()), 1.0
-    if data_weight:
+            teacher_MV = teacher(seen_BT, batch.position_BT, full_BTT, taught_BT)
+        elif options.teacher == "next_token":
+            teacher_MV = next_token_logits(teacher, clean, batch, taught_BT)
+    student_MV = predicted(noised_BT)
+    loss_M = torch.zeros(len(student_MV), device=student_MV.device)
+    if options.teacher != "bidirectional" or options.data_weight:
         wide_MV = student_MV.to(torch.promote_types(student_MV.dtype, torch.float32))
-        data_M = F.cross_entropy(wide_MV, batch.ids_BT[masked_BT], reduction="none")
-        loss_M = loss_M + data_weight * data_M
-    if options.teacher == "next_token":
-        # Behind the end of an answer this teacher knows nothing.
-        content_M = ~batch.tail_BT[masked_BT]
-        teacher_MV = next_token_logits(teacher, clean, batch, masked_BT & ~batch.tail_BT)
-        divergence_M = divergence(student_MV[content_M], teacher_MV, options)
-        divergence_M = divergence_M + options.data_weight * loss_M[content_M]
-        loss_M = loss_M.masked_scatter(content_M, divergence_M)
+        loss_M = F.cross_entropy(wide_MV, batch.ids_BT[masked_BT], reduction="none")
+    if options.teacher != "data":
+        taught_M = taught_BT[masked_BT]
+        divergence_M = divergence(student_MV[taught_M], teacher_MV, options)
+        if options.data_weight:
+            divergence_M = divergence_M + options.data_weight * loss_M[taught_M]
+        loss_M = loss_M.to(divergence_M.dtype).masked_scatter(taught_M, divergence_M)
     return summed(loss_M, batch, masked_BT, ratios_BT, options)
 
 
-@torch.no_grad()
 def next_token_logits(teacher: Logits, clean: Batch, batch: Batch, masked_BT: Tensor) -> Tensor:
     """What the autoregressive teacher predicts at the masked positions from the clean text, (M, V).
 

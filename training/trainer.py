@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from training import checkpoint, evaluate
-from training.config import Config, DataSection, StageSection
+from training.config import Config, DataSection, ModelSection, StageSection
 from training.data import Batch, Example, Source, end_of, make_source, training_batch, validation
 from training.model import Base, Loaded, Predictor, adapter_state, add_lora, as_teacher, load
 from training.objectives import TINY, Loss, d2f_loss, diffusion_loss, next_token_loss
@@ -122,7 +122,7 @@ def set_up(
     if needed and stage.lora is None:
         teacher = Predictor(copy.deepcopy(loaded.model), shift, attention).requires_grad_(False)
         teacher.eval()
-    net = loaded.model if stage.lora is None else add_lora(loaded, stage.lora, stage.seed)
+    net = trainable(loaded, stage)
     adapter = None
     if stage.start is not None and adapted:
         net.load_state_dict(start, strict=False)
@@ -143,6 +143,13 @@ def set_up(
     )
 
 
+def trainable(loaded: Loaded, stage: StageSection) -> Any:
+    """What the stage trains: the whole model, or adapters on it."""
+    if stage.lora is None:
+        return loaded.model
+    return add_lora(loaded, stage.lora, stage.seed, stage.objective != "next_token")
+
+
 def same_settings(directory: Path, config: Config, name: str) -> None:
     """A directory holds one stage of one set of settings.
 
@@ -157,6 +164,15 @@ def same_settings(directory: Path, config: Config, name: str) -> None:
     file = directory / "settings.json"
     if file.exists():
         before = json.loads(file.read_text())
+        # An option that was not there yet had its default.
+        sections: dict[str, Any] = {
+            "model": ModelSection,
+            "data": DataSection,
+            "stage": StageSection,
+        }
+        for key, section in sections.items():
+            whole = section.model_validate(before.get(key, {})).model_dump(mode="json")
+            before[key] = {name: whole[name] for name in values[key]}
         if before != values:
             other = [k for k in values if before.get(k) != values[k]]
             raise ValueError(
@@ -381,7 +397,6 @@ def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
 def take_whole(run: Run, state: dict[str, Tensor]) -> None:
     """Put weights that were spread over devices into a model of one piece, on the CPU."""
     run.loaded = load(run.config.model, run.predictor.attention, run.stage.seed)
-    lora = run.stage.lora
-    net = run.loaded.model if lora is None else add_lora(run.loaded, lora, run.stage.seed)
+    net = trainable(run.loaded, run.stage)
     run.predictor = Predictor(net, run.predictor.shift, run.predictor.attention)
     run.predictor.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
