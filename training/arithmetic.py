@@ -73,10 +73,16 @@ def worked_answer(start: int, steps: tuple[int, ...]) -> str:
     return text
 
 
-def final_of(answer: str) -> int | None:
-    """The last number of an answer, or None where it does not end in one."""
-    last = re.search(r"[0-9]+$", answer)
-    return int(last[0]) if last else None
+def final_of(answer: str) -> int | float | None:
+    """The number that an answer ends in, or None where it does not end in one.
+
+    "1,200", "-3" and "0.5" are one number each; of "59-18=41" it is the part behind the sign.
+    """
+    last = re.search(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?$", answer.strip().rstrip("."))
+    if last is None:
+        return None
+    plain = last[0].replace(",", "")
+    return float(plain) if "." in plain else int(plain)
 
 
 def _numbers(rng: random.Random, n_steps: int) -> tuple[int, tuple[int, ...]]:

@@ -28,6 +28,10 @@ def allowed(
     elif rule == "block_causal":
         prompt_len = batch.prompt_BT[:, :, None]
         same_BQK = same_BQK & may_attend(query, key, prompt_len, block_size, prompt_block)
+    if batch.window_BT is not None and batch.first_BT is not None:
+        window, first = batch.window_BT, batch.first_BT[:, :, None]
+        clean_BQK = (window[:, None] == 0) & (key < first)
+        same_BQK = same_BQK & ((window[:, :, None] == window[:, None]) | clean_BQK)
     # A row of padding that saw nothing would be NaN.
     itself_QK = torch.eye(batch.ids_BT.shape[1], dtype=torch.bool, device=same_BQK.device)
     return same_BQK & (batch.document_BT >= 0)[:, None] | itself_QK

@@ -5,9 +5,11 @@ Data and noise of a step are drawn from seeds made of its number, so weights, op
 state (for dropout) and the number are everything. A checkpoint appears as a whole or not at all.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +48,37 @@ def only_trained(accelerator: Accelerator) -> None:
 
 def save(accelerator: Accelerator, directory: Path, progress: dict[str, Any]) -> None:
     """Write `directory/checkpoint`, all processes together."""
-    part, last, old = (directory / f"checkpoint{end}" for end in (".part", "", ".old"))
-    if accelerator.is_main_process:
+    with whole_folder(directory / "checkpoint", accelerator) as part:
+        accelerator.save_state(str(part))
+        if accelerator.is_main_process:
+            (part / "progress.json").write_text(json.dumps(progress))
+
+
+@contextlib.contextmanager
+def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `directory`, as a whole or not at all.
+
+    Args:
+        accelerator: of processes that fill it together.
+    """
+    main = accelerator is None or accelerator.is_main_process
+    wait = accelerator.wait_for_everyone if accelerator else lambda: None
+    part, old = (directory.with_name(directory.name + end) for end in (".part", ".old"))
+    if main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (part / "progress.json").write_text(json.dumps(progress))
+    wait()
+    yield part
+    wait()
+    if main:
         _sync(part)
-        if last.exists():
+        if directory.exists():
+            # The old one must not go before the new one counts.
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(last, old)
-        os.rename(part, last)
+            os.rename(directory, old)
+        os.rename(part, directory)
         shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait()
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -22,10 +22,11 @@ SCHEDULES = ("monotone", "paper", "chain_uniform", "sorted_uniform", "random")
 # Fields that only some choices read.
 OF_RECORDS = (
     "split", "limit", "prompt", "response", "messages", "chat_template", "answer_end", "too_long",
-    "validation",
+    "validation", "group_by_length",
 )  # fmt: skip
 OF_D2F = (
-    "schedule", "full_tail", "prompt_attention", "teacher_input", "kl", "temperature", "data_weight"
+    "schedule", "full_tail", "prompt_attention", "windows", "window_blocks", "teacher",
+    "teacher_input", "accept", "kl", "temperature", "data_weight",
 )  # fmt: skip
 OF_DIFFUSION = ("pattern", "low")
 
@@ -79,7 +80,11 @@ class ModelSection(Section):
         base: a folder or a Hub id in Dream's or LLaDA's official layout. None: a new model.
         revision: of a Hub id.
         sizes: of a new model; of a base, what its config must say (and `--dry-run` goes by).
-        family: layout of a new model, and what a base must be.
+        family: layout of a new model, and what a base must be. `llama`, `qwen2` and `qwen3` are
+            checkpoints with an autoregressive head.
+        mask_token: of a checkpoint that has none: one of its tokens that never occurs in text, or
+            a new one; `<|mask|>` by default.
+        chat_template: replaces the base's, in Jinja.
         dtype: of the weights.
         attention: `auto` is `eager` on a CPU and `sdpa` on CUDA. All give the same result.
         gradient_checkpointing: compute activations again in the backward pass; less memory.
@@ -89,7 +94,9 @@ class ModelSection(Section):
     base: str | None = None
     revision: str | None = None
     sizes: Sizes | None = None
-    family: Literal["dream", "llada"] = "dream"
+    family: Literal["dream", "llada", "llama", "qwen2", "qwen3"] = "dream"
+    mask_token: Annotated[str, Field(min_length=1)] | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "xformers"] = "auto"
     gradient_checkpointing: bool = False
@@ -121,6 +128,9 @@ class DataSection(Section):
         packing: put several examples into one row of `max_length`, none seeing another.
         canvas: behind the end token end tokens follow up to the end of the block, or up to
             `max_length` as the authors pad.
+        group_by_length: batches of records of about the same length, so that little is padding.
+        multiple: rows are padded to a multiple of this; few different shapes compute faster on a
+            CPU.
         extra_blocks: weights of 0, 1, 2 ... blocks of end tokens more. Decoding opens a block
             before it knows that the answer has ended.
         long_canvas: the share of batches whose canvas reaches to a length drawn log-uniformly
@@ -141,6 +151,8 @@ class DataSection(Section):
     max_length: Positive = 512
     too_long: Literal["truncate", "drop"] = "drop"
     packing: bool = False
+    group_by_length: bool = False
+    multiple: Positive = 1
     canvas: Literal["block", "max_length"] = "block"
     extra_blocks: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (1.0,)
     long_canvas: Share = 0.0
@@ -172,7 +184,7 @@ class DataSection(Section):
 
 
 class LossSection(Section):
-    """How sequences are noised and what is compared; see `training/loss.py`.
+    """How sequences are noised and what is compared; see `training/objectives.py`.
 
     Attributes:
         schedule: how the blocks' mask ratios are drawn.
@@ -180,8 +192,14 @@ class LossSection(Section):
             every block is when decoding opens it.
         prompt_attention: `block_causal` cuts the prompt into blocks too, which makes chunked
             prefill and prefix caching exact in the engine.
+        windows: so many windows of `window_blocks` noised blocks, each from a drawn block on, share
+            a clean sequence (`training/windows.py`); 0: the sequence itself is noised.
+        teacher: `bidirectional` sees the whole noised sequence, as in the paper; `next_token` is
+            the autoregressive model on the clean text; `data`: no teacher, the answers themselves.
         teacher_input: `same` noised sequence as the student's; `student`: both see what the
             student made of it in one forward; `fresh`: other masks for the teacher.
+        accept: probability above which `teacher_input: student` takes the student's own tokens; the
+            confidence that the engine will use.
         kl: `forward` is KL(teacher || student), `reverse` KL(student || teacher), `mixed` half of
             each.
         weight: `inverse_ratio` weights a position by 1 / its block's mask ratio.
@@ -201,7 +219,11 @@ class LossSection(Section):
     full_tail: Share = 0.5
     block_size: Positive = 16
     prompt_attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    windows: Annotated[int, Field(ge=0)] = 0
+    window_blocks: Positive = 4
+    teacher: Literal["bidirectional", "next_token", "data"] = "bidirectional"
     teacher_input: Literal["same", "student", "fresh"] = "same"
+    accept: Share = 0.9
     kl: Literal["forward", "reverse", "mixed"] = "forward"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     weight: Literal["none", "inverse_ratio"] = "none"
@@ -211,6 +233,19 @@ class LossSection(Section):
     data_weight: Annotated[float, Field(ge=0)] = 0.0
     pattern: Literal["uniform", "decoding"] = "decoding"
     low: Share = 0.3
+
+    @model_validator(mode="after")
+    def _fits_its_teacher(self) -> "LossSection":
+        if self.windows and self.teacher == "bidirectional":
+            raise ValueError(
+                "windows: a bidirectional teacher sees whole sequences; set teacher to next_token "
+                "or data, or leave it out"
+            )
+        if self.teacher == "data":
+            _refuse(self, ("kl", "temperature", "data_weight"), "teacher: data")
+        if self.teacher != "bidirectional" and self.teacher_input == "fresh":
+            raise ValueError(f"teacher_input: fresh is without effect with teacher: {self.teacher}")
+        return self
 
 
 class LoraSection(Section):
@@ -323,10 +358,11 @@ class Config(Section):
                     f"stages.{name}.start: {stage.start!r} is no earlier stage; "
                     f"earlier ones are {sorted(seen)}"
                 )
-            if stage.start is not None and self.stages[stage.start].lora is not None:
+            before = self.stages[stage.start].lora if stage.start is not None else None
+            if before is not None and stage.lora != before:
                 raise ValueError(
-                    f"stages.{name}.start: {stage.start!r} trains an adapter; export it and name "
-                    "the folder as model.base"
+                    f"stages.{name}.start: {stage.start!r} trains an adapter, which goes on with "
+                    "the same lora section only; else export it and name the folder as model.base"
                 )
             length = (stage.data or self.data).max_length
             if self.model.sizes and length > self.model.sizes.max_position_embeddings:
@@ -348,6 +384,8 @@ class Config(Section):
                         f"blocks of decoding.block_size {served}; make loss.block_size {trained} "
                         "the same"
                     )
+            if stage.loss.windows and data.packing:
+                raise ValueError(f"stages.{name}.loss.windows: need data.packing: false")
             if stage.lora is not None and stage.optimizer.name == "muon":
                 raise ValueError(f"stages.{name}.optimizer.name: use adamw with lora")
             seen.add(name)

@@ -7,6 +7,7 @@ that was never interrupted, and there is no data state to save.
 Shapes: B rows, T tokens, D documents (examples) of a batch.
 """
 
+import itertools
 import json
 import math
 import random
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from training.arithmetic import make, problems
 from training.config import DataSection, is_file
+
+GROUPED = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Batch:
         prompt_BT: int64, prompt length of the token's document.
         end_BT: int64, position of the document's first end token.
         documents: D.
+        fill: the end token that follows an answer.
+        window_BT, first_BT, before_BT: of a batch with windows (`training.windows`): number of
+            the token's window, 0 in the clean sequence; position where that window begins; index
+            in the row of the token before.
     """
 
     ids_BT: Tensor
@@ -57,6 +64,10 @@ class Batch:
     prompt_BT: Tensor
     end_BT: Tensor
     documents: int
+    fill: int = 0
+    window_BT: Tensor | None = None
+    first_BT: Tensor | None = None
+    before_BT: Tensor | None = None
 
     @property
     def answer_BT(self) -> Tensor:
@@ -112,9 +123,21 @@ class Records:
 
     all: list[Example]
     counts: dict[str, int] = field(default_factory=dict)
+    grouped: int = 1
+    """So many batches share out their examples by length."""
     _last: tuple[str, list[int]] = ("", [])
 
     def examples(self, index: int, size: int, seed: int) -> list[Example]:
+        if self.grouped > 1:
+            group, at = divmod(index, self.grouped)
+            order = list(range(self.grouped))
+            random.Random(f"{seed}:{group}").shuffle(order)
+            pool = self._next(group, size * self.grouped, seed)
+            pool.sort(key=lambda example: len(example.prompt) + len(example.answer))
+            return pool[order[at] * size :][:size]
+        return self._next(index, size, seed)
+
+    def _next(self, index: int, size: int, seed: int) -> list[Example]:
         chosen: list[Example] = []
         at = index * size
         while len(chosen) < size:
@@ -214,9 +237,8 @@ def read_records(
     check_tokenizer(data, tokenizer)
     counts = {"records": 0, "truncated": 0, "dropped": 0}
     kept: list[Example] = []
-    for prompt, answer in _wanted(data, name, split):
+    for example in _encoded(_wanted(data, name, split), data, tokenizer):
         counts["records"] += 1
-        example = _encode(prompt, answer, data, tokenizer)
         if not example.prompt:
             raise ValueError(f"{name}, record {counts['records']}: the prompt has no tokens")
         room = data.max_length - len(example.prompt)
@@ -232,7 +254,7 @@ def read_records(
             f"{option}: {name} has no usable record ({counts['records']} read, "
             f"{counts['dropped']} longer than data.max_length {data.max_length})"
         )
-    return Records(kept, counts)
+    return Records(kept, counts, GROUPED if data.group_by_length else 1)
 
 
 def check_tokenizer(data: DataSection, tokenizer: Any) -> None:
@@ -301,16 +323,24 @@ def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[An
     return record[data.prompt], record[data.response]
 
 
-def _encode(prompt: Any, answer: str, data: DataSection, tokenizer: Any) -> Example:
-    if data.chat_template or data.messages is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def _encoded(
+    texts: Iterator[tuple[Any, str]], data: DataSection, tokenizer: Any
+) -> Iterator[Example]:
+    """Prompts and answers as token ids. Many at a time: calls of the tokenizer are what costs."""
+    template = data.chat_template or data.messages is not None
+    end = end_of(data, tokenizer)
+    while chunk := list(itertools.islice(texts, 1000)):
+        prompts, answers = ([pair[i] for pair in chunk] for i in (0, 1))
+        if template:
+            chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+            prompts = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=False
+            )
         # The template writes the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt).input_ids
-    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return Example(tuple(ids), tuple(answer_ids), answer, end=end_of(data, tokenizer))
+        prompt_ids = tokenizer(prompts, add_special_tokens=not template).input_ids
+        answer_ids = tokenizer(answers, add_special_tokens=False).input_ids
+        for prompt, ids, answer in zip(prompt_ids, answer_ids, answers, strict=True):
+            yield Example(tuple(prompt), tuple(ids), answer, end=end)
 
 
 def training_batch(
@@ -334,16 +364,19 @@ def training_batch(
         lengths.append(prompt + room)
     if data.packing:
         return packed(examples, lengths, data.max_length, end)
-    return padded(examples, lengths, end)
+    return padded(examples, lengths, end, data.multiple)
 
 
 def _between(low: float, high: float, share: float) -> float:
     return low + (high - low) * share
 
 
-def padded(examples: Sequence[Example], lengths: Sequence[int], end: int) -> Batch:
+def padded(
+    examples: Sequence[Example], lengths: Sequence[int], end: int, multiple: int = 1
+) -> Batch:
     """One example per row."""
-    return _lay_out(examples, lengths, [[i] for i in range(len(examples))], max(lengths), end)
+    width = -(-max(lengths) // multiple) * multiple
+    return _lay_out(examples, lengths, [[i] for i in range(len(examples))], width, end)
 
 
 def packed(examples: Sequence[Example], lengths: Sequence[int], max_length: int, end: int) -> Batch:
@@ -387,4 +420,4 @@ def _lay_out(
             prompt_BT[r, place] = len(example.prompt)
             end_BT[r, place] = len(example.prompt) + len(example.answer)
             at += lengths[i]
-    return Batch(ids_BT, position_BT, document_BT, prompt_BT, end_BT, len(examples))
+    return Batch(ids_BT, position_BT, document_BT, prompt_BT, end_BT, len(examples), end)

@@ -8,7 +8,6 @@ tensors on the CPU.
 Shapes: B problems, T tokens, A canvas positions, V vocabulary.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +15,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from training.arithmetic import final_of
 from training.attention import allowed
 from training.config import DecodingSection
 from training.data import Batch, Example, padded
-from training.loss import Logits
+from training.objectives import Logits
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.reference import generate
 
@@ -37,12 +37,6 @@ class Score:
         return asdict(self)
 
 
-def final_number(text: str) -> str | None:
-    """The last number of a text."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return numbers[-1].lstrip("-") if numbers else None
-
-
 def score(
     examples: Sequence[Example],
     outputs: Sequence[Sequence[int]],
@@ -56,7 +50,7 @@ def score(
         ended = bool(ids) and ids[-1] in ends
         text = str(tokenizer.decode(ids[:-1] if ended else ids))
         exact += ended and text.strip() == example.text.strip()
-        final += ended and final_number(text) == final_number(example.text)
+        final += ended and final_of(text) == final_of(example.text)
     n, tokens = len(examples), sum(map(len, outputs))
     return Score(n, exact / n, final / n, tokens / max(sum(forwards), 1))
 

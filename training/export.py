@@ -6,8 +6,7 @@ A folder appears, or changes, as a whole.
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from training.checkpoint import whole_folder
 from training.config import DecodingSection, StageSection
-from training.model import BY_NAME, Loaded
+from training.model import AUTOREGRESSIVE, BY_NAME, MASK_ROW, Loaded, adapter_state
 
 KINDS = {
-    "next_token": "Autoregressive Qwen2.",
+    "next_token": "Autoregressive.",
     "diffusion": "Bidirectional masked diffusion; needs full attention.",
     "d2f": "Discrete Diffusion Forcing: attention is bidirectional inside a block and causal "
     "between blocks, so that finished blocks stay in the KV cache.",
@@ -44,11 +44,11 @@ def export(
             False.
         base: the name of the base, for an adapter's config.
     """
-    if hasattr(net, "peft_config") and not stage.merge:
-        _replace(directory, lambda part: _write_adapter(part, loaded, net, stage, card, base))
-        return
-    state = merged_state(net)
-    _replace(directory, lambda part: _write_model(part, loaded, state, stage, decoding, card))
+    with whole_folder(directory) as part:
+        if hasattr(net, "peft_config") and not stage.merge:
+            _write_adapter(part, loaded, net, stage, card, base)
+        else:
+            _write_model(part, loaded, merged_state(net), stage, decoding, card)
 
 
 def merged_state(net: Any) -> dict[str, Tensor]:
@@ -64,8 +64,14 @@ def merged_state(net: Any) -> dict[str, Tensor]:
             if base.bias is not None:
                 state[f"{name}.bias"] = base.bias
     for name, tensor in net.get_base_model().state_dict().items():
-        if ".lora_" not in name and ".base_layer." not in name:
+        if ".lora_" not in name and ".base_layer." not in name and MASK_ROW not in name:
             state[name] = tensor
+    embedding = net.get_base_model().model.embed_tokens
+    if hasattr(embedding, MASK_ROW):
+        state["model.embed_tokens.weight"] = embedding.weight.clone()
+        state["model.embed_tokens.weight"][embedding.mask_id] = embedding.mask_row.to(
+            embedding.weight.dtype
+        )
     return state
 
 
@@ -74,19 +80,25 @@ def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -
     if loaded.folder is not None:
         values = json.loads((loaded.folder / "config.json").read_text())
         values.pop("auto_map", None)  # no remote code
+        if loaded.family in AUTOREGRESSIVE:
+            values["vocab_size"] = loaded.config.vocab_size
+            if stage.objective != "next_token":
+                values["architectures"] = [BY_NAME[loaded.family].architecture]
+                values["model_type"] = f"d2f_{loaded.family}"
+                values["mask_token_id"] = loaded.mask_id
     else:
         values = _plain_config(loaded, stage)
     values.pop("d2f", None)
     if stage.objective == "d2f":
-        values["d2f"] = d2f_section(stage, decoding)
+        values["d2f"] = d2f_section(loaded.family, stage, decoding)
     return values
 
 
-def d2f_section(stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
+def d2f_section(family: str, stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
     """What `vllm_d2f.settings` reads."""
     section = decoding.model_dump(exclude={"max_tokens"})
-    if stage.loss.prompt_attention == "block_causal":
-        section["prompt_attention"] = "block_causal"
+    if stage.loss.prompt_attention != BY_NAME[family].prompt_attention:
+        section["prompt_attention"] = stage.loss.prompt_attention
     return section
 
 
@@ -128,6 +140,8 @@ def _write_model(
     _write_tokenizer(part, loaded)
     _write_json(part / "config.json", hub_config(loaded, stage, decoding))
     _write_json(part / "generation_config.json", _generation(loaded))
+    if loaded.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     renamed = stage.objective != "next_token"
     to_checkpoint = BY_NAME[loaded.family].to_checkpoint
     weights = {
@@ -153,11 +167,16 @@ def _write_adapter(
         inner = name.removeprefix("base_model.model.")
         inner = BY_NAME[loaded.family].to_checkpoint(inner)
         weights[f"base_model.model.{inner}"] = tensor.detach().cpu().contiguous()
-    save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
     ends = {
         name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights
     }  # as the official base calls them
     config = net.peft_config["default"].to_dict()
+    embedding = net.get_base_model().model.embed_tokens
+    if hasattr(embedding, MASK_ROW):
+        key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        weights[key] = embedding.mask_row.detach()[None].cpu()
+        config["trainable_token_indices"] = {"embed_tokens": [embedding.mask_id]}
+    save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
     config |= {
         "target_modules": sorted(ends),
         "base_model_name_or_path": base,
@@ -204,23 +223,10 @@ def save_weights(net: torch.nn.Module, path: Path) -> None:
     part = path.with_suffix(".part")
     state = net.state_dict()
     if hasattr(net, "peft_config"):
-        state = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+        state = adapter_state(net)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part)
     os.replace(part, path)
 
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _replace(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `directory`, then put it in its place."""
-    part, gone = (directory.with_name(directory.name + end) for end in (".part", ".old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    shutil.rmtree(gone, ignore_errors=True)
-    if directory.exists():
-        os.rename(directory, gone)
-    os.rename(part, directory)
-    shutil.rmtree(gone, ignore_errors=True)

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, Q queries, K keys, C hidden size, M chosen positions, 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,14 @@ from training.config import LoraSection, ModelSection
 from training.tokenizer import build_tokenizer, padded_vocab_size
 from vllm_d2f.models import FAMILIES, register_configs
 
-BY_NAME = {family.name: family for family in FAMILIES.values()}
-CONFIGS: dict[str, Any] = {name: family.config for name, family in BY_NAME.items()}
+# An autoregressive base is called by its stack: `llama` becomes the family `d2f_llama`.
+BY_NAME = {family.name.removeprefix("d2f_"): family for family in FAMILIES.values()}
+AUTOREGRESSIVE = tuple(name for name, family in BY_NAME.items() if family.name != name)
 MODELS: dict[str, Any] = {name: getattr(transformers, f.hf) for name, f in BY_NAME.items()}
+CONFIGS: dict[str, Any] = {
+    name: MODELS[name].config_class if name in AUTOREGRESSIVE else family.config
+    for name, family in BY_NAME.items()
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +51,12 @@ class Base:
     def shift(self) -> bool:
         """Whether the output at i - 1 predicts position i."""
         return BY_NAME[self.family].logits_shift == "previous"
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        eos = self.config.eos_token_id
+        listed = tuple(eos) if isinstance(eos, list) else (eos,)
+        return getattr(self.config, "end_token_ids", listed)
 
     @property
     def end(self) -> int:
@@ -94,6 +105,10 @@ def open_base(section: ModelSection) -> Base:
     config = AutoConfig.from_pretrained(folder)
     check_base(section, config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if section.chat_template is not None:
+        tokenizer.chat_template = section.chat_template
+    if section.family in AUTOREGRESSIVE:
+        choose_mask(section, config, tokenizer)
     check_tokens(section, config, tokenizer)
     return Base(tokenizer, config, section.family, folder)
 
@@ -163,6 +178,23 @@ def check_tokens(section: ModelSection, config: Any, tokenizer: Any) -> None:
         )
 
 
+def choose_mask(section: ModelSection, config: Any, tokenizer: Any) -> None:
+    """Give an autoregressive checkpoint the mask token `model.mask_token`.
+
+    A new token takes a row of the embedding that no token has, or a row that is added.
+    """
+    if getattr(config, "mask_token_id", None) is None:
+        tokenizer.add_special_tokens({"mask_token": section.mask_token or "<|mask|>"})
+        config.mask_token_id = tokenizer.mask_token_id
+    config.vocab_size = max(config.vocab_size, config.mask_token_id + 1)
+
+
+def with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with rows added up to `rows`, each the mean of those there are."""
+    missing = rows - len(tensor)
+    return torch.cat((tensor, tensor.mean(0, keepdim=True).expand(missing, -1)))
+
+
 def load_weights(folder: Path, config: Any, section: ModelSection, attention: str) -> Any:
     """Build the model without weights, then put them in, one file at a time.
 
@@ -184,6 +216,9 @@ def load_weights(folder: Path, config: Any, section: ModelSection, attention: st
         if unknown := sorted(set(weights) - missing):
             raise ValueError(f"model.base: {file} has tensors the model has not: {unknown[:3]}")
         missing -= set(weights)
+        for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+            if len(weights[name]) < config.vocab_size and section.family in AUTOREGRESSIVE:
+                weights[name] = with_rows(weights[name], config.vocab_size)
         model.load_state_dict(weights, strict=False, assign=True)
     if missing and not (config.tie_word_embeddings and missing == {"lm_head.weight"}):
         raise ValueError(f"model.base: {folder} lacks the tensors {sorted(missing)[:3]}")
@@ -227,7 +262,7 @@ def check_base(section: ModelSection, config: Any) -> None:
 
 
 class Predictor(nn.Module):
-    """A causal language model as the losses call it (`training.loss.Logits`).
+    """A causal language model as the losses call it (`training.objectives.Logits`).
 
     A module, so that it can be wrapped for several devices as a whole. Only the chosen positions go
     through the LM head.
@@ -242,8 +277,18 @@ class Predictor(nn.Module):
         self._no_split_modules = getattr(net, "_no_split_modules", None)
 
     def forward(
-        self, ids_BT: Tensor, position_BT: Tensor, allowed_BTT: Tensor, chosen_BT: Tensor
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor,
+        allowed_BTT: Tensor,
+        chosen_BT: Tensor,
+        before_BT: Tensor | None = None,
     ) -> Tensor:
+        """Logits of the chosen positions.
+
+        Args:
+            before_BT: index of the token before each, where that is not the one on the left.
+        """
         inner = self.net.get_base_model() if hasattr(self.net, "peft_config") else self.net
         hidden_BTC = inner.model(
             input_ids=ids_BT,
@@ -251,14 +296,19 @@ class Predictor(nn.Module):
             attention_mask=as_argument(allowed_BTT, self.attention, inner.dtype),
             use_cache=False,
         ).last_hidden_state
+        if self.shift and before_BT is not None:
+            return inner.lm_head(hidden_BTC[chosen_BT.nonzero()[:, 0], before_BT[chosen_BT]])
         if self.shift:
             # Position 0 is predicted by nothing; prompts are never empty.
             return inner.lm_head(hidden_BTC[:, :-1][chosen_BT[:, 1:]])
         return inner.lm_head(hidden_BTC[chosen_BT])
 
 
-def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
+def add_lora(loaded: Loaded, section: LoraSection, seed: int, masks: bool = True) -> Any:
     """The model with adapters, whose weights alone are trained; in float32, whatever the base is.
+
+    Args:
+        masks: whether it will be shown masks.
 
     Raises:
         ValueError: a target is no module of the model. (PEFT is content when any of them is.)
@@ -274,12 +324,40 @@ def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
         target_modules=targets,
         bias="none",
     )
-    return get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+    net: Any = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+    if masks and loaded.family in AUTOREGRESSIVE:
+        train_mask_row(net.get_base_model().model.embed_tokens, loaded.mask_id)
+    return net
+
+
+MASK_ROW = "mask_row"
+
+
+def train_mask_row(embedding: Any, mask_id: int) -> None:
+    """Train the mask token's embedding beside adapters: an autoregressive base never saw it.
+
+    The embedding itself stays frozen; the row has a parameter of its own.
+    """
+    row_C = embedding.weight[mask_id].detach().float().clone()
+    embedding.register_parameter(MASK_ROW, nn.Parameter(row_C))
+    embedding.mask_id = mask_id
+
+    def put(module: Any, args: tuple[Tensor, ...], out_BTC: Tensor) -> Tensor:
+        return torch.where((args[0] == mask_id)[..., None], module.mask_row.to(out_BTC), out_BTC)
+
+    embedding.register_forward_hook(put)
+
+
+def adapter_state(net: Any) -> dict[str, Tensor]:
+    """What is trained beside a frozen base: adapters, and the mask token's embedding."""
+    names = (".lora_", f".{MASK_ROW}")
+    return {k: v for k, v in net.state_dict().items() if any(name in k for name in names)}
 
 
 def lora_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
     """Full names of the targets. The checkpoint's own names (LLaDA: `attn_out`) are understood."""
-    own = model.config.family.to_checkpoint
+    family = getattr(model.config, "family", None)  # an autoregressive base has none
+    own = family.to_checkpoint if family is not None else str
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen: list[str] = []
     for target in targets:
@@ -292,10 +370,24 @@ def lora_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
 
 
 @contextlib.contextmanager
-def without_adapter(predictor: Predictor) -> Iterator[None]:
-    """The base inside: one copy of the weights serves as teacher and student."""
-    training = predictor.net.training
-    predictor.net.eval()  # no dropout in the teacher
-    with predictor.net.disable_adapter():
-        yield
-    predictor.net.train(training)
+def as_teacher(predictor: Predictor, adapter: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """One copy of the base's weights serves as teacher and student.
+
+    Args:
+        adapter: the teacher's, which is exchanged for the student's inside; None: it has none.
+    """
+    net = predictor.net
+    training = net.training
+    net.eval()  # no dropout in the teacher
+    if adapter is None:
+        with net.disable_adapter():
+            yield
+    else:
+        own = adapter_state(net)
+        student = {name: tensor.clone() for name, tensor in own.items()}
+        for weights in (adapter, student):
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+            if weights is adapter:
+                yield
+    net.train(training)

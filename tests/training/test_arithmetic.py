@@ -57,7 +57,17 @@ def test_unknown_split_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("11+12=23", 23), ("", None), ("34+", None), ("x", None)]
+    ("text", "value"),
+    [
+        ("11+12=23", 23),
+        ("", None),
+        ("34+", None),
+        ("x", None),
+        ("11+2=1,200", 1200),
+        ("#### -3", -3),
+        ("59-18", 18),
+        ("It costs 0.5.", 0.5),
+    ],
 )
 def test_final_of(text, value):
     assert final_of(text) == value

@@ -23,7 +23,7 @@ from training.config import (
 )
 from training.data import Example, padded
 from training.export import export, merged_state
-from training.model import Predictor, add_lora, load, without_adapter
+from training.model import Predictor, add_lora, as_teacher, load
 from training.report import card
 from training.tokenizer import build_tokenizer
 from vllm_d2f.models import register_configs
@@ -136,7 +136,7 @@ def test_teacher_is_the_base_with_the_adapter_off(base):
     assert len(storages) == len(list(predictor.parameters()))
     trained = [name for name, p in predictor.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
-    with without_adapter(predictor):
+    with as_teacher(predictor, None):
         teacher = predict(predictor, batch, "full")
     assert net.training, "dropout is back for the student"
     torch.testing.assert_close(teacher, before)

@@ -16,13 +16,15 @@ from accelerate import Accelerator
 from checkpoints import write_dream
 from safetensors.torch import load_file
 
-import training.train as module
+import training.train as train_module
+import training.trainer as module
 from training import checkpoint
 from training.config import ConfigError, load_config, make_config, merged
 from training.experiments import main as experiments
 from training.export import merged_state
 from training.report import read_log
-from training.train import set_up, take_whole, train
+from training.train import train
+from training.trainer import set_up, take_whole
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
@@ -270,7 +272,7 @@ def test_trackers_are_written_or_refused(tmp_path, monkeypatch):
     events.Reload()
     written = [event.value for event in events.Scalars("ar/loss")]
     assert written == pytest.approx([e["loss"] for e in read_log(tmp_path / "a" / "ar")], rel=1e-4)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_module.importlib.util, "find_spec", lambda name: None)
     wanted = make_config(merged(CHAIN, {"trackers": ["wandb"]}))
     with pytest.raises(ConfigError, match="wandb is not installed; pip install wandb"):
         train(wanted, tmp_path / "b", ("ar",))

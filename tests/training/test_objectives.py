@@ -9,16 +9,18 @@ from torch import Generator
 
 from training.config import SCHEDULES, LossSection
 from training.data import Example, padded
-from training.loss import (
+from training.objectives import (
     block_ratios,
     d2f_loss,
+    decoding_ratios,
+    diffusion_loss,
     divergence,
     draw_mask,
     in_loss,
+    next_token_loss,
     position_ratios,
     summed,
 )
-from training.pretraining import decoding_ratios, diffusion_loss, next_token_loss
 
 MASK, END, VOCAB = 11, 10, 12
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The D2F objective: from a batch and two models to a loss.
+"""The objectives: from a batch and a model to a loss.
+
+`next_token_loss` is autoregressive, `diffusion_loss` trains a bidirectional model of masked
+positions, and `d2f_loss` distils a student that decodes blocks:
 
 1. Every block of an answer gets a mask ratio (`block_ratios`), and its positions are masked
    independently with it (`noised`). Prompts are never masked.
@@ -23,13 +26,11 @@ from torch import Generator, Tensor
 from training.attention import allowed
 from training.config import LossSection
 from training.data import Batch
+from training.windows import with_windows
 
-Logits = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(ids_BT, position_BT, allowed_BTT, chosen_BT) -> logits_MV that predict the chosen positions.
-The shift of Dream is inside: the output at i - 1 predicts position i."""
-
-ACCEPT = 0.9
-"""Probability above which `teacher_input: student` takes the student's own tokens."""
+Logits = Callable[..., Tensor]
+"""(ids_BT, position_BT, allowed_BTT, chosen_BT[, before_BT]) -> logits_MV that predict the chosen
+positions. The shift of Dream is inside: the output at i - 1 predicts position i."""
 
 TINY = 1e-9
 """Keeps a batch whose positions all have weight 0 from being divided by it."""
@@ -59,6 +60,62 @@ class Loss:
 def rand(*shape: int, generator: Generator) -> Tensor:
     """Uniform draws on the generator's device."""
     return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def next_token_loss(model: Logits, batch: Batch, options: LossSection) -> Loss:
+    """Cross-entropy of the answers and their first end tokens, under causal attention."""
+    chosen_BT = batch.answer_BT & ~batch.tail_BT
+    logits_MV = model(batch.ids_BT, batch.position_BT, allowed(batch, "causal"), chosen_BT)
+    loss_M = F.cross_entropy(logits_MV.float(), batch.ids_BT[chosen_BT], reduction="none")
+    return summed(loss_M, batch, chosen_BT, None, options)
+
+
+def diffusion_loss(
+    model: Logits, batch: Batch, options: LossSection, mask_id: int, generator: Generator
+) -> Loss:
+    """Cross-entropy of the masked positions, under full attention (LLaDA, Dream)."""
+    if options.pattern == "decoding":
+        ratios_BT = decoding_ratios(batch, options.low, generator)
+    else:
+        ratios_D = options.low + (1 - options.low) * rand(batch.documents, generator=generator)
+        ratios_BT = ratios_D[batch.document_BT.clamp(min=0)]
+    ratios_BT = ratios_BT.where(in_loss(batch, options), 0.0)
+    masked_BT = draw_mask(ratios_BT, batch, generator)
+    noised_BT = batch.ids_BT.masked_fill(masked_BT, mask_id)
+    logits_MV = model(noised_BT, batch.position_BT, allowed(batch, "full"), masked_BT)
+    loss_M = F.cross_entropy(logits_MV.float(), batch.ids_BT[masked_BT], reduction="none")
+    return summed(loss_M, batch, masked_BT, ratios_BT, options)
+
+
+def decoding_ratios(batch: Batch, low: float, generator: Generator) -> Tensor:
+    """Mask ratio of every position, (B, T), as a decoding under way shows them.
+
+    Low ratios only reward copying, so they are biased high. A quarter of the documents has one
+    ratio in [low, 1]. The others have few masks before a cut inside the answer and many behind it,
+    half of them nothing but masks. Decoders that take the surest position first fill the end
+    tokens before anything else, so in a third of the documents the tail has a ratio of its own.
+    """
+    D = batch.documents
+
+    def uniform(least: float, most: float) -> Tensor:
+        return least + (most - least) * rand(D, generator=generator)
+
+    def chance(probability: float) -> Tensor:
+        return rand(D, generator=generator) < probability
+
+    cut_D, one_D = rand(D, generator=generator), chance(0.25)
+    before_D = torch.where(chance(0.6), 0.0, uniform(0.0, 0.4))
+    behind_D = torch.where(chance(0.5), 1.0, uniform(0.4, 1.0))
+    alike_D, own_tail_D, tail_D = uniform(low, 1.0), chance(1 / 3), uniform(0.0, 1.0)
+    document_BT = batch.document_BT.clamp(min=0)
+    answer_BT = (batch.end_BT - batch.prompt_BT + 1).clamp(min=1)
+    at_BT = (batch.position_BT - batch.prompt_BT) / answer_BT
+    rising_BT = torch.where(
+        at_BT < cut_D[document_BT], before_D[document_BT], behind_D[document_BT]
+    )
+    ratios_BT = torch.where(one_D[document_BT], alike_D[document_BT], rising_BT)
+    own_BT = own_tail_D[document_BT] & batch.tail_BT
+    return torch.where(own_BT, tail_D[document_BT], ratios_BT)
 
 
 def block_ratios(options: LossSection, D: int, N: int, generator: Generator) -> Tensor:
@@ -101,12 +158,26 @@ def in_loss(batch: Batch, options: LossSection) -> Tensor:
 
 
 def position_ratios(batch: Batch, options: LossSection, generator: Generator) -> Tensor:
-    """Mask ratio of every position, (B, T); 0 where nothing may be masked."""
-    block_BT = batch.block_BT(options.block_size).clamp(min=0)
-    N = int(block_BT.max()) + 1
-    ratios_DN = block_ratios(options, batch.documents, N, generator)
-    ratios_BT = ratios_DN[batch.document_BT.clamp(min=0), block_BT]
-    return ratios_BT.where(in_loss(batch, options), 0.0)
+    """Mask ratio of every position, (B, T); 0 where nothing may be masked.
+
+    The ratios of a window are those of a document as long as it.
+    """
+    in_loss_BT = in_loss(batch, options)
+    if batch.window_BT is None or batch.first_BT is None:
+        block_BT = batch.block_BT(options.block_size).clamp(min=0)
+        D, N, number_BT = batch.documents, int(block_BT.max()) + 1, batch.document_BT.clamp(min=0)
+    else:
+        B, K = len(batch.ids_BT), options.windows
+        D, N = B * K, options.window_blocks
+        block_BT = (batch.position_BT - batch.first_BT).div(
+            options.block_size, rounding_mode="floor"
+        )
+        row_B1 = torch.arange(B, device=block_BT.device)[:, None]
+        number_BT = (row_B1 * K + batch.window_BT - 1).clamp(min=0)
+        in_loss_BT &= batch.window_BT > 0
+        block_BT = block_BT.where(in_loss_BT, 0)
+    ratios_BT = block_ratios(options, D, N, generator)[number_BT, block_BT]
+    return ratios_BT.where(in_loss_BT, 0.0)
 
 
 def draw_mask(ratios_BT: Tensor, batch: Batch, generator: Generator) -> Tensor:
@@ -146,20 +217,27 @@ def d2f_loss(
 ) -> Loss:
     """The loss of one batch; the noise is drawn from `generator` alone."""
     prompt_block = options.block_size if options.prompt_attention == "block_causal" else None
+    clean = batch
+    if options.windows:
+        batch = with_windows(batch, options, generator)
     ratios_BT = position_ratios(batch, options, generator)
     masked_BT = draw_mask(ratios_BT, batch, generator)
     noised_BT = batch.ids_BT.masked_fill(masked_BT, mask_id)
-    full_BTT = allowed(batch, "full")
     student_BTT = allowed(batch, "block_causal", options.block_size, prompt_block)
+
+    def predicted(ids_BT: Tensor) -> Tensor:
+        before = () if batch.before_BT is None else (batch.before_BT,)
+        return student(ids_BT, batch.position_BT, student_BTT, masked_BT, *before)
+
     seen_BT = noised_BT
     if options.teacher_input == "student":
         with torch.no_grad():
-            logits_MV = student(noised_BT, batch.position_BT, student_BTT, masked_BT)
+            logits_MV = predicted(noised_BT)
             logits_MV[:, mask_id] = float("-inf")
             sure_M, token_M = logits_MV.float().softmax(-1).max(-1)
         # The rows that keep a masked position: without one there is nothing to learn from them.
         accepted_BT = masked_BT.clone()
-        accepted_BT[masked_BT] = sure_M > ACCEPT
+        accepted_BT[masked_BT] = sure_M > options.accept
         accepted_BT &= (masked_BT & ~accepted_BT).any(1, keepdim=True)
         filled_BT = noised_BT.masked_scatter(masked_BT, token_M)
         noised_BT = seen_BT = torch.where(accepted_BT, filled_BT, noised_BT)
@@ -171,15 +249,41 @@ def d2f_loss(
         other_BT = torch.where(none_B1, masked_BT, other_BT)
         seen_BT = batch.ids_BT.masked_fill(other_BT, mask_id)
         masked_BT = masked_BT & other_BT
+    # The autoregressive teacher knows nothing of what is behind the end of an answer.
+    taught_BT = masked_BT & ~batch.tail_BT if options.teacher == "next_token" else masked_BT
     with torch.no_grad():
-        teacher_MV = teacher(seen_BT, batch.position_BT, full_BTT, masked_BT)
-    student_MV = student(noised_BT, batch.position_BT, student_BTT, masked_BT)
-    loss_M = divergence(student_MV, teacher_MV, options)
-    if options.data_weight:
-        targets_M = batch.ids_BT[masked_BT]
-        data_M = F.cross_entropy(student_MV.to(loss_M.dtype), targets_M, reduction="none")
-        loss_M = loss_M + options.data_weight * data_M
+        if options.teacher == "bidirectional":
+            full_BTT = allowed(batch, "full")
+            teacher_MV = teacher(seen_BT, batch.position_BT, full_BTT, taught_BT)
+        elif options.teacher == "next_token":
+            teacher_MV = next_token_logits(teacher, clean, batch, taught_BT)
+    student_MV = predicted(noised_BT)
+    loss_M = torch.zeros(len(student_MV), device=student_MV.device)
+    if options.teacher != "bidirectional" or options.data_weight:
+        wide_MV = student_MV.to(torch.promote_types(student_MV.dtype, torch.float32))
+        loss_M = F.cross_entropy(wide_MV, batch.ids_BT[masked_BT], reduction="none")
+    if options.teacher != "data":
+        taught_M = taught_BT[masked_BT]
+        divergence_M = divergence(student_MV[taught_M], teacher_MV, options)
+        if options.data_weight:
+            divergence_M = divergence_M + options.data_weight * loss_M[taught_M]
+        loss_M = loss_M.to(divergence_M.dtype).masked_scatter(taught_M, divergence_M)
     return summed(loss_M, batch, masked_BT, ratios_BT, options)
+
+
+def next_token_logits(teacher: Logits, clean: Batch, batch: Batch, masked_BT: Tensor) -> Tensor:
+    """What the autoregressive teacher predicts at the masked positions from the clean text, (M, V).
+
+    It runs once over `clean`, however many windows of `batch` show a position.
+    """
+    row_M, at_M = masked_BT.nonzero().T
+    if batch.window_BT is not None:
+        at_M = batch.position_BT[masked_BT]  # one document in a row
+    wanted_BT = torch.zeros_like(clean.answer_BT)
+    wanted_BT[row_M, at_M] = True
+    teacher_UV = teacher(clean.ids_BT, clean.position_BT, allowed(clean, "causal"), wanted_BT)
+    number_BT = wanted_BT.flatten().cumsum(0).view(wanted_BT.shape) - 1
+    return teacher_UV[number_BT[row_M, at_M]]
 
 
 def summed(

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job `restore`: what a speech recogniser writes becomes written text.
+
+A recogniser of the CTC kind writes capitals (others lower case) without punctuation, spells numbers
+out, and keeps what the speaker did: fillers, repeated words. `degrade` makes such a transcript of a
+written text, the same one for the same seed; training, tests and the demonstration share it.
+
+`spoken` is the part of it without chance: the words of a text as they are said. Scores compare
+these, so that "$12" and "twelve dollars", which sound alike, count as the same words.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+FILLERS = ("um", "uh", "er", "you know", "well")
+# Pairs that sound alike and that recognisers mix up.
+HOMOPHONES = {
+    "their": "there", "there": "their", "its": "it's", "it's": "its", "too": "to",
+    "your": "you're", "you're": "your", "than": "then", "then": "than", "whose": "who's",
+}  # fmt: skip
+SYMBOLS = {
+    "&": "and", "+": "plus", "=": "equals", "*": "times", "@": "at", "#": "number",
+    "€": "euros", "£": "pounds", "°": "degrees",
+}  # fmt: skip
+PLAIN = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "}
+)
+
+NUMBER = r"\d[\d,]*(?:\.\d+)?|\.\d+"
+SCALE = r"(?:\s(?:hundred|thousand|million|billion)\b)?"
+SPOKEN = re.compile(
+    rf"""
+    (?P<article>\b[Aa]n?\s)?\$\s?(?P<money>{NUMBER})(?P<scale>{SCALE})
+  | (?P<percent>{NUMBER})\s?%
+  | (?P<hour>\d{{1,2}}):(?P<minute>\d\d)
+  | (?P<whole>\d+)\s(?P<above>\d+)/(?P<below>\d+)
+  | (?P<top>\d+)/(?P<bottom>\d+)
+  | (?P<ordinal>\d[\d,]*)(?:st|nd|rd|th)\b
+  | (?P<number>{NUMBER})
+  | (?P<symbol>[&+=*@\#€£°])
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def written(text: str) -> str:
+    """A text with plain quotes, dashes and single spaces: the form that is restored."""
+    return " ".join(text.translate(PLAIN).split())
+
+
+@lru_cache(maxsize=100_000)
+def _say(number: str, to: str = "cardinal") -> str:
+    """A number of digits in words: no commas, no hyphens, no "and"."""
+    from num2words import num2words
+
+    plain = number.replace(",", "").rstrip(".")
+    value: Any = float(plain) if "." in plain else int(plain or 0)
+    if "." in plain and to == "cardinal":
+        before, after = plain.split(".")
+        digits = " ".join(num2words(int(d)) for d in after)
+        return f"{_say(before or '0')} point {digits}"
+    said = num2words(value, to=to)
+    return said.replace(",", "").replace("-", " ").replace(" and ", " ")
+
+
+def _money(amount: str, scale: str) -> str:
+    whole, _, cents = amount.replace(",", "").partition(".")
+    if scale or len(cents) not in (0, 2):
+        return f"{_say(amount)}{scale} dollars"
+    parts = []
+    if int(whole or 0) or not int(cents or 0):
+        parts.append(f"{_say(whole)} {'dollar' if whole == '1' else 'dollars'}")
+    if int(cents or 0):
+        parts.append(f"{_say(cents)} {'cent' if int(cents) == 1 else 'cents'}")
+    return " and ".join(parts)
+
+
+def _fraction(above: str, below: str) -> str:
+    one = int(above) == 1
+    if int(below) == 2:
+        part = "half" if one else "halves"
+    elif int(below) == 4:
+        part = "quarter" if one else "quarters"
+    elif 2 < int(below) <= 100:
+        part = _say(below, "ordinal") + ("" if one else "s")
+    else:
+        return f"{_say(above)} over {_say(below)}"
+    return f"{_say(above)} {part}"
+
+
+def _said(match: re.Match[str]) -> str:
+    part = match.groupdict()
+    if part["money"]:
+        said = _money(part["money"], part["scale"])
+        if part["article"]:  # "a $5 fee" is "a five dollar fee"
+            said = part["article"] + said.removesuffix("s")
+    elif part["percent"]:
+        said = f"{_say(part['percent'])} percent"
+    elif part["hour"]:
+        minute = part["minute"]
+        tail = "o'clock" if minute == "00" else _say(minute)
+        said = f"{_say(part['hour'])} {'oh ' if '01' <= minute <= '09' else ''}{tail}"
+    elif part["whole"]:
+        said = f"{_say(part['whole'])} and {_fraction(part['above'], part['below'])}"
+    elif part["top"]:
+        said = _fraction(part["top"], part["bottom"])
+    elif part["ordinal"]:
+        said = _say(part["ordinal"], "ordinal")
+    elif part["symbol"]:
+        said = SYMBOLS[part["symbol"]]
+    else:
+        said = _say(part["number"])
+    return f" {said} "
+
+
+def spoken(text: str) -> list[str]:
+    """The words of a text as they are said: lower case, no punctuation, numbers spelled out."""
+    said = SPOKEN.sub(_said, written(text)).lower()
+    words = re.findall(r"[a-z]+(?:'[a-z]+)*", said)
+    # "one hundred and five" and "one hundred five" are the same number.
+    return [
+        word
+        for at, word in enumerate(words)
+        if not (word == "and" and 0 < at < len(words) - 1 and _joins(words[at - 1], words[at + 1]))
+    ]
+
+
+@lru_cache(maxsize=1)
+def _number_words() -> frozenset[str]:
+    return frozenset(word for n in range(100) for word in _say(str(n)).split())
+
+
+def _joins(before: str, after: str) -> bool:
+    return before in ("hundred", "thousand", "million") and after in _number_words()
+
+
+def degrade(text: str, seed: int | str, capitals: bool = True, slips: bool = True) -> str:
+    """What a recogniser would have written of `text`.
+
+    Args:
+        slips: half of the texts get fillers, repeated words and mixed-up homophones, about one of
+            them in twenty words.
+    """
+    rng = random.Random(f"restore:{seed}")
+    words = spoken(text)
+    if slips and rng.random() < 0.5:
+        words = list(_slip(words, rng))
+    heard = " ".join(words)
+    return heard.upper() if capitals else heard
+
+
+def _slip(words: list[str], rng: random.Random) -> Iterator[str]:
+    for word in words:
+        chance = rng.random()
+        if chance < 0.02:
+            yield rng.choice(FILLERS)
+        elif chance < 0.035:
+            yield word
+        if word in HOMOPHONES and rng.random() < 0.05:
+            yield HOMOPHONES[word]
+        else:
+            yield word
+
+
+def usable(text: str) -> bool:
+    """Whether a text can be a target: plain ASCII of some length."""
+    return text.isascii() and len(spoken(text)) > 3
+
+
+def plain_sentences(answer: str) -> str | None:
+    """The sentences of a worked GSM8K answer that hold no calculation, as one text."""
+    text = re.sub(r"<<[^>]*>>", "", answer.partition("####")[0])
+    lines = [written(line) for line in text.splitlines()]
+    kept = [line for line in lines if line and not re.search(r"[-+*/=x×]\s*\$?\d|=", line)]
+    return " ".join(kept) if kept else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write a JSONL file of prompts and responses from GSM8K's questions (and answers)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("texts", type=Path, help="JSONL file with question and answer")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--copies", type=int, default=1, help="transcripts per text")
+    parser.add_argument("--capitals", type=float, default=1.0, help="share in capitals")
+    parser.add_argument("--answers", action="store_true", help="answers without calculations too")
+    parser.add_argument("--seed", default="0")
+    args = parser.parse_args(argv)
+    texts = []
+    for line in args.texts.read_text().splitlines():
+        record = json.loads(line)
+        texts.append(written(record["question"]))
+        if args.answers and (answer := plain_sentences(record["answer"])):
+            texts.append(answer)
+    texts = [text for text in texts if usable(text)]
+    with args.out.open("w") as file:
+        for copy in range(args.copies):
+            for at, text in enumerate(texts):
+                seed = f"{args.seed}:{copy}:{at}"
+                capitals = random.Random(seed).random() < args.capitals
+                prompt = degrade(text, seed, capitals)
+                file.write(json.dumps({"prompt": prompt, "response": text}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
