@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import httpx
+from engine.rules import reference_frames
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -27,9 +28,6 @@ from training.arithmetic import problems
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.hub.names import resolve
 from vllm_d2f.metrics import denoising_forwards
-from vllm_d2f.reference import decode
-from vllm_d2f.sampling.request_sampler import make_proposer
-from vllm_d2f.sampling.sample import Sampling
 from vllm_d2f.settings import PRESETS, Settings, request_params, settings_from_dict
 from vllm_d2f.worker.grammar import Grammars
 
@@ -248,12 +246,12 @@ class Reference:
 
     def __init__(self, vllm_config: Any, *, window: int, prompt_block: int | None = None) -> None:
         model = vllm_config.model_config.model
-        self.forward, self.config = load_forward(model)
-        self.grammars = Grammars(vllm_config, self.config.mask_token_id)
+        self.loaded = _, config = load_forward(model)
+        self.grammars = Grammars(vllm_config, config.mask_token_id)
         self.max_len = vllm_config.model_config.max_model_len
         self.window, self.prompt_block = window, prompt_block
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        section = settings_from_dict(self.config.d2f, {"window": window})
+        section = settings_from_dict(config.d2f, {"window": window})
         self.settings = Settings(section.params, section.window, family="dream")
 
     def answers(self, asks: Iterable[Ask]) -> list[Ask]:
@@ -272,45 +270,23 @@ class Reference:
 
     def answer(self, ask: Ask, choice: int = 0) -> Known:
         """Decode one request."""
-        config = self.config
         params = request_params(self.settings, ask.body.get("vllm_xargs"))
-        sampling = ask.sampling_params(choice)
-        assert len(ask.prompt) + sampling.max_tokens <= self.max_len
-        ends = [] if sampling.ignore_eos else list(config.end_token_ids)
-        sampling.all_stop_token_ids.update(ends)
-        own = Sampling.greedy(1)
-        own.temperature_R[0] = sampling.temperature
-        own.top_p_R[0] = sampling.top_p
-        own.seed_R[0] = sampling.seed or 0
-        grammar = None
-        if sampling.structured_outputs is not None:
-            validate_xgrammar_grammar(sampling)  # also writes a choice as a grammar
-            sampling.structured_outputs._backend = "xgrammar"
-            grammar = self.grammars.constraint(sampling)
-        proposer = make_proposer(
-            sampling,
-            prompt=ask.prompt,
-            sampling=own,
-            ends=ends,
-            tau_conf=params.tau_conf,
-            mask_id=config.mask_token_id,
-            vocab_size=config.vocab_size,
-            window=self.window,
-            grammar=grammar,
-        )
+        request, grammar = ask.sampling_params(choice), None
+        assert len(ask.prompt) + request.max_tokens <= self.max_len
+        if request.structured_outputs is not None:
+            validate_xgrammar_grammar(request)  # also writes a choice as a grammar
+            request.structured_outputs._backend = "xgrammar"
+            grammar = self.grammars.constraint(request)
         margin = math.inf
-        for frame in decode(
-            self.forward,
+        for frame in reference_frames(
+            self.loaded,
             ask.prompt,
             params,
-            max_tokens=sampling.max_tokens,
-            mask_id=config.mask_token_id,
-            ends=ends,
-            shift=config.logits_shift,
+            request,
             max_len=self.max_len,
-            sampling=own,
+            window=self.window,
+            grammar=grammar,
             prompt_block=self.prompt_block,
-            proposer=proposer,
         ):
             margin = min(margin, frame.margin)
         return Known(tuple(frame.tokens), frame.forward, margin < TIE)
@@ -417,7 +393,6 @@ class Client:
     def __init__(self, url: str, connections: int) -> None:
         self.tally = Tally()
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self.host, self.port = httpx.URL(url).host, httpx.URL(url).port
         # A proxy of the environment is not between us and our own server.
         self.http = httpx.AsyncClient(
             base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False
@@ -502,7 +477,7 @@ class Client:
                 limit = 0.002 if when == "at once" else rng.uniform(0.003, 0.08)
                 with contextlib.suppress(TimeoutError):
                     await self._hang_up(body, seconds=limit)
-        except OSError as error:
+        except (TimeoutError, httpx.HTTPError) as error:
             self._wrong(ask, True, error=f"before we closed: {error!r}")
             return
         self.tally.aborted[when] += 1
@@ -512,26 +487,23 @@ class Client:
     ) -> None:
         """Send a request and close the connection after so many chunks, or at its end.
 
-        On a connection of its own: a request that is cancelled in the client's pool can take its
+        On connections of its own: a request that is cancelled in a client's pool can take its
         place there with it, and after half an hour none is left.
 
         Raises:
             TimeoutError: after so many seconds; the connection is closed too.
-            OSError: no connection, or the server ended it.
+            httpx.HTTPError: no connection, or the server ended it.
         """
-        reader, writer = await asyncio.open_connection(self.host, self.port)
-        try:
-            content = json.dumps(body).encode()
-            writer.write(
-                f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
-                "Content-Type: application/json\r\nConnection: close\r\n"
-                f"Content-Length: {len(content)}\r\n\r\n".encode()
-                + content
-            )
-            await writer.drain()
-            async with asyncio.timeout(seconds):
-                while chunks != 0 and (line := await reader.readline()):
-                    if chunks is not None:
-                        chunks -= line.startswith(b"data:")
-        finally:
-            writer.transport.abort()
+        own = httpx.AsyncClient(
+            base_url=self.http.base_url, timeout=None, trust_env=False, verify=False
+        )
+        async with (
+            asyncio.timeout(seconds),
+            own,
+            own.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            async for line in response.aiter_lines():
+                if chunks is not None and line.startswith("data:"):
+                    chunks -= 1
+                    if not chunks:
+                        return
