@@ -246,7 +246,8 @@ class Reference:
 
     def __init__(self, vllm_config: Any, *, window: int, prompt_block: int | None = None) -> None:
         model = vllm_config.model_config.model
-        self.loaded = _, config = load_forward(model)
+        self.loaded = load_forward(model)
+        self.config = config = self.loaded[1]
         self.grammars = Grammars(vllm_config, config.mask_token_id)
         self.max_len = vllm_config.model_config.max_model_len
         self.window, self.prompt_block = window, prompt_block
@@ -274,6 +275,8 @@ class Reference:
         request, grammar = ask.sampling_params(choice), None
         assert len(ask.prompt) + request.max_tokens <= self.max_len
         if request.structured_outputs is not None:
+            if not request.ignore_eos:  # the tokens that may end a structured output
+                request.all_stop_token_ids.update(self.config.end_token_ids)
             validate_xgrammar_grammar(request)  # also writes a choice as a grammar
             request.structured_outputs._backend = "xgrammar"
             grammar = self.grammars.constraint(request)
