@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
+from common import MAX_LEN, WINDOW, check, grid_answers, grid_cases, random_prompts
 
 from benchmarks.parity import (
     GRID,
@@ -35,8 +35,8 @@ def cases():
 
 
 @pytest.fixture(scope="module")
-def expected(model, cases):
-    return reference_answers(model, cases, MAX_LEN)
+def expected(model):
+    return grid_answers(model)
 
 
 @pytest.fixture(scope="module")
