@@ -10,6 +10,9 @@ PIP_ARGS ?=
 PORT ?= 8000
 # Where `models` keeps its checkpoints; a second run goes on where the first one stopped.
 OUT ?= build/tiny
+# How long `stress` soaks a server, and where it leaves its figures if anywhere.
+MINUTES ?= 6
+RESULTS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
@@ -21,7 +24,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow test-async test-next lint lint-imports docs models gpu-bundle clean
+.PHONY: help setup demo serve test test-slow test-async test-next stress lint lint-imports docs models gpu-bundle clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
@@ -30,6 +33,7 @@ help:
 	@echo 'make test-slow  the rest of the tests that need no GPU'
 	@echo 'make test-async the engine tests again, every engine scheduling asynchronously'
 	@echo 'make test-next  tests of what touches vLLM, on the next version'"'"'s Python sources'
+	@echo 'make stress     load, aborts, kills and bad input at length, half an hour; MINUTES=60 soaks longer'
 	@echo 'make lint       ruff, mypy and who may import whom (.importlinter)'
 	@echo 'make docs       the pages of docs/ as a web site, in site/'
 	@echo 'make models     train the embedded models again, about an hour'
@@ -81,6 +85,9 @@ test-async: setup
 
 test-next: setup
 	$(BIN)/python tests/compat/next_vllm.py
+
+stress: setup
+	$(BIN)/python -m pytest -m stress --stress-minutes $(MINUTES) $(if $(RESULTS),--stress-results $(RESULTS))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -
 def d2f_section(family: str, stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
     """What `vllm_d2f.settings` reads."""
     section = decoding.model_dump(exclude={"max_tokens"})
-    if stage.loss.prompt_attention != BY_NAME[family].prompt_attention:
+    if "block_causal" in (stage.loss.prompt_attention, BY_NAME[family].prompt_attention):
         section["prompt_attention"] = stage.loss.prompt_attention
     return section
 

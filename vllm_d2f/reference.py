@@ -25,23 +25,26 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The request after one forward.
+    """One request after one forward.
 
     Attributes:
         forward: 1 for the first forward.
         tokens: the answer so far, one entry per position of a committed or open block.
-        decided: whether each is decided.
-        confidences: the probability each had when it was accepted, 0 where undecided.
-        logprobs: the log-probability each had then before all rules, if the proposer keeps them.
-        accepted: positions decided by this forward.
+        decided: whether each position is decoded.
+        confidences: the probability of each token when it was accepted, 0 where masked.
+        logprobs: the log-probability of each token at that time, before all rules of the request,
+            if its sampler keeps them.
+        accepted: positions decoded by this forward.
         activated: per open block, whether it was fully activated in this forward.
-        committed: positions whose keys and values are final.
-        margin: by how much a probability would have had to be different for this forward to
-            decide otherwise. Below float32's rounding error it is a tie, and another order of
-            summation may decide it the other way. Infinite for drawn tokens and own proposers.
-        nonfinite: proposals of this forward that had no distribution (`proposal`).
+        committed: positions of the answer whose keys and values are final.
+        margin: by how much a probability would have to differ for this forward to decide
+            otherwise. Below the rounding error of float32 this is a tie, and another order of
+            summation may decide it the other way. Infinite for drawn tokens and for requests with
+            a sampler of their own.
+        nonfinite: proposals of this forward without a probability, because their logits held a
+            NaN or an infinity.
         block_size: positions per block.
-        done: this is the last frame, and `tokens` is cut where the answer ends.
+        done: this is the last frame, and `tokens` ends where the answer ends.
     """
 
     forward: int
@@ -89,7 +92,7 @@ def decode(
     sampling: Sampling | None = None,
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
-    proposer: RequestSampler | None = None,
+    request_sampler: RequestSampler | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -109,7 +112,8 @@ def decode(
         block_origin: where blocks begin. "prompt_end": the first block begins behind the prompt.
             "zero": blocks begin at multiples of the block size from position 0, in a block-causal
             prompt too, and the last tokens of the prompt may share a block with the answer.
-        proposer: of a request with rules of its own, new for this call; `sampling` is its.
+        request_sampler: samples for a request with penalties, a grammar or log-probabilities; made
+            anew for this call, from the same `sampling`.
 
     Raises:
         ValueError: the prompt is empty, or leaves no room for an answer.
@@ -137,7 +141,7 @@ def decode(
     origin = 0 if block_origin == "zero" else len(prompt)
     if block_origin == "zero":
         prompt_block = None  # a prompt of such blocks is cut like the answer
-    greedy = proposer is None and (sampling is None or float(sampling.temperature_R) == 0)
+    greedy = request_sampler is None and (sampling is None or float(sampling.temperature_R) == 0)
     confidences: dict[int, float] = {}
     logprobs: dict[int, float] = {}
     for forwards in itertools.count(1):
@@ -157,10 +161,10 @@ def decode(
         masked = window.masked_RW[0].nonzero()[:, 0]
         token_W = torch.zeros(params.window, dtype=torch.int64)
         confidence_W = torch.zeros(params.window)
-        if proposer is not None:
+        if request_sampler is not None:
             known = (before + _decoded(window))[len(prompt) :]
-            proposer.begin_forward()
-            token_W[masked], confidence_W[masked] = proposer.sample(
+            request_sampler.begin_forward()
+            token_W[masked], confidence_W[masked] = request_sampler.sample(
                 logits_WV[masked],
                 masked + start,
                 window.forward_R,
@@ -184,8 +188,8 @@ def decode(
         columns = result.accepted_RW[0].nonzero()[:, 0].tolist()
         for column in columns:
             confidences[start + column] = float(confidence_W[column])
-            if proposer is not None and proposer.logprobs is not None:
-                logprobs[start + column] = proposer.logprobs.at(start + column)
+            if request_sampler is not None and request_sampler.logprobs is not None:
+                logprobs[start + column] = request_sampler.logprobs.at(start + column)
         done = bool(result.done_R)
         before += result.tokens_RW[0, : int(result.emit_R if done else result.commit_R)].tolist()
         live = slice(0, 0 if done else int(window.open_R))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the parity tests share: requests that cover the settings, and the comparison."""
 
+import functools
 import random
 from pathlib import Path
 
-from benchmarks.parity import GRID, TIE, Case, differences
+from benchmarks.parity import GRID, TIE, Case, differences, reference_answers
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 MAX_LEN = 320
@@ -29,3 +30,9 @@ def grid_cases():
     """One prompt for each of the 48 settings: blocks 4 to 32, windows of 1 to 8 blocks."""
     prompts = random_prompts(len(GRID), seed=1)
     return [Case(tuple(p), s, 48) for p, s in zip(prompts, GRID, strict=True)]
+
+
+@functools.cache
+def grid_answers(model):
+    """The reference's answers to `grid_cases`: 15 s of computing that several modules share."""
+    return reference_answers(model, grid_cases(), MAX_LEN)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests with rules of their own, in the engine and in the reference loop."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,51 +64,76 @@ def engine_answers(llm: Any, rules: list[Rule]) -> list[Answer]:
     return answers
 
 
-def reference_frame(
-    loaded: tuple[Any, Any], rule: Rule, max_len: int, grammar: Any = None
-) -> Frame:
-    """The reference's last frame.
+def reference_frames(
+    loaded: tuple[Any, Any],
+    prompt: Sequence[int],
+    params: D2FParams,
+    request: Any,
+    *,
+    max_len: int,
+    window: int,
+    grammar: Any = None,
+    prompt_block: int | None = None,
+) -> Iterator[Frame]:
+    """The reference's frames of one request.
 
     Args:
         loaded: what `load_forward` gave.
+        request: its `SamplingParams`, n = 1, with a seed if it draws.
+        window: positions of the served window.
         grammar: the constraint of a structured output, at its start.
+        prompt_block: positions per prompt block of a model with a block-causal prompt.
     """
     forward, config = loaded
-    params = rule.sampling_params()
-    ends = list(params.stop_token_ids)
-    ends += [] if params.ignore_eos else list(config.end_token_ids)
-    params.all_stop_token_ids.update(ends)
+    ends = list(request.stop_token_ids or ())
+    ends += [] if request.ignore_eos else list(config.end_token_ids)
+    request.all_stop_token_ids.update(ends)
     sampling = Sampling.greedy(1)
-    sampling.temperature_R[0] = params.temperature
-    sampling.top_k_R[0] = max(params.top_k, 0)
-    sampling.top_p_R[0] = params.top_p
-    sampling.min_p_R[0] = params.min_p
-    sampling.seed_R[0] = params.seed or 0
-    frame = None
-    for frame in decode(  # noqa: B007
+    sampling.temperature_R[0] = request.temperature
+    sampling.top_k_R[0] = max(request.top_k, 0)
+    sampling.top_p_R[0] = request.top_p
+    sampling.min_p_R[0] = request.min_p
+    sampling.seed_R[0] = request.seed or 0
+    request_sampler = make_request_sampler(
+        request,
+        prompt=prompt,
+        sampling=sampling,
+        ends=ends,
+        tau_conf=params.tau_conf,
+        mask_id=config.mask_token_id,
+        vocab_size=config.vocab_size,
+        window=window,
+        grammar=grammar,
+    )
+    return decode(
         forward,
-        rule.prompt,
-        rule.params,
-        max_tokens=rule.max_tokens,
+        prompt,
+        params,
+        max_tokens=request.max_tokens,
         mask_id=config.mask_token_id,
         ends=ends,
         shift=config.logits_shift,
         max_len=max_len,
         sampling=sampling,
-        proposer=make_request_sampler(
-            params,
-            prompt=rule.prompt,
-            sampling=sampling,
-            ends=ends,
-            tau_conf=rule.params.tau_conf,
-            mask_id=config.mask_token_id,
-            vocab_size=config.vocab_size,
-            window=rule.params.window,
-            grammar=grammar,
-        ),
-    ):
-        pass
-    assert frame is not None
+        prompt_block=prompt_block,
+        request_sampler=request_sampler,
+    )
+
+
+def reference_frame(
+    loaded: tuple[Any, Any], rule: Rule, max_len: int, grammar: Any = None
+) -> Frame:
+    """The reference's last frame."""
+    window = rule.params.window
+    *_, frame = reference_frames(
+        loaded,
+        rule.prompt,
+        rule.params,
+        rule.sampling_params(),
+        max_len=max_len,
+        window=window,
+        grammar=grammar,
+    )
     return frame
 
 

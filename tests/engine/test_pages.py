@@ -5,7 +5,7 @@ Each test starts an engine of its own, and there is one engine at a time in a pr
 """
 
 import pytest
-from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
+from common import MAX_LEN, WINDOW, check, grid_answers, grid_cases, random_prompts
 
 from benchmarks.parity import (
     Case,
@@ -30,8 +30,8 @@ def cases():
 
 
 @pytest.fixture(scope="module")
-def expected(model, cases):
-    return reference_answers(model, cases, MAX_LEN)
+def expected(model):
+    return grid_answers(model)
 
 
 def test_small_token_budget_changes_nothing(model, cases, expected):

@@ -4,7 +4,7 @@
 import random
 
 import pytest
-from common import MAX_LEN, WINDOW, check, grid_cases, random_prompts
+from common import MAX_LEN, WINDOW, check, grid_answers, grid_cases, random_prompts
 
 from benchmarks.parity import (
     GRID,
@@ -34,8 +34,8 @@ def cases():
 
 
 @pytest.fixture(scope="module")
-def expected(model, cases):
-    return reference_answers(model, cases, MAX_LEN)
+def expected(model):
+    return grid_answers(model)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed traffic with closed connections, in short (`benchmarks.reliability.soak` at length)."""
+"""Mixed traffic with closed connections, in short (`make stress` has it at length)."""
 
 import asyncio
 import random
 
-from benchmarks.reliability.server import settle
-from benchmarks.reliability.traffic import Client, make_http_asks, server_config
-from benchmarks.reliability.truth import load_truth
+from stress.server import settle
+from stress.traffic import Client, server_asks
 
 KINDS = (
     *("greedy", "long prompt", "preset", "block size", "random tokens", "drawn", "n"),
@@ -23,7 +22,7 @@ async def traffic(url, asks):
             rng = random.Random(number)
             for ask in asks[number::8]:
                 await client.ask(ask, stream=False)
-                if ask.known is not None:
+                if ask.known:
                     await client.abort(ask, rng)
                     await client.abort(ask, rng)
                 await client.ask(ask, stream=True)
@@ -33,12 +32,12 @@ async def traffic(url, asks):
 
 
 def test_answers_are_the_references_and_nothing_is_left(server):
-    asks = make_http_asks(28, 5, load_truth(server_config(), window=WINDOW), kinds=KINDS)
+    asks = server_asks(28, 5, KINDS, WINDOW)
     tally, left = asyncio.run(traffic(server.url, asks))
     assert tally.wrong == []
     assert left == {}
-    choices = sum(len(ask.known) for ask in asks if ask.known)
+    choices = sum(len(ask.known) for ask in asks)
     assert sum(tally.equal.values()) + sum(tally.ties.values()) == 2 * choices
     assert sum(tally.ties.values()) <= 2
-    assert sum(tally.refused.values()) == 2 * sum(ask.known is None for ask in asks)
-    assert sum(tally.aborted.values()) == 2 * sum(ask.known is not None for ask in asks)
+    assert sum(tally.refused.values()) == 2 * sum(not ask.known for ask in asks)
+    assert sum(tally.aborted.values()) == 2 * sum(bool(ask.known) for ask in asks)

@@ -25,7 +25,6 @@ from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
 from vllm_d2f.settings import settings_from_dict
 
 NAME = "d2f-dream-7b"
-KILLS = 20
 
 
 def plan(made, **options) -> MergePlan:
@@ -247,6 +246,25 @@ def test_a_disk_that_fills_up_leaves_nothing(dream, cache_folder):
     assert cache.inspect(prepare(NAME, plan(dream))).kind == "ready"
 
 
+@pytest.mark.stress
+def test_the_command_on_a_disk_that_fills_up(dream, tmp_path):
+    """Status 1 and what to do; nothing is left, and with space the same command succeeds."""
+    out = tmp_path / "out" / "merged"
+    command = [sys.executable, "-m", "vllm_d2f", "merge", "--base", str(dream.base)]
+    command += ["--adapter", str(dream.adapter), "--out", str(out)]
+    largest = max(file.stat().st_size for file in dream.base.glob("*.safetensors"))
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 4096,) * 2)
+
+    full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert full.returncode == 1
+    assert "the disk filled up" in full.stderr and "D2F_CACHE" in full.stderr
+    assert [p for p in out.parent.rglob("*") if not p.name.endswith(".lock")] == []
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
 def test_a_cache_that_cannot_be_written(dream, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("D2F_CACHE", str(tmp_path / "file" / "cache"))
@@ -279,7 +297,8 @@ def fork_prepare(made) -> int:
     return child
 
 
-def test_killed_at_any_moment(large, cache_folder):
+@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.stress)])
+def test_killed_at_any_moment(large, cache_folder, kills):
     folder = cache_folder / NAME
     duration = math.inf
     for _ in range(3):  # the fastest: a pause of the machine must not put all kills past the end
@@ -289,8 +308,8 @@ def test_killed_at_any_moment(large, cache_folder):
     assert cache.inspect(folder).kind == "ready"
     rng = random.Random(1)
     interrupted = kept = 0
-    for attempt in range(20 * KILLS):
-        if attempt >= KILLS and interrupted >= KILLS // 4 and kept:
+    for attempt in range(20 * kills):
+        if attempt >= kills and interrupted >= kills // 4 and kept:
             break
         if attempt % 2:  # every other time there is nothing yet, so that a half would show
             cache.remove_folder(folder) if folder.exists() else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Aborts, batch mixes and overload on one engine that is short of everything, in short.
 
-`benchmarks/reliability` has the same at length.
+`make stress` has the same at length.
 """
 
 import os
@@ -10,17 +10,15 @@ import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from benchmarks.parity import Case, shut_down, start_engine
-from benchmarks.reliability import invariance
-from benchmarks.reliability.aborts import Storm
-from benchmarks.reliability.asks import WINDOW, Ask, known_answers, make_asks
-from benchmarks.reliability.inside import Inside, objects
-from benchmarks.reliability.overload import burst, equal_asks
+from stress import aborts, invariance
+from stress.aborts import SHORT_OF_EVERYTHING, Storm
+from stress.engine_state import STAGES, EngineState, engine, objects
+from stress.overload import burst, equal_asks
+from stress.traffic import ENGINE_WINDOW, PLAIN, RULED, SETTINGS, Reference, endless, make_asks
+
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.scheduler.trace import Trace
 from vllm_d2f.wire import DecodingStats
-
-MAX_LEN = 320
 
 
 @pytest.fixture(scope="module")
@@ -29,36 +27,24 @@ def llm():
     from vllm_d2f import register
 
     register()
-    llm = start_engine(
-        "d2f-tiny",
-        window=WINDOW,
-        max_model_len=MAX_LEN,
-        max_num_seqs=24,
-        num_gpu_blocks_override=40,
-        max_num_batched_tokens=MAX_LEN,
-        enable_prefix_caching=True,
-        disable_log_stats=False,
-        skip_tokenizer_init=False,
-        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-    )
-    yield llm
-    shut_down(llm)
+    with engine(**SHORT_OF_EVERYTHING, disable_log_stats=False) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
-def asks():
+def reference(llm):
+    return Reference(llm.llm_engine.vllm_config, window=ENGINE_WINDOW)
+
+
+@pytest.fixture(scope="module")
+def asks(reference):
     wide = D2FParams(32, 4, 0.0, 0.95, 0.99)  # opens a block with every forward
-    cases = [Case(tuple(range(5 + i, 25 + i)), wide, 128) for i in range(10)]
-    return make_asks(50, 3, MAX_LEN, ruled=0.5) + [Ask(case, "endless") for case in cases]
+    asks = [endless(range(5 + i, 25 + i), wide, 128) for i in range(10)]
+    return reference.answers(make_asks(50, 3, 2 * PLAIN + RULED, SETTINGS) + asks)
 
 
-@pytest.fixture(scope="module")
-def known(llm, asks):
-    return known_answers(asks, llm.llm_engine.vllm_config)
-
-
-def test_aborts_leave_nothing_and_disturb_nobody(llm, asks, known):
-    tally = Storm(llm, asks, known, seed=1).run(250, drain_every=100)
+def test_aborts_leave_nothing_and_disturb_nobody(llm, asks):
+    tally = Storm(llm, asks, seed=1).run(250, drain_every=100)
     assert tally.wrong == []
     assert tally.leaks == []
     assert tally.drains >= 2
@@ -69,61 +55,78 @@ def test_aborts_leave_nothing_and_disturb_nobody(llm, asks, known):
     assert tally.mid_step > 10
 
 
+def test_aborts_pass_only_if_every_stage_was_hit():
+    run = {"by_stage": dict.fromkeys(STAGES, 1), "leaks": [], "completed_wrong": 0}
+    assert aborts.failures({"engines": {"a": run}}) == []
+    missed = run | {"by_stage": run["by_stage"] | {"preempted": 0}}
+    assert aborts.failures({"engines": {"a": missed}}) == ["no abort at stage 'preempted'"]
+    assert aborts.failures({"engines": {"a": missed, "b": run}}) == []
+    leaky = run | {"leaks": [{"pages": 1}]}
+    assert aborts.failures({"engines": {"a": run, "b": leaky}}) == ["leaks"]
+    http = {"left": {"running": 1.0}, "log_errors": [], "traffic": {"wrong": 0}}
+    assert aborts.failures({"engines": {"a": run}, "http": http}) == ["left over after HTTP"]
+
+
 def test_the_counting_of_leaks_sees_what_is_there(llm):
     """An unfinished request is no leak, but it is seen wherever one would be."""
-    inside = Inside(llm)
-    assert inside.leaks() == {}
-    ask = Ask(Case((5, 6, 7), D2FParams(16, 4), 100), "logprobs")
-    params = ask.sampling_params()
-    params.ignore_eos = True
-    llm.llm_engine.add_request("x", {"prompt_token_ids": [5, 6, 7]}, params)
-    assert inside.stage("x") == "waiting"
+    state = EngineState(llm)
+    assert state.leaks() == {}
+    state.add("x", endless((5, 6, 7), D2FParams(16, 4), 100, logprobs=3))
+    assert state.stage("x") == "waiting"
     llm.llm_engine.step()
-    seen = inside.leaks()
+    seen = state.leaks()
     assert {"pages", "slots", "requests", "running", "streams", "slots of windows"} <= seen.keys()
     assert {"request samplers", "outputs", "LogprobStore objects", "Stream objects"} <= seen.keys()
-    inside.abort(["x"], mid_step=True)
-    inside.drain(lambda output: None)
-    assert inside.leaks() == {}
+    state.abort(["x"], mid_step=True)
+    state.drain()
+    assert state.leaks() == {}
     assert objects() == {}
 
 
-def test_answers_do_not_depend_on_the_batch(llm, asks, known):
+def test_answers_do_not_depend_on_the_batch(llm, asks):
     """Among others that come, go and are aborted; and in another order."""
-    greedy = [i for i, ask in enumerate(asks) if ask.kind in ("greedy", "endless")]
-    some, expected = [asks[i] for i in greedy], [known[i] for i in greedy]
-    inside = Inside(llm)
+    some = [ask for ask in asks if ask.kind in ("greedy", "endless")]
+    state = EngineState(llm)
     for way in ("crowd", "shuffled"):
         got = invariance.answers(llm, some, way, seed=2)
-        result = invariance.compare(some, expected, got, got)
+        result = invariance.compare(some, got, got)
         assert result["wrong"] == 0, result["differences"]
-    assert inside.held_back > 0
-    assert inside.scheduler.num_preempted > 0
-    assert inside.prefix_hits > 0
+    assert state.held_back > 0
+    assert state.scheduler.num_preempted > 0
+    assert state.prefix_hits > 0
 
 
-def test_compare_tells_what_differs(asks, known):
-    answers = [k.answer for k in known[:3]]
+def test_compare_tells_what_differs(asks):
+    answers = [ask.known[0] for ask in asks[:3]]
     other = [answers[1], *answers[1:]]
-    result = invariance.compare(asks[:3], known[:3], answers, other)
+    result = invariance.compare(asks[:3], answers, other)
     assert result["as_alone"] == result["as_the_reference"] == 2
-    assert result["wrong"] == 1 - known[0].tie
+    assert result["wrong"] == 1 - answers[0].tie
 
 
-def test_order_under_overload(llm):
+def test_ways_pass_only_if_each_did_what_it_is_for():
+    way = {"wrong": 0, "leaks": {}, "windows_held_back": 1, "pages_found": 1, "preemptions": 1}
+    ways = dict.fromkeys((*invariance.MUST_HAPPEN, "alone"), way) | {"reference": {}}
+    assert invariance.failures(ways) == []
+    assert invariance.failures(ways | {"alone": way | {"wrong": 1}}) == ["alone: wrong answers"]
+    assert invariance.failures(ways | {"again": way | {"pages_found": 0}}) == [
+        "again: no pages_found"
+    ]
+
+
+def test_order_under_overload(llm, reference):
     """First forwards in the order of arrival; first tokens too, where all ask the same."""
-    asks = equal_asks(30, seed=4)
-    known = known_answers(asks, llm.llm_engine.vllm_config)
-    for these, expected in ((asks, known), (asks[:1] * 30, known[:1] * 30)):
-        level = burst(llm, these, expected)
-        assert (level.wrong, level.out_of_order, level.leaks) == (0, 0, {})
-        assert level.preemptions > 0
+    asks = reference.answers(equal_asks(30, seed=4))
+    for these in (asks, asks[:1] * 30):
+        level = burst(llm, these)
+        assert (level["wrong"], level["out_of_order"], level["leaks"]) == (0, 0, {})
+        assert level["preemptions"] > 0
 
 
 def test_no_block_is_open_after_an_abort(llm):
     """The gauge on /metrics is told, though nothing is denoised any more."""
-    inside = Inside(llm)
-    told, make_stats = [], inside.scheduler.make_stats
+    state = EngineState(llm)
+    told, make_stats = [], state.scheduler.make_stats
 
     def watched(*args, **kwargs):
         stats = make_stats(*args, **kwargs)
@@ -131,17 +134,16 @@ def test_no_block_is_open_after_an_abort(llm):
             told.append(DecodingStats.from_vllm(stats.spec_decoding_stats).open_blocks)
         return stats
 
-    inside.scheduler.make_stats = watched
+    state.scheduler.make_stats = watched
     try:
-        ask = Ask(Case((5, 6, 7), D2FParams(16, 4), 200), "endless")
-        llm.llm_engine.add_request("x", {"prompt_token_ids": [5, 6, 7]}, ask.sampling_params())
+        state.add("x", endless((5, 6, 7), D2FParams(16, 4), 200))
         llm.llm_engine.step()
         assert told[-1] > 0
-        inside.abort(["x"])
-        inside.drain(lambda output: None)
+        state.abort(["x"])
+        state.drain()
         assert told[-1] == 0
     finally:
-        del inside.scheduler.make_stats
+        del state.scheduler.make_stats
 
 
 def test_trace_of_a_request_that_ends_before_its_first_forward():

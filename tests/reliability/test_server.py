@@ -4,81 +4,46 @@
 The tests run in this order: the last one kills the engine.
 """
 
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
+from stress import faults, fuzz
+from stress.faults import COMPLETIONS, PROMPT
+from stress.traffic import MODEL
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "http")]
-
-from http_server import MODEL, free_port, stop, wait_until_ready  # noqa: E402
-
-from benchmarks.reliability.faults import SLOW  # noqa: E402
-from benchmarks.reliability.fuzz import (  # noqa: E402
-    COMPLETIONS,
-    EITHER,
-    PROMPT,
-    Ask,
-    Outcome,
-    Target,
-    body_of,
-    drawn_xargs,
-    extremes,
-    token_ids,
-)
+from benchmarks.serving_server import Launched, launch
 
 KEY = "a-key-for-this-test"
 MARKER = "Zanzibarquux"
 """Stands in prompts and in no log."""
+START_SECONDS = 900
+"""A machine whose cores are all taken needs minutes where an idle one needs half of one."""
 
 
 @dataclass(frozen=True)
 class Running:
-    url: str
-    process: subprocess.Popen
-    log: Path
+    server: Launched
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.server.url}{path}", timeout=300)
 
     def post(self, path: str = COMPLETIONS, key: str | None = KEY, **options) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 32, "temperature": 0} | options
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=300)
+        return httpx.post(f"{self.server.url}{path}", json=body, headers=headers, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[Running]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--api-key", KEY]
-    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 27)]
-    with log.open("w+") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=dict(os.environ),
-            start_new_session=True,
-        )
-        try:
-            wait_until_ready(process, url, file)
-            yield Running(url, process, log)
-        finally:
-            stop(process)
+def running() -> Iterator[Running]:
+    with launch(MODEL, [*fuzz.OPTIONS, "--api-key", KEY], START_SECONDS) as server:
+        yield Running(server)
 
 
 @pytest.fixture(scope="module")
-def target(running) -> Target:
-    return Target(running.url, MODEL, {"Authorization": f"Bearer {KEY}"})
+def target(running) -> fuzz.Target:
+    return fuzz.Target(running.server.url, MODEL, {"Authorization": f"Bearer {KEY}"})
 
 
 def test_the_key_covers_every_question(running):
@@ -86,29 +51,27 @@ def test_the_key_covers_every_question(running):
     for key in (None, "another", KEY[:-1]):
         for path in (COMPLETIONS, "/v1/chat/completions"):
             assert running.post(path, key, vllm_xargs={"d2f_trace": 1}).status_code == 401
-        assert httpx.get(f"{running.url}/v1/models").status_code == 401
+        assert running.get("/v1/models").status_code == 401
     assert running.post(vllm_xargs={"d2f_trace": 1}).json()["kv_transfer_params"]["d2f"]
-    paths = httpx.get(f"{running.url}/openapi.json").json()["paths"]
+    paths = running.get("/openapi.json").json()["paths"]
     assert not [path for path in paths if "d2f" in path.lower()]
     # vLLM leaves /metrics open; what is there is counts and the served model's name.
-    shown = httpx.get(f"{running.url}/metrics").text
+    shown = running.get("/metrics").text
     assert "vllm:d2f_forwards_total" in shown
 
 
-def test_the_edges_of_the_api(running, target):
-    """A tenth of what `benchmarks.reliability.fuzz` sends, and all that concerns D2F."""
-    outcome = Outcome()
-    asks = list(extremes(MODEL, *token_ids(target)))
+def test_the_edges_of_the_api(target):
+    """A tenth of what the stress test sends, and all that concerns D2F."""
     slow = ("million", "10,000 bad", "endless", "max_tokens at the limit")
-    chosen = [a for i, a in enumerate(asks) if i % 10 == 0 or b'"d2f_' in a.body]
-    for ask in [a for a in chosen if not any(word in a.name for word in slow)]:
-        target.send(ask, outcome)
-    for xargs in drawn_xargs(60, seed=7):
-        body = body_of(MODEL, vllm_xargs=xargs)
-        target.send(Ask("drawn", COMPLETIONS, body, EITHER), outcome)
-    assert outcome.sent > 100 and outcome.wrong == []
-    assert outcome.good_changed == 0 and outcome.good_beside == outcome.sent
-    assert {"200", "400"} <= outcome.statuses.keys()
+    asks = list(fuzz.extremes(target))
+    chosen = [ask for i, ask in enumerate(asks) if i % 10 == 0 or "d2f_" in str(ask[2])]
+    for ask in chosen:
+        if not any(word in ask[0] for word in slow):
+            target.send(*ask)
+    fuzz.send_d2f_options(target, 60, seed=7)
+    assert target.sent > 100 and target.wrong == []
+    assert target.changed == 0
+    assert {"200", "400"} <= target.statuses.keys()
 
 
 def test_nothing_of_a_prompt_is_logged(running):
@@ -124,50 +87,17 @@ def test_nothing_of_a_prompt_is_logged(running):
     chat = [{"role": "user", "content": text}]
     assert running.post("/v1/chat/completions", messages=chat).status_code == 200
     assert running.post("/v1/chat/completions", messages=[chat]).status_code == 400
-    assert MARKER not in running.log.read_text()
-    assert KEY not in running.log.read_text()
+    assert MARKER not in running.server.read_log()
+    assert KEY not in running.server.read_log()
 
 
 def test_a_killed_engine_is_an_error_for_everybody_and_the_end(running):
-    psutil = pytest.importorskip("psutil")
-    met: list[str] = []
-    answered = [0] * 6
-
-    def client(which: int) -> None:
-        """Ask again and again, so that every client waits for an answer at any moment."""
-        try:
-            while True:
-                stream = which % 2 == 0
-                response = running.post(prompt=f"{MARKER} is", stream=stream, **SLOW)
-                if response.status_code != 200 or '"error"' in response.text:
-                    break
-                if stream and "[DONE]" not in response.text:
-                    break
-                answered[which] += 1
-        except httpx.HTTPError:
-            pass
-        met.append("error")
-
-    threads = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + 240
-    while not all(answered) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert all(answered)
-    children = psutil.Process(running.process.pid).children(recursive=True)
-    (engine,) = [c for c in children if "EngineCore" in " ".join(c.cmdline())]
-    os.kill(engine.pid, signal.SIGKILL)
-    for thread in threads:
-        thread.join(240)
-    assert met == ["error"] * 6
-    running.process.wait(240)
-    log = running.log.read_text()
+    """Status 1 at the end: a supervisor that starts again what failed does so."""
+    server, headers = running.server, {"Authorization": f"Bearer {KEY}"}
+    report = faults.kill_under_load(
+        server.url, server.process, "EngineCore", 6, f"{MARKER} is", headers
+    )
+    log = server.read_log()
+    assert faults.failures(report, log) == []
     assert "EngineDeadError" in log or "died" in log
     assert MARKER not in log
-
-
-def test_a_killed_engine_shows_in_the_exit_status(running):
-    """After the test above: a supervisor that starts again what failed does so."""
-    assert running.process.poll() == 1
-    assert "The engine died, see the first error above" in running.log.read_text()

@@ -99,7 +99,7 @@ def test_a_chain_of_adapters_resumes_exactly_and_exports(tmp_path, family):
     stack = family.capitalize()
     assert values["architectures"] == [f"D2F{stack}ForCausalLM"]
     assert values["model_type"] == f"d2f_{family}"
-    assert values["mask_token_id"] == mask and values["logits_shift"] == "previous"
+    assert values["mask_token_id"] == mask
     assert values["d2f"]["prompt_attention"] == "block_causal"
     assert values["d2f"]["block_size"] == 4
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "models" / "twin")

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine of this process holds for its requests, and at which stage a request is."""
 
+import contextlib
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from stress.traffic import ENGINE_WINDOW, MODEL
+from vllm.v1.request import RequestStatus
+
+from benchmarks.parity import shut_down, start_engine
+
+MAX_LEN, PAGE = 320, 32
+"""Positions of the longest sequence and of a page, of the engines in this process."""
 
 STAGES = (
     "waiting",
@@ -22,46 +30,79 @@ STAGES = (
 
 `waiting` for a slot or pages; `grammar` is being compiled; `prefill` a chunk of the prompt is
 computed and the rest is not; `prefilled` the prompt is and no block has been denoised; `denoising`
-nothing has left yet; `streaming` tokens have left; `about to commit` a block in the window is
-decided, the next forward commits it; `held back` the last step had no room for the window;
-`preempted` pages are gone, the window waits aside; `finished` it ended in the step before.
+no token is emitted yet; `streaming` tokens are; `about to commit` a block in the window is decoded,
+the next forward commits it; `held back` the last step had no room for the window; `preempted` pages
+are gone, the window waits aside; `finished` it ended in the step before.
 """
 
 PER_REQUEST = ("Request", "Stream", "Trace", "RequestSampler", "LogprobStore", "GrammarConstraint")
 """Classes that have objects only for unfinished requests."""
 
 
-@dataclass
-class Inside:
-    """The parts of an in-process engine (`VLLM_ENABLE_V1_MULTIPROCESSING=0`)."""
+@contextlib.contextmanager
+def engine(section: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """An engine in this process; its memory is free afterwards.
 
-    llm: Any
-    held: set[str] = field(default_factory=set)
-    held_back: int = 0
-    prefix_hits: int = 0
+    Args:
+        section: D2F settings of the deployment beside the window.
+    """
+    defaults = {"block_size": 4, "max_blocks": 1, "window": ENGINE_WINDOW}
+    llm = start_engine(
+        MODEL,
+        window=ENGINE_WINDOW,
+        max_model_len=MAX_LEN,
+        block_size=PAGE,
+        skip_tokenizer_init=False,
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        additional_config={"d2f": defaults | (section or {})},
+        **options,
+    )
+    try:
+        yield llm
+    finally:
+        shut_down(llm)
 
-    def __post_init__(self) -> None:
-        self.engine = self.llm.llm_engine
+
+class EngineState:
+    """The parts of an in-process engine (`VLLM_ENABLE_V1_MULTIPROCESSING=0`).
+
+    Attributes:
+        held: requests whose window the last step held back.
+        held_back: windows held back so far.
+        prefix_hits: pages that requests found in the prefix cache so far.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.states = self.runner.model_state.states
+        self.held: set[str] = set()
+        self.held_back = self.prefix_hits = 0
         self._flush()
         self.free_pages = self._free_pages()
         self.free_slots = len(self.runner.req_states.free_indices)
-        self._watch_held()
-        self._watch_hits()
+        watch(self.scheduler, "_hold_back", self._note_held)
+        watch(self.scheduler.kv_cache_manager, "get_computed_blocks", self._note_hits)
 
-    def internal_id(self, request_id: str) -> str | None:
-        """vLLM's own id of a request of ours; None once it is over."""
-        ids = self.engine.output_processor.external_req_ids.get(request_id)
-        return ids[0] if ids else None
+    def _note_held(self, held: Any) -> None:
+        self.held = {request.request_id for request, window in held if window}
+        self.held_back += len(self.held)
+
+    def _note_hits(self, found: Any) -> None:
+        self.prefix_hits += sum(map(len, found[0].blocks))
+
+    def add(self, request_id: str, ask: Any) -> None:
+        """Hand in a request of `traffic`."""
+        prompt: Any = {"prompt_token_ids": list(ask.prompt)}
+        self.engine.add_request(request_id, prompt, ask.sampling_params())
 
     def stage(self, request_id: str) -> str:
         """Where a request stands, one of `STAGES`."""
-        from vllm.v1.request import RequestStatus
-
-        request = self.scheduler.requests.get(self.internal_id(request_id))
+        # vLLM has an id of its own for each request, until the request is over.
+        internal = self.engine.output_processor.external_req_ids.get(request_id)
+        request = self.scheduler.requests.get(internal[0] if internal else None)
         if request is None:
             return "finished"
         if request.status == RequestStatus.PREEMPTED:
@@ -77,9 +118,9 @@ class Inside:
             return "held back"
         if not sum(request.spec_decode_metrics.histogram):
             return "prefilled"
-        if len(stream.ahead) >= stream.block_size:
+        if len(stream.uncommitted) >= stream.block_size:
             return "about to commit"
-        return "streaming" if request.num_output_tokens or stream.ahead else "denoising"
+        return "streaming" if request.num_output_tokens or stream.uncommitted else "denoising"
 
     def abort(self, request_ids: list[str], *, mid_step: bool = False) -> None:
         """Abort between steps, or while the next step's forward runs."""
@@ -89,20 +130,20 @@ class Inside:
         internal = self.engine.output_processor.abort_requests(request_ids, internal=False)
         self.core.aborts_queue.put_nowait(internal)
 
-    def drain(self, on_output: Callable[[Any], None]) -> None:
-        """Step until all requests are over and the worker has heard of it."""
+    def drain(self, on_output: Callable[[Any], None] = lambda output: None) -> None:
+        """Step until all requests are over and the worker knows it."""
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 on_output(output)
         self._flush()
 
     def _flush(self) -> None:
-        """The worker hears with the next step who is over."""
+        """The worker learns with the next step which requests are over."""
         while self.scheduler.has_requests():
             self.engine.engine_core.get_output()
 
     def leaks(self) -> dict[str, int]:
-        """What is left though no request is: by name, how many. Empty is good."""
+        """What is left though no request is: how many by name. Empty is good."""
         scheduler, states, output = self.scheduler, self.states, self.engine.output_processor
         (pages,) = scheduler.kv_cache_manager.coordinator.single_type_managers
         req_states = self.runner.req_states
@@ -128,7 +169,7 @@ class Inside:
             "rows by id": len(req_states.req_id_to_index),
             "resumed slots": len(states.resumed),
             "traced slots": len(states.traced),
-            "unsettled": len(scheduler.unsettled),
+            "preempted in flight": len(scheduler.preempted_in_flight),
             "outputs": len(output.request_states),
             "external ids": len(output.external_req_ids),
             "parents": len(output.parent_requests),
@@ -139,29 +180,17 @@ class Inside:
     def _free_pages(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def _watch_hits(self) -> None:
-        """Count pages that new requests find in the prefix cache."""
-        manager = self.scheduler.kv_cache_manager
-        get_computed_blocks = manager.get_computed_blocks
 
-        def watched(request: Any) -> Any:
-            found = get_computed_blocks(request)
-            self.prefix_hits += sum(map(len, found[0].blocks))
-            return found
+def watch(owner: Any, name: str, note: Callable[[Any], None]) -> None:
+    """Hand every result of a method to `note` too, from now on."""
+    method = getattr(owner, name)
 
-        manager.get_computed_blocks = watched
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        note(result)
+        return result
 
-    def _watch_held(self) -> None:
-        """Note whom each step holds back."""
-        hold_back = self.scheduler._hold_back
-
-        def watched() -> Any:
-            held = hold_back()
-            self.held = {request.request_id for request, window in held if window}
-            self.held_back += len(self.held)
-            return held
-
-        self.scheduler._hold_back = watched
+    setattr(owner, name, watched)
 
 
 def objects() -> dict[str, int]:

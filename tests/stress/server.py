@@ -4,8 +4,8 @@
 import asyncio
 import re
 import urllib.request
-from dataclasses import dataclass
 
+import numpy as np
 import psutil
 
 GAUGES = {
@@ -14,8 +14,8 @@ GAUGES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:d2f_open_blocks": "open_blocks",
 }
-REFUSALS = ("VLLMValidationError", "QueueOverflowError")
 PREEMPTIONS = "vllm:num_preemptions_total"
+REFUSALS = ("VLLMValidationError", "QueueOverflowError")
 
 
 def memory(pid: int) -> dict[str, float]:
@@ -40,6 +40,13 @@ def _name(process: psutil.Process) -> str:
     return process.name()
 
 
+def child(pid: int, name: str) -> int:
+    """The process id of a server's engine or worker, by vLLM's title for it."""
+    children = psutil.Process(pid).children(recursive=True)
+    (found,) = [c.pid for c in children if name in " ".join(c.cmdline())]
+    return found
+
+
 def read_metrics(url: str) -> dict[str, float]:
     """Gauges by our names, summed over labels; preemptions so far."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
@@ -58,7 +65,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 async def settle(url: str, seconds: float) -> dict[str, float]:
-    """What is still in use though nobody asks any more, after at most `seconds`: empty is good."""
+    """What is still in use though no client asks any more, after at most `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         metrics = await asyncio.to_thread(read_metrics, url)
@@ -69,7 +76,7 @@ async def settle(url: str, seconds: float) -> dict[str, float]:
 
 
 def log_errors(log: str) -> list[str]:
-    """Lines of a server's log that tell of a failure.
+    """Lines of a server's log that report a failure.
 
     vLLM logs a traceback for a request that streams and is refused. The traffic asked for those:
     they end in one of `REFUSALS`.
@@ -89,31 +96,19 @@ def log_errors(log: str) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Growth:
-    """How one process's memory went over quiet moments.
-
-    Attributes:
-        first, last: MiB at the first moment after the warm-up and at the last.
-        slope: MiB per hour of the straight line through the moments in between.
-    """
-
-    first: float
-    last: float
-    slope: float
-
-
-def growth(samples: list[tuple[float, float]], warm_up: float) -> Growth:
-    """Memory over time after a warm-up.
+def growth(samples: list[tuple[float, float]], warm_up: float) -> dict[str, float]:
+    """How one process's memory grew after a warm-up.
 
     Args:
         samples: (seconds, MiB) at quiet moments, two at least behind the warm-up.
-    """
-    import numpy as np
 
+    Returns:
+        MiB at the first and the last of these moments, and the slope of the straight line through
+        them in MiB per hour.
+    """
     late = [(at, mib) for at, mib in samples if at >= warm_up]
     if len(late) < 2:
         raise ValueError(f"{len(late)} moments after a warm-up of {warm_up:.0f} s; run for longer")
     at, mib = np.array(late).T
     slope = float(np.polyfit(at / 3600, mib, 1)[0])
-    return Growth(round(float(mib[0]), 1), round(float(mib[-1]), 1), round(slope, 1))
+    return {"first": round(mib[0], 1), "last": round(mib[-1], 1), "slope": round(slope, 1)}
