@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.record import environment
+from benchmarks.harness.server import launch
 from benchmarks.reliability.asks import WINDOW, Ask, answer_of, known_answers, make_asks
 from benchmarks.reliability.inside import STAGES, Inside
 from benchmarks.reliability.server import log_errors, settle
@@ -39,8 +41,6 @@ from benchmarks.reliability.traffic import (
 )
 from benchmarks.reliability.traffic import WINDOW as HTTP_WINDOW
 from benchmarks.reliability.truth import Known, load_truth
-from benchmarks.serving_server import launch
-from benchmarks.workload import environment
 
 MAX_LEN = 320
 PAGES = 40

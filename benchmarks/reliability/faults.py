@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving_server import VLLM, free_port
+from benchmarks.harness.server import VLLM, free_port
 
 # Before torch is imported: a forked child of a process with more threads may wait for ever, and on
 # a busy machine a server with more threads than cores waits too.

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving_server import serve
+from benchmarks.harness.server import serve
 
 # For the server: on a busy machine more threads than cores only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

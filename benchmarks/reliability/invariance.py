@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.record import environment
 from benchmarks.parity import Answer, shut_down, start_engine
 from benchmarks.reliability.asks import WINDOW, Ask, answer_of, known_answers, make_asks
 from benchmarks.reliability.inside import Inside
 from benchmarks.reliability.truth import Known
-from benchmarks.workload import environment
 
 MAX_LEN = 320
 PAGE = 32

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.record import environment
+from benchmarks.harness.server import launch
 from benchmarks.parity import Case, shut_down, start_engine
 from benchmarks.reliability.asks import Ask, answer_of, known_answers
 from benchmarks.reliability.inside import Inside
@@ -41,8 +43,6 @@ from benchmarks.reliability.traffic import (
     server_config,
 )
 from benchmarks.reliability.truth import Known, load_truth
-from benchmarks.serving_server import launch
-from benchmarks.workload import environment
 from vllm_d2f.d2f import D2FParams
 
 MAX_LEN = 320

@@ -23,6 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.record import environment
+from benchmarks.harness.server import Launched, launch
 from benchmarks.reliability.server import growth, log_errors, memory, read_metrics, settle
 from benchmarks.reliability.traffic import (
     ANSWER_SECONDS,
@@ -35,8 +37,6 @@ from benchmarks.reliability.traffic import (
     server_config,
 )
 from benchmarks.reliability.truth import load_truth
-from benchmarks.serving_server import Launched, launch
-from benchmarks.workload import environment
 
 SETTLE_SECONDS = 60
 SLACK_MIB = 16.0
