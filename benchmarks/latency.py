@@ -15,7 +15,7 @@ the fit has seen.
 The JSON given by hand has, for "d2f" and "ar" each, either a_ms and b_ms_per_token, or "points":
 [[tokens, ms], ...] with straight lines between them (a GPU's steps cost the same until it runs out
 of arithmetic); c_ms_per_context_token and d_ms_per_request where they are not 0; and
-tokens_per_forward, window_tokens, answer_tokens, prompt_tokens: see benchmarks/README.md.
+tokens_per_forward, window_tokens, answer_tokens, prompt_tokens: see docs/benchmarks.md.
 """
 
 import argparse
@@ -245,7 +245,7 @@ def by_hand(path: str) -> dict[str, dict[str, Any]]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--step-ms-json {path}: {error!r}; pass a JSON file as in benchmarks/README.md, with "
+            f"--step-ms-json {path}: {error!r}; pass a JSON file as in docs/benchmarks.md, with "
             '"d2f" and "ar"'
         ) from None
 

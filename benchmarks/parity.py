@@ -162,9 +162,7 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
                 index = order.pop()
                 case = cases[index]
                 engine.add_request(
-                    f"case-{index}",
-                    {"prompt_token_ids": list(case.prompt)},
-                    sampling_params(case),
+                    f"case-{index}", {"prompt_token_ids": list(case.prompt)}, sampling_params(case)
                 )
             wait = rng.randint(1, 5)
         wait -= 1

@@ -347,7 +347,7 @@ def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str,
             "machine": platform.machine(),
             "system": platform.system(),
             "cpu": _cpu_name(),
-            **({"gpu": _gpu_name()} if on_gpu() else {}),
+            **_gpu(),
             "cores": os.cpu_count(),
             "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
             "load_average_at_start": round(os.getloadavg()[0], 2),
@@ -362,10 +362,13 @@ def on_gpu() -> bool:
     return torch.cuda.device_count() > 0
 
 
-def _gpu_name() -> str:
+def _gpu() -> dict[str, str]:
+    # torch takes seconds to import; without the driver there is nothing to ask.
+    if not Path("/proc/driver/nvidia").exists() or not on_gpu():
+        return {}
     from vllm.platforms import current_platform
 
-    return current_platform.get_device_name()
+    return {"gpu": current_platform.get_device_name()}
 
 
 def _cpu_name() -> str:

@@ -50,12 +50,7 @@ class Setting:
 
 @torch.inference_mode()
 def decode_canvas(
-    model: torch.nn.Module,
-    prompt: Sequence[int],
-    setting: Setting,
-    *,
-    mask_id: int,
-    shift: bool,
+    model: torch.nn.Module, prompt: Sequence[int], setting: Setting, *, mask_id: int, shift: bool
 ) -> tuple[list[int], int]:
     """Decode one canvas greedily, to its very end.
 

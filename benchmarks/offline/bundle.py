@@ -248,7 +248,7 @@ def download(wheels: Path, root: Path, python: str) -> list[Path]:
     ]  # noqa: E501
     _pip(
         ["download", "--no-deps", "--only-binary", ":all:", "--python-version", python, *platforms]
-        + [*tags, "--implementation", "cp", "-d", str(wheels), VLLM, FLASHINFER, *LACKING],
+        + [*tags, "--implementation", "cp", "-d", str(wheels), VLLM, FLASHINFER, *LACKING]
     )
     for old in wheels.glob("vllm_d2f-*.whl"):
         old.unlink()

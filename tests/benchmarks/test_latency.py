@@ -141,7 +141,7 @@ def test_by_hand_says_what_is_missing(tmp_path, capsys, damage):
         given.write_text(json.dumps(HAND | {"d2f": d2f}))
     assert latency.main(["--step-ms-json", str(given)]) == 2
     error = capsys.readouterr().err
-    assert "--step-ms-json" in error and "benchmarks/README.md" in error
+    assert "--step-ms-json" in error and "docs/benchmarks.md" in error
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):

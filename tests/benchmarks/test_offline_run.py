@@ -26,16 +26,19 @@ with open({calls!r}, "a") as calls:
 if how == "import":
     sys.exit(1)
 
+measured = []
+
 def measure(run):
     def one(number):
         print("measuring", name, number, flush=True)
         if how == "dies" and number == 3:
             os._exit(9)
+        measured.append(number)
         return number
 
     for number in range(5):
         run.point(str(number), lambda n=number: one(n), may_fail=True)
-        if number % 2 and len(run.points) < 5 and how == "works":
+        if len(measured) == 2 and how == "works":
             run.stop()
     run.write(run.report(points=run.points))
 
