@@ -116,12 +116,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         *record.head("Kernels on the device", report),
         *(f"- {key}: {p}" for key, p in report["points"].items() if key not in timed),
         "",
-        *record.table(
-            ("vocabulary", "rule", "rows", "ms", "floor ms", "x floor"),
-            (
-                (*key.split("/")[1:], p["ms"], p["floor_ms"], p["times_floor"])
-                for key, p in timed.items()
-            ),
+        *record.columns(
+            "key ms floor_ms times_floor", ({"key": key, **p} for key, p in timed.items())
         ),
         *record.misses(report),
     ]

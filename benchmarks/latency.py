@@ -22,13 +22,13 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import record, shapes
+from benchmarks.harness import figure, record, shapes
 from benchmarks.harness.cost import (
     Cost,
     Trace,
@@ -40,15 +40,6 @@ from benchmarks.harness.cost import (
     traces_of,
 )
 from benchmarks.harness.engine import Batch, StepCost
-from benchmarks.harness.figure import (
-    COLORS,
-    NAMES,
-    label_simulated,
-    legend_below,
-    logarithmic,
-    new_figure,
-    save,
-)
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import spread
 from benchmarks.harness.worker import Decoder, Worker, most_modes, prepare_process, workers
@@ -312,59 +303,33 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     where = "nowhere up to 4096" if at is None else f"at {at}"
     lines += ["", f"AR overtakes D2F {where} concurrent requests (predicted).", ""]
     d2f, ar = (report["decoders"][kind]["predicted"] for kind in KINDS)
-    speedup = report["predicted_speedup"]
-    lines += record.table(
-        ("concurrent requests", "D2F tok/s", "AR tok/s", "D2F / AR"),
+    lines += record.columns(
+        "batch_size d2f ar ratio",
         (
-            (
-                d["batch_size"],
-                f"{d['tokens_per_s']:.0f}",
-                f"{a['tokens_per_s']:.0f}",
-                f"{speedup[str(d['batch_size'])]:.2f}",
-            )
+            {"batch_size": d["batch_size"], "d2f": d["tokens_per_s"], "ar": a["tokens_per_s"],
+             "ratio": report["predicted_speedup"][str(d["batch_size"])]}
             for d, a in zip(d2f, ar, strict=True)
         ),
-    )
-    if "prediction_error" in report:
-        lines += _checks(report)
-    return lines
-
-
-def _checks(report: Mapping[str, Any]) -> Iterable[str]:
+        batch_size="concurrent requests", d2f="D2F tok/s", ar="AR tok/s", ratio="D2F / AR",
+    )  # fmt: skip
+    if "prediction_error" not in report:
+        return lines
     found, error = report["checked_crossing"], report["prediction_error"]
-
-    def where(name: str) -> str:
-        return f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
-
-    yield "Checked on other problems than the fit has seen, one batch at a time."
-    yield f"In such batches AR overtakes D2F {where('measured')}, predicted {where('predicted')}."
-    yield ""
-    yield from record.figures_of(
-        {
-            "batch": lambda row: row["batch_size"],
-            "D2F / AR predicted": lambda row: f"{row['predicted']:.2f}",
-            "D2F / AR measured (runs)": lambda row: "{median:.2f} ({min:.2f} to {max:.2f})".format(
-                **row["measured"]
-            ),
-        },
-        report["checked_ratio"],
-    )
-    yield f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst."
-    yield ""
-    yield from record.table(
-        ("decoder", "batch", "predicted tok/s", "measured tok/s", "error"),
-        (
-            (
-                kind,
-                c["batch_size"],
-                f"{c['predicted']:.0f}",
-                f"{c['measured']:.0f}",
-                f"{c['error']:+.1%}",
-            )
-            for kind, d in report["decoders"].items()
-            for c in d["checks"]
-        ),
-    )
+    where = {
+        name: f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
+        for name in ("measured", "predicted")
+    }
+    checks = [{"decoder": k, **c} for k, d in report["decoders"].items() for c in d["checks"]]
+    return [
+        *lines,
+        "Checked on other problems than the fit has seen, one batch at a time. In such batches",
+        "AR overtakes D2F {measured}, predicted {predicted}.".format(**where),
+        "",
+        *record.columns("batch_size predicted measured", report["checked_ratio"]),
+        f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst.",
+        "",
+        *record.columns("decoder batch_size predicted measured_range error", checks),
+    ]
 
 
 def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
@@ -374,9 +339,9 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
     """
     if not all("steps" in one for one in report["decoders"].values()):
         return
-    figure, axes = new_figure()
+    drawing, axes = figure.new_figure()
     for kind, one in report["decoders"].items():
-        cost, color = Cost.from_dict(one["cost"]), COLORS[kind]
+        cost, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
         plain = sorted((row for row in one["steps"] if not row["new"]), key=lambda r: r["tokens"])
         for style, rows in ((".", plain), ("x", [row for row in one["steps"] if row["new"]])):
             tokens, ms = ([row[name] for row in rows] for name in ("tokens", "ms"))
@@ -385,19 +350,19 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
         per_request = statistics.median(row["tokens"] / row["requests"] for row in plain)
         counts = [row["tokens"] for row in plain]
         fitted = [cost.ms(tokens, context * tokens / per_request) for tokens in counts]
-        label = f"{NAMES[kind]}: {cost.ms(0, 0):.1f} ms"
+        label = f"{figure.NAMES[kind]}: {cost.ms(0, 0):.1f} ms"
         if not cost.points:
             label += f" + {1e3 * cost.b_ms_per_token:.0f} µs a token"
         axes.plot(counts, fitted, color=color, lw=2, label=label)
-    logarithmic(axes, "tokens in the step (x: with prompts)", "milliseconds per step")
+    figure.logarithmic(axes, "tokens in the step (x: with prompts)", "milliseconds per step")
     axes.legend(frameon=False)
-    label_simulated(axes, report)
-    save(figure, path)
+    figure.label_simulated(axes, report)
+    figure.save(drawing, path)
 
 
 def draw_prediction(report: Mapping[str, Any], path: Path) -> None:
     """Predicted tokens per second by batch size, the measured ones as points."""
-    figure, axes = new_figure(height=5.2)
+    drawing, axes = figure.new_figure(height=5.2)
     for kind, one in report["decoders"].items():
         series = [("predicted", "tokens_per_s", "-", "steady load predicted")]
         if one.get("checks"):
@@ -408,13 +373,13 @@ def draw_prediction(report: Mapping[str, Any], path: Path) -> None:
                 [row["batch_size"] for row in one[rows]],
                 [row[field] for row in one[rows]],
                 style,
-                color=COLORS[kind],
-                label=f"{NAMES[kind]}, {what}",
+                color=figure.COLORS[kind],
+                label=f"{figure.NAMES[kind]}, {what}",
             )
-    logarithmic(axes, "requests at once", "useful tokens per second", few_decades=True)
-    legend_below(axes)
-    label_simulated(axes, report)
-    save(figure, path)
+    figure.logarithmic(axes, "requests at once", "useful tokens per second", few_decades=True)
+    figure.legend_below(axes)
+    figure.label_simulated(axes, report)
+    figure.save(drawing, path)
 
 
 FIGURES = {"": draw_prediction, "_forward_cost": draw_forward_cost}

@@ -344,16 +344,9 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         f"{report['machine']}. The reference: {report['tokens_per_forward']} tokens per forward,",
         f"score {report['reference_score']}; {report['answers_with_a_tie']} answers have a tie.",
         "",
-        *record.figures_of(
-            {
-                "way": lambda item: item[0],
-                "equal": lambda item: f"{item[1]['equal']} of {item[1]['of']}",
-                "ties": lambda item: item[1]["ties"],
-                "equal tokens": lambda item: f"{item[1]['equal_tokens']:.2%}",
-                "score": lambda item: item[1]["score"],
-                "agrees": lambda item: "yes" if holds(report, item[1]) else "**no**",
-            },
-            report["ways"].items(),
+        *record.columns(
+            "way equal of ties equal_tokens score agrees",
+            ({"way": w, "agrees": holds(report, r), **r} for w, r in report["ways"].items()),
         ),
         *(f"- {way}: {item}" for way, r in report["ways"].items() for item in r["differences"][:3]),
     ]

@@ -206,37 +206,21 @@ def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def markdown(report: Mapping[str, Any]) -> list[str]:
     """The report as a table, one line per model and rate."""
 
-    def spread(point: Mapping[str, Any], name: str, form: str) -> str:
-        low, high = point.get("spread", {}).get(name, (None, None))
-        runs = "" if low is None else f" ({low:{form}} to {high:{form}})"
-        return f"{point[name]:{form}}{runs}"
-
-    def pair(values: Mapping[str, float]) -> str:
-        return f"{values['p50']:.0f} / {values['p99']:.0f}"
-
     models = report["models"]
-    points = [{"model": name, **p} for name, found in models.items() for p in found["points"]]
+    points = [
+        {"model": name, "tokens_per_forward": "1 (AR)", "spread": {}, **point}
+        for name, found in models.items()
+        for point in found["points"]
+    ]
+    columns = "model request_rate requests_per_s spread.requests_per_s tokens_per_s "
+    columns += "spread.tokens_per_s request_ms first_token_ms tokens_per_forward failed"
     lines = [
         *record.head("Serving under Poisson arrivals", report, *models.values()),
-        f"{report['prompts']} problems per run, median of {report.get('runs', 1)} run(s);",
-        f"at most {report['max_tokens']} tokens, greedy,",
-        f"at most {report['max_num_seqs']} requests at once. Client and server share the machine.",
+        f"{report['prompts']} problems per run, median of {report.get('runs', 1)} run(s); at most",
+        f"{report['max_tokens']} tokens, greedy, at most {report['max_num_seqs']} at once.",
+        "Client and server share the machine. Times are p50 / p99, spreads lowest to highest run.",
         "",
-        *record.figures_of(
-            {
-                "model": lambda p: p["model"],
-                "rate offered": lambda p: p["request_rate"],
-                "requests/s": lambda p: spread(p, "requests_per_s", ".2f"),
-                "tokens/s": lambda p: spread(p, "tokens_per_s", ".0f"),
-                "request ms p50 / p99": lambda p: pair(p["request_ms"]),
-                "first token ms p50 / p99": lambda p: pair(p["first_token_ms"]),
-                "tokens/forward": lambda p: p.get("tokens_per_forward", "1 (AR)"),
-                "failed": lambda p: p["failed"],
-                "exact %": lambda p: f"{100 * p['score']['exact']:.1f}",
-                "final %": lambda p: f"{100 * p['score']['final']:.1f}",
-            },
-            points,
-        ),
+        *record.columns(f"{columns} score.exact score.final", points),
     ]
     for model, found in models.items():
         exact, final = (100 * found["score"][k] for k in ("exact", "final"))

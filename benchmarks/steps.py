@@ -469,32 +469,29 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     for shape, _, p in rows("start"):
         lines.append(f"- {shape}: {p}")
     lines += ["", *record.bars(_bars(report, beside))]
-    cells = []
+    measured = []
     for shape, (context, blocks, requests), p in rows("steps"):
         floor = step_floor_ms(shape, p["tokens"], p["context_tokens"], machine)
         other = beside(shape, f"steps/{context}/1/{requests}", "ms")
-        ratio = f"{p['ms'] / other:.2f}" if other else ""
-        cells.append((shape, context, blocks, requests, f"{p['ms']:.3f}", f"{floor:.3f}",
-                      f"{p['ms'] / floor:.2f}", f"{p['host_ms']:.3f}", ratio))  # fmt: skip
-    lines += record.table(("shape", "context", "blocks", "requests", "ms", "floor ms", "x floor",
-                           "host ms", "x AR's step"), cells)  # fmt: skip
-    cells = []
+        key = {"shape": shape, "context": context, "blocks": blocks, "requests": requests}
+        ratios = {"times_floor": p["ms"] / floor, "times_ar": p["ms"] / other if other else None}
+        measured.append({**key, **p, "floor_ms": floor, **ratios})
+    names = "shape context blocks requests ms floor_ms times_floor host_ms times_ar"
+    lines += record.columns(names, measured)
+    measured = []
     for shape, (rate, requests), p in rows("speed"):
         other = beside(shape, f"speed/1/{requests}", "tokens_per_s")
-        ratio = f"{p['tokens_per_s'] / other:.2f}" if other else ""
-        cells.append((shape, rate, requests, f"{p['tokens_per_s']:.0f}", ratio, p["steps"],
-                      f"{p['first_token_ms']:.1f}", f"{p['peak_mib']:.0f}"))  # fmt: skip
-    lines += record.table(("shape", "tokens per forward (simulated)", "requests", "tok/s", "x AR",
-                           "steps", "first token ms", "peak MiB"), cells)  # fmt: skip
+        ratio = p["tokens_per_s"] / other if other else None
+        key = {"shape": shape, "simulated_tokens_per_forward": rate, "requests": requests}
+        measured.append({**key, **p, "times_ar": ratio})
+    names = "shape simulated_tokens_per_forward requests tokens_per_s times_ar steps"
+    lines += record.columns(f"{names} first_token_ms peak_mib", measured)
     for shape, (requests,), p in rows("profile"):
         head = "{wall_ms_per_step} ms a step, device busy {device_busy_ms} ms, idle "
         head += "{device_idle_ms} ms, {kernels_per_step} kernels"
         lines += [f"Profile of {shape}, {requests} request(s): {head.format(**p)}.", ""]
-        what = [(k["name"][:70].replace("|", "/"), k) for k in p["top_kernels"][:12]]
-        lines += record.table(
-            ("kernel", "ms per step", "calls", "share"),
-            ((n, k["ms_per_step"], k["per_step"], f"{k['share']:.1%}") for n, k in what),
-        )
+        kernels = [k | {"name": k["name"][:70].replace("|", "/")} for k in p["top_kernels"][:12]]
+        lines += record.columns("name ms_per_step per_step share", kernels)
         lines += [f"- {n}: {w['per_step']:g} a step, {w['ms_per_step']} ms" for n, w in
                   p["waits"].items()]  # fmt: skip
         lines.append("")

@@ -109,15 +109,11 @@ def measure(llm: Any, asked: Sequence[tuple[str, str, int]], temperature: float)
 def markdown(report: Mapping[str, Any]) -> list[str]:
     return [
         *record.head("Structured outputs", report),
-        *record.table(
-            ("temperature", "parse and validate", "tokens per forward", "without a schema"),
-            (
-                (heat, f"{row['valid']} of {row['answers']}", row["tokens_per_forward"],
-                 row["tokens_per_forward_without"])
-                for heat, row in report["temperature"].items()
-            ),
+        *record.columns(
+            "temperature answers valid tokens_per_forward tokens_per_forward_without",
+            ({"temperature": heat, **row} for heat, row in report["temperature"].items()),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

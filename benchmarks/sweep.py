@@ -271,19 +271,13 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         "",
         "F: on the frontier by tokens per forward, S: by useful tokens per second.",
         "",
-        *record.figures_of(
-            {
-                "": lambda row: "F" * row["pareto_forward"] + "S" * row["pareto_speed"],
-                **{name: lambda row, name=name: row[name] for name in NAMES},
-                "tokens/forward": lambda row: f"{row['tokens_per_forward']:.2f}",
-                "useful tokens/s (runs)": lambda row: f"{row['tokens_per_s']:.0f} "
-                "({:.0f}-{:.0f})".format(*row["tokens_per_s_range"]),
-                "per CPU s": lambda row: f"{row['tokens_per_cpu_s']:.0f}",
-                "exact % (95 %)": lambda row: f"{100 * row['exact']:.1f} "
-                "({:.1f}-{:.1f})".format(*(100 * x for x in row["exact_ci95"])),
-                "final %": lambda row: f"{100 * row['final']:.1f}",
-            },
-            sorted(report["rows"], key=lambda row: -row["tokens_per_forward"]),
+        *record.columns(
+            f"frontier {' '.join(NAMES)} tokens_per_forward tokens_per_s tokens_per_s_range "
+            "tokens_per_cpu_s exact exact_ci95 final",
+            (
+                row | {"frontier": "F" * row["pareto_forward"] + "S" * row["pareto_speed"]}
+                for row in sorted(report["rows"], key=lambda row: -row["tokens_per_forward"])
+            ),
         ),
     ]  # fmt: skip
 

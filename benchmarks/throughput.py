@@ -22,19 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import record
+from benchmarks.harness import figure, record
 from benchmarks.harness.engine import Answer, Batch
-from benchmarks.harness.figure import (
-    COLORS,
-    NAMES,
-    label_simulated,
-    legend_below,
-    logarithmic,
-    new_figure,
-    save,
-)
 from benchmarks.harness.record import Record, UsageError
-from benchmarks.harness.timing import percentiles, rounded, show_spread, spread
+from benchmarks.harness.timing import percentiles, rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, most_modes, prepare_process, workers
 from benchmarks.harness.workload import Item, load_items, parse_options, resolve_model
 
@@ -295,59 +286,28 @@ def _against_ar(runs: Runs) -> list[dict[str, Any]]:
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
     """The tables of `benchmarks/results/throughput.md`."""
-
-    def pair(values: Mapping[str, float], form: str) -> str:
-        return f"{values['p50']:{form}} / {values['p99']:{form}}"
-
+    figures = "useful_tokens_per_s requests_per_s.median tokens_per_forward computed_per_committed"
+    times = "time_to_first_token_ms time_per_token_ms peak_mib score problems exact"
     return [
         *record.head("Throughput", report),
         *[f"- {kind}: {text}" for kind, text in report["models"].items()],
         "",
         "Useful tokens are those up to and including the end token. Ranges are over the runs.",
+        "D2F / AR: each in its faster mode, D2F / AR. Times are p50 / p99.",
         "",
-        *record.figures_of(
-            {
-                "batch size": lambda row: row["batch_size"],
-                "D2F / AR, each in its faster mode": lambda row: show_spread(row["ratio"], "x"),
-                "modes": lambda row: f"D2F {row['modes']['d2f']}, AR {row['modes']['ar']}",
-            },
-            report["d2f_vs_ar"],
+        *record.columns("batch_size ratio modes", report["d2f_vs_ar"], ratio="D2F / AR"),
+        *record.columns(
+            "setting score_vanilla ratio.answers ratio.tokens", report["d2f_vs_vanilla"],
+            **{"ratio.answers": "time per answer, vanilla / D2F",
+               "ratio.tokens": "useful tokens/s, D2F / vanilla"},
         ),
-        *record.figures_of(
-            {
-                "vanilla": lambda row: row["setting"],
-                "score": lambda row: f"{row['score_vanilla']:.1%}",
-                "time per answer, vanilla / D2F": lambda row: show_spread(
-                    row["ratio"]["answers"], "x"
-                ),
-                "useful tokens/s, D2F / vanilla": lambda row: show_spread(
-                    row["ratio"]["tokens"], "x"
-                ),
-            },
-            report["d2f_vs_vanilla"],
-        ),
-        *record.figures_of(
-            {
-                "decoder": lambda p: f"{p['kind']} {p['mode']}",
-                "batch": lambda p: p["batch_size"],
-                "useful tok/s": lambda p: show_spread(p["useful_tokens_per_s"]),
-                "answers/s": lambda p: f"{p['requests_per_s']['median']:.3g}",
-                "tokens per forward": lambda p: f"{p['tokens_per_forward']:.2f}",
-                "computed per committed": lambda p: f"{p['computed_per_committed']:.1f}",
-                "first token ms, p50 / p99": lambda p: pair(p["time_to_first_token_ms"], ".0f"),
-                "per token ms, p50 / p99": lambda p: pair(p["time_per_token_ms"], ".2f"),
-                "peak MiB": lambda p: p["peak_mib"],
-                "score": lambda p: f"{p['score']:.1%} of {p['problems']}",
-                "exact": lambda p: "" if p["exact"] is None else f"{p['exact']:.1%}",
-            },
-            report["points"],
-        ),
-    ]
+        *record.columns(f"kind mode batch_size {figures} {times}", report["points"]),
+    ]  # fmt: skip
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Useful tokens per second against batch size, lowest to highest run shaded."""
-    figure, axes = new_figure(height=5.2)
+    drawing, axes = figure.new_figure(height=5.2)
     points = report["points"]
     styles = {"eager": "-", "compiled": "--"}
     series = {(p["kind"], p["mode"]) for p in points if p["kind"] != "vanilla"}
@@ -355,27 +315,29 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         rows = [p for p in points if (p["kind"], p["mode"]) == (kind, mode)]
         sizes = [p["batch_size"] for p in rows]
         speed = {k: [p["useful_tokens_per_s"][k] for p in rows] for k in ("median", "min", "max")}
-        label = f"{NAMES[kind]}, {mode}, {report[f'score_{kind}']:.1%} right"
+        label = f"{figure.NAMES[kind]}, {mode}, {report[f'score_{kind}']:.1%} right"
         style = styles.get(mode, ":")
-        axes.plot(sizes, speed["median"], style, marker="o", color=COLORS[kind], label=label)
-        axes.fill_between(sizes, speed["min"], speed["max"], color=COLORS[kind], alpha=0.15, lw=0)
+        axes.plot(sizes, speed["median"], style, marker="o", color=figure.COLORS[kind], label=label)
+        axes.fill_between(
+            sizes, speed["min"], speed["max"], color=figure.COLORS[kind], alpha=0.15, lw=0
+        )
     markers = iter("sD^vPX*")
     for p in (p for p in points if p["kind"] == "vanilla"):
         axes.plot(
             p["batch_size"],
             p["useful_tokens_per_s"]["median"],
             next(markers, "."),
-            color=COLORS["vanilla"],
+            color=figure.COLORS["vanilla"],
             # Hollow: wrong answers, so what it is fast at is no use.
-            mfc=COLORS["vanilla"] if p["score"] >= 0.5 else "none",
+            mfc=figure.COLORS["vanilla"] if p["score"] >= 0.5 else "none",
             ls="none",
             label=f"vanilla {p['mode']}, {p['score']:.0%} right",
         )
-    logarithmic(axes, "batch size", "useful tokens per second")
+    figure.logarithmic(axes, "batch size", "useful tokens per second")
     axes.set_xticks(sorted({p["batch_size"] for p in points}))
-    legend_below(axes)
-    label_simulated(axes, report)
-    save(figure, path)
+    figure.legend_below(axes)
+    figure.label_simulated(axes, report)
+    figure.save(drawing, path)
 
 
 FIGURES = {"": draw}

@@ -397,15 +397,15 @@ class DummyEngine:
 
     def unfit(self, requests: int, length: int, tokens: int) -> str | None:
         """Why so many requests cannot be in one step; None if they can."""
-        limits, started = self.limits, "the engine was started for"
-        if requests > limits.requests:
-            return f"{started} {limits.requests} requests"
-        if tokens > limits.step_tokens:
-            return f"{tokens} tokens in a step, {started} {limits.step_tokens}"
-        if length > limits.length:
-            return f"{length} positions, {started} {limits.length}"
-        if requests * length > self.cache_tokens:
-            return f"{requests} x {length} positions, the cache holds {self.cache_tokens}"
+        limits = self.limits
+        for asked, room, what in (
+            (requests, limits.requests, "requests"),
+            (tokens, limits.step_tokens, "tokens in a step"),
+            (length, limits.length, "positions of a request"),
+            (requests * length, self.cache_tokens, "cached positions"),
+        ):
+            if asked > room:
+                return f"{asked} {what}, the engine has room for {room}"
         return None
 
     @contextmanager

@@ -423,9 +423,34 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines, ""]
 
 
-def figures_of(columns: Mapping[str, Callable[[Any], Any]], rows: Iterable[Any]) -> list[str]:
-    """The same from a cell's function by column."""
-    return table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
+def columns(keys: str, rows: Iterable[Mapping[str, Any]], **titles: str) -> list[str]:
+    """A table of these keys of each row; `a.b` looks into a dictionary.
+
+    Args:
+        titles: of columns that are not called by their key.
+    """
+
+    def cell(row: Any, key: str) -> str:
+        for name in key.split("."):
+            row = (row or {}).get(name)
+        return show(row)
+
+    names = keys.split()
+    heads = [titles.get(name, name.replace("_", " ")) for name in names]
+    return table(heads, ([cell(row, name) for name in names] for row in rows))
+
+
+def show(value: Any) -> str:
+    """A value in a table: a spread as median and range, percentiles as p50 / p99, short numbers."""
+    if isinstance(value, Mapping):
+        if "median" in value:
+            return "{} ({} to {})".format(*(show(value[name]) for name in ("median", "min", "max")))
+        return " / ".join(show(one) for one in value.values())
+    if isinstance(value, list):
+        return " to ".join(map(show, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def bars(rows: Iterable[tuple[str, float | None, str, float]]) -> list[str]:

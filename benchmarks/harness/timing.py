@@ -38,15 +38,6 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {name: rounded(value) for name, value in found.items()}
 
 
-def show_spread(values: Mapping[str, float], unit: str = "") -> str:
-    """Median and range for a table."""
-
-    def text(value: float) -> str:
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-    return f"{text(values['median'])}{unit} ({text(values['min'])} to {text(values['max'])})"
-
-
 def percentiles(values: Iterable[float]) -> dict[str, float]:
     """The 50th and 99th percentile (nearest rank)."""
     ordered = sorted(values)

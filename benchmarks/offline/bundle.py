@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from benchmarks.offline import fatbin
 
@@ -142,50 +142,16 @@ def repository_files(root: Path) -> Iterator[Source]:
             yield Source(f"repo/{name}", path.read_bytes(), bool(path.stat().st_mode & 0o100))
 
 
-class Pieces(io.RawIOBase):
-    """Writes one stream into files of at most `limit` bytes."""
-
-    def __init__(self, folder: Path, stem: str, limit: int) -> None:
-        self.folder, self.stem, self.limit = folder, stem, limit
-        self.done: list[dict[str, Any]] = []
-        self._file: Any = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        at = 0
-        while at < len(view):
-            if self._file is None:
-                name = f"{self.stem}.{len(self.done):02d}"
-                self._file = (self.folder / name).open("wb")
-                self._digest, self._size = hashlib.sha256(), 0
-            part = view[at : at + self.limit - self._size]
-            self._file.write(part)
-            self._digest.update(part)
-            self._size += len(part)
-            at += len(part)
-            if self._size == self.limit:
-                self._end()
-        return len(view)
-
-    def _end(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self.done.append(
-                {
-                    "name": f"{self.stem}.{len(self.done):02d}",
-                    "size": self._size,
-                    "sha256": self._digest.hexdigest(),
-                }
-            )
-
-    def close(self) -> None:
-        if not self.closed:
-            self._end()
-        super().close()
+def split(archive: Path, limit: int) -> list[dict[str, Any]]:
+    """Replace an archive by pieces of at most `limit` bytes beside it; what the manifest says."""
+    pieces: list[dict[str, Any]] = []
+    with archive.open("rb") as file:
+        while content := file.read(limit):
+            name = f"{archive.name}.{len(pieces):02d}"
+            archive.with_name(name).write_bytes(content)
+            pieces.append({"name": name, "size": len(content), "sha256": _sha256(content)})
+    archive.unlink()
+    return pieces
 
 
 def pack(
@@ -208,10 +174,9 @@ def pack(
         shutil.rmtree(out)
     out.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
-    stream = Pieces(out, "bundle.tar.xz", limit)
+    whole = out / "bundle.tar.xz"
     with (
-        stream,
-        lzma.open(cast(IO[bytes], stream), "wb", preset=preset) as compressed,
+        lzma.open(whole, "wb", preset=preset) as compressed,
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
         for source in sources:
@@ -223,7 +188,7 @@ def pack(
             info.size, info.mode = len(source.content), 0o755 if source.executable else 0o644
             archive.addfile(info, io.BytesIO(source.content))
             files[source.name] = {"size": info.size, "sha256": _sha256(source.content)}
-    manifest = {**about, "pieces": stream.done, "files": dict(sorted(files.items()))}
+    manifest = {**about, "pieces": split(whole, limit), "files": dict(sorted(files.items()))}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     here = Path(__file__).parent
     for name in ("run.sh", "unpack.py"):

@@ -50,11 +50,13 @@ class Step:
 
 CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"
 EDGES = "--requests 1 8 --blocks 4 --contexts 512 --what steps"
+# FlashInfer has no float32.
+FLOAT32 = "parity --prompts 16 --ways batch single --attention-backend TRITON_ATTN"
 BFLOAT16 = "parity --prompts 40 --ways batch --dtype bfloat16"
 FEW = "--contexts 512 2048 --requests 1 16 --blocks 1 4"
 STEPS = (
     Step("kernels", "kernels --rows 32", 120),
-    Step("parity", "parity --prompts 16 --ways batch single", 90, "--quick"),
+    Step("parity", FLOAT32, 90, "--quick --attention-backend="),
     Step("steps", f"steps --shapes dream qwen {CASES}", 240),
     Step("parity_bfloat16", BFLOAT16, 90, "--quick --dtype float32"),
     Step("steps_full", f"steps --shapes dream --variant full {EDGES}", 150),

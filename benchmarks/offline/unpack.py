@@ -5,14 +5,10 @@ python unpack.py BUNDLE FOLDER    # prints where the bundle lies, FOLDER/SHA
 """
 
 import hashlib
-import io
 import json
-import lzma
 import sys
 import tarfile
-import zlib
 from pathlib import Path
-from typing import Any
 
 COMPLETE = ".complete"
 
@@ -21,34 +17,20 @@ class BundleError(Exception):
     """A bundle that is not whole, with what to do."""
 
 
-class Joined(io.RawIOBase):
-    """Several files as one, read in order; the checksum of each is compared on the way."""
+def join(bundle: Path, pieces: list, whole: Path) -> None:
+    """Write the pieces into one file.
 
-    def __init__(self, bundle: Path, pieces: list) -> None:
-        self.bundle, self.pieces = bundle, list(pieces)
-        self.file: Any = None
-        self.piece: dict = {}
-        self.digest = hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while True:
-            if self.file is None:
-                if not self.pieces:
-                    return 0
-                self.piece = self.pieces.pop(0)
-                self.file = (self.bundle / self.piece["name"]).open("rb")
-                self.digest = hashlib.sha256()
-            count = self.file.readinto(buffer)
-            if count:
-                self.digest.update(memoryview(buffer)[:count])
-                return count
-            self.file.close()
-            self.file = None
-            if self.digest.hexdigest() != self.piece["sha256"]:
-                raise BundleError(f"{self.piece['name']} is damaged: copy it again")
+    Raises:
+        BundleError: one is missing or damaged.
+    """
+    with whole.open("wb") as file:
+        for piece in pieces:
+            path = bundle / piece["name"]
+            if not path.is_file() or path.stat().st_size != piece["size"]:
+                raise BundleError(f"{path.name} is missing or cut off: copy it beside the manifest")
+            if sha256(path) != piece["sha256"]:
+                raise BundleError(f"{path.name} is damaged: copy it again")
+            file.write(path.read_bytes())
 
 
 def unpack(bundle: Path, folder: Path) -> Path:
@@ -68,23 +50,17 @@ def unpack(bundle: Path, folder: Path) -> Path:
     target = folder / hashlib.sha256(text).hexdigest()[:12]
     if (target / COMPLETE).exists():
         return target
-    for piece in manifest["pieces"]:
-        path = bundle / piece["name"]
-        if not path.is_file() or path.stat().st_size != piece["size"]:
-            raise BundleError(f"{piece['name']} is missing or cut off: copy it beside the manifest")
     target.mkdir(parents=True, exist_ok=True)
-    joined = io.BufferedReader(Joined(bundle, manifest["pieces"]), 1 << 20)
+    whole = target / "bundle.tar.xz"
     try:
-        with tarfile.open(fileobj=joined, mode="r|xz") as archive:
+        join(bundle, manifest["pieces"], whole)
+        with tarfile.open(whole, mode="r:xz") as archive:
             for member in archive:
                 if member.name not in manifest["files"] or not member.isfile():
                     raise BundleError(f"{member.name!r} is not in the manifest")
                 archive.extract(member, target, filter="data")
-        # Compression may end before the last piece does: read on, so that it is checked too.
-        while joined.read(1 << 20):
-            pass
-    except (lzma.LZMAError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise BundleError(f"a piece is damaged ({error}): copy the bundle again") from error
+    finally:
+        whole.unlink(missing_ok=True)
     for name, known in manifest["files"].items():
         path = target / name
         if not path.is_file() or sha256(path) != known["sha256"]:

@@ -174,9 +174,8 @@ def test_the_tables_have_floors_ratios_and_bars():
     assert "batch 2: at least 2.5 |  | not measured |" in text
     # 14.14 GB of weights and 512 cached positions at 4300 GB/s.
     floor = (14.140571648e9 + 57344 * 512) / 4300e9 * 1e3
-    assert (
-        f"| dream | 512 | 4 | 1 | 4.800 | {floor:.3f} | {4.8 / floor:.2f} | 0.500 | 1.20 |" in text
-    )
+    row = f"| dream | 512 | 4 | 1 | 4.8 | {floor:.4g} | {4.8 / floor:.4g} | 0.5 | 1.2 |"
+    assert row in text
     assert "`dream/memory` skipped: made up" in text and "None" not in text
 
 

@@ -218,7 +218,7 @@ def test_quick(tmp_path):
     for key in ("vllm-d2f", "torch", "transformers"):
         assert key in report["versions"]
     assert str(tmp_path) not in file.read_text()
-    assert "| d2f eager | 1 |" in file.with_suffix(".md").read_text()
+    assert "| d2f | eager | 1 |" in file.with_suffix(".md").read_text()
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
