@@ -41,7 +41,7 @@ PARSED = "parsed"
 HUB = "tests/hub/test_prepare.py::test_the_command_from_first_to_last"
 PROOFS: tuple[tuple[str, str], ...] = (
     (r"make demo", "tests/test_demo.py::test_the_whole_demo"),
-    (r"make (setup|serve|test|test-slow|test-async|test-next|lint|models|gpu-bundle)", PARSED),
+    (r"make (setup|serve|test|test-slow|test-async|test-next|lint|models|gpu-bundle)( EXTRA=gpu)?", PARSED),
     (r"vllm serve --config examples/serve.yaml", "tests/test_examples.py::test_the_client"),
     (r"vllm serve d2f-tiny .*", "tests/http/test_readme_examples.py::test_the_curl_line"),
     (r"vllm serve .*d2f-(dream-7b|llada-8b)", "tests/hub/test_serve_by_name.py"),
