@@ -37,7 +37,7 @@ help:
 	@echo 'make lint       ruff, mypy and who may import whom (.importlinter)'
 	@echo 'make docs       the pages of docs/ as a web site, in site/'
 	@echo 'make models     train the embedded models again, about an hour'
-	@echo 'make gpu-bundle pack what an offline GPU host lacks to measure, see benchmarks/gpu/README.md'
+	@echo 'make gpu-bundle pack what an offline GPU host lacks to measure, see docs/gpu.md'
 	@echo 'make setup      only install, EXTRA=cpu or EXTRA=gpu (here: $(EXTRA))'
 	@echo 'make clean      remove the environment and caches'
 
@@ -110,7 +110,7 @@ models: setup
 	cp -r $(OUT)/models/. vllm_d2f/embedded/
 
 gpu-bundle: setup
-	$(BIN)/python -m benchmarks.gpu.bundle
+	$(BIN)/python -m benchmarks.offline.bundle
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -17,18 +17,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import (
-    UsageError,
-    environment,
-    refuse_simulated,
-    resolve_model,
-    write_result,
-)
+from benchmarks.harness import record
+from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.workload import refuse_simulated, resolve_model
 from vllm_d2f.settings import PRESETS
 
 TASKS = ("arithmetic", "gsm8k", "math", "humaneval", "mbpp")
@@ -157,7 +153,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(str(error)) from None
 
 
-def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def scores(args: argparse.Namespace) -> dict[str, Any]:
     """Run lm-eval and condense its result."""
     check(args)
     try:
@@ -192,13 +188,13 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             raise UsageError(str(error)) from None
         raise
     samples = found["samples"][name]
-    scores = {
+    found_scores = {
         key.replace(",none", "").replace(",", ":"): round(value, 4)
         for key, value in found["results"][name].items()
         if isinstance(value, float) and not key.split(",")[0].endswith("_stderr")
     }
     return {
-        "score": scores,
+        "score": found_scores,
         "task": name,
         "problems": found["n-samples"][name]["effective"],
         "of": found["n-samples"][name]["original"],
@@ -212,30 +208,23 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         "units": UNITS,
         "seconds": round(time.perf_counter() - started, 1),
         "lm_eval": lm_eval.__version__,
-        **environment(None, argv, "benchmarks.evaluate"),
-        "samples": _samples(samples[: args.keep]),
-    }
+        # A few prompts' ends and answers, for a person to look at.
+        "samples": [
+            {"prompt_end": s["arguments"][0][0][-300:], "answer": s["resps"][0][0],
+             "want": s["target"]}
+            for s in samples[: args.keep]
+        ],
+    }  # fmt: skip
 
 
-def _samples(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few prompts' ends and answers, for a person to look at."""
-    return [
-        {"prompt_end": s["arguments"][0][0][-300:], "answer": s["resps"][0][0], "want": s["target"]}
-        for s in samples
-    ]
-
-
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: Mapping[str, Any]) -> list[str]:
     """The report as a short text."""
     scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in report["score"].items())
-    shots, seconds = report["shots"], report["seconds"]
     lines = [
-        f"# {report['model']} on {report['task']}",
-        "",
-        f"`{report['command']}`",
-        "",
-        f"**{scores}** on {report['problems']} of {report['of']} problems, {shots} shots,",
-        f"{report['max_tokens']} tokens, through {report['through']}, {seconds:.0f} s.",
+        *record.head(f"{report['model']} on {report['task']}", report),
+        f"**{scores}** on {report['problems']} of {report['of']} problems,",
+        f"{report['shots']} shots, {report['max_tokens']} tokens, through {report['through']},",
+        f"{report['seconds']:.0f} s.",
         f"D2F settings: {report['preset'] or 'its own'}.",
     ]
     if cut := report["prompts_cut"]:
@@ -245,45 +234,37 @@ def markdown(report: dict[str, Any]) -> str:
             "need more positions than there are, so this is not the published task. Use a model",
             "with more, or a larger --max-model-len if one was given.",
         ]
-    return "\n".join(lines)
+    return lines
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--task", choices=TASKS, default="arithmetic")
-    parser.add_argument("--model", default="d2f-tiny", help="embedded name, folder or Hub id")
-    parser.add_argument("--preset", choices=list(PRESETS), help="published D2F settings")
-    parser.add_argument("--data", help="folder with the task's files; else the Hub is asked")
-    parser.add_argument("--limit", type=int, help="only the first N problems")
-    parser.add_argument("--server", help="address of a running vllm serve")
-    parser.add_argument("--allow-code-execution", action="store_true", help="needed for programs")
-    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
-    parser.add_argument("--batch-size", type=int, default=32, help="requests at once")
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--keep", type=int, default=5, help="answers kept in the result")
-    parser.add_argument("--quick", action="store_true", help="8 problems")
-    parser.add_argument("--json", help="write .json and .md under this name")
-    args = parser.parse_args(argv)
+    parser = record.Parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="arithmetic")
+    add("--model", default="d2f-tiny", help="embedded name, folder or Hub id")
+    add("--preset", choices=list(PRESETS), help="published D2F settings")
+    add("--data", help="folder with the task's files; else the Hub is asked")
+    add("--limit", type=int, help="only the first N problems")
+    add("--server", help="address of a running vllm serve")
+    add("--allow-code-execution", action="store_true", help="needed for programs")
+    add("--chat", action="store_true", help="apply the model's chat template")
+    add("--batch-size", type=int, default=32, help="requests at once")
+    add("--max-model-len", type=int)
+    add("--keep", type=int, default=5, help="answers kept in the result")
+    args = parser.finish(argv, {}, ("batch_size",))
     if args.quick:
         args.limit = min(args.limit or 8, 8)
     return args
 
 
+def evaluate(run: Record) -> None:
+    """Ask and grade all problems, and report."""
+    report = run.report(**run.point("scores", lambda: scores(run.args)))
+    run.write(report)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        report = evaluate(args, sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_result(report, markdown(report), args.json)
-    return 0
+    return record.main(evaluate, parse(argv), markdown)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,23 @@ former is what the code costs.
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from benchmarks.harness import record
+from benchmarks.harness.engine import core_of, runner_of, start_engine
+from benchmarks.harness.record import Record
+from benchmarks.harness.workload import resolve_model
 from vllm_d2f.d2f import D2FParams
 
 BLOCK, BLOCKS = 32, 4
-LIMIT_MS = {1: 1.5, 64: 4.0}
+LIMIT_MS = {1: 1.5, 64: 3.0}
 MOST_STEPS = 26
 """So long all windows stay fully open."""
 
@@ -82,8 +85,7 @@ def instrument(llm: Any) -> Meter:
     from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter
     from vllm_d2f.patches import cpu_kernels, p03_cpu_kernels
 
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+    core, runner = core_of(llm), runner_of(llm)
     meter = Meter()
     # `_sample_whole` is the part with the language-model head: timed apart, not counted.
     meter.wrap(runner.sampler.proposals, "_sample_whole", "logits")
@@ -127,17 +129,22 @@ class _Holder:
 
 def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]:
     """Median milliseconds per step over `steps` steps in which every window is fully open."""
-    from benchmarks.parity import Case, sampling_params
+    from vllm import SamplingParams
 
     # Open a block each step whatever is decided, and decide one position a step and block.
     params = D2FParams(BLOCK, BLOCKS, tau_add=0.0, tau_act=0.0, tau_conf=1.0)
     engine = llm.llm_engine
     vocab = llm.llm_engine.model_config.get_vocab_size()
     for index in range(num_reqs):
-        prompt = tuple((7 * index + 3 * i) % (vocab - 2) for i in range(40))
-        request = sampling_params(Case(prompt, params, BLOCK * BLOCKS * 2))
-        request.ignore_eos = True
-        engine.add_request(f"r{num_reqs}-{index}", {"prompt_token_ids": list(prompt)}, request)
+        prompt = [(7 * index + 3 * i) % (vocab - 2) for i in range(40)]
+        request = SamplingParams(
+            temperature=0.0,
+            max_tokens=2 * BLOCK * BLOCKS,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={f"d2f_{name}": value for name, value in asdict(params).items()},
+        )
+        engine.add_request(f"r{num_reqs}-{index}", {"prompt_token_ids": prompt}, request)
     for _ in range(BLOCKS + 2):
         engine.step()
     meter.take()
@@ -165,65 +172,62 @@ def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]
     }
 
 
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    parts = list(report["rows"][0]["cpu_ms"])
+    return [
+        *record.head("What vllm-d2f adds to a step", report),
+        f"Windows of {report['window']}, all open. CPU ms a step by part; logits, model and vLLM's",
+        "own scheduler are not counted as added.",
+        "",
+        *record.table(
+            ("requests", "added CPU ms", "limit", "added wall ms", *parts),
+            (
+                (r["requests"], r["added_cpu_ms"], r["limit_ms"] or "", r["added_wall_ms"],
+                 *(r["cpu_ms"][part] for part in parts))
+                for r in report["rows"]
+            ),
+        ),
+    ]  # fmt: skip
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="d2f-tiny", help="embedded name or folder")
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--steps", type=int, default=24, help="steps measured")
-    parser.add_argument("--quick", action="store_true", help="1 and 8 requests, 6 steps")
-    parser.add_argument("--json", help="write the result here")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.requests, args.steps = [1, 8], 6
-    if not 1 <= args.steps <= MOST_STEPS or min(args.requests) < 1:
-        parser.error(f"--steps must be 1 to {MOST_STEPS}, --requests at least 1")
+    parser = record.Parser("overhead", __doc__)
+    add = parser.add_argument
+    add("--model", default="d2f-tiny", help="embedded name or folder")
+    add("--requests", type=int, nargs="+", default=[1, 8, 64])
+    add("--steps", type=int, default=24, help="steps measured")
+    args = parser.finish(argv, {"requests": [1, 8], "steps": 6}, ("requests", "steps"))
+    if args.steps > MOST_STEPS:
+        parser.error(f"--steps must be 1 to {MOST_STEPS}")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from benchmarks.parity import start_engine
-    from benchmarks.workload import UsageError, environment, resolve_model
-    from vllm_d2f import register
+def overhead(run: Record) -> int:
+    """Measure and report; 1 if a limit is missed."""
+    import torch
 
-    register()
-    try:
-        model = resolve_model("--model", args.model)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = run.args
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    model = resolve_model("--model", args.model)
     most = max(64, *args.requests)
     llm = start_engine(model, window=BLOCK * BLOCKS, max_model_len=512, max_num_seqs=most)
     meter = instrument(llm)
     measure(llm, meter, 1, 4)  # warm-up
-    rows = [measure(llm, meter, n, args.steps) for n in args.requests]
-    missed = False
-    for row in rows:
-        limit = row["limit_ms"]
-        verdict = "" if limit is None else f"  (limit {limit} ms)"
-        missed |= limit is not None and row["added_cpu_ms"] > limit
-        print(
-            f"{row['requests']:3d} requests: {row['added_cpu_ms']:.2f} ms added a step, CPU time; "
-            f"{row['added_wall_ms']:.2f} ms wall{verdict}"
-        )
-        print("    " + ", ".join(f"{k} {v:.2f}" for k, v in row["cpu_ms"].items()))
-    if args.json:
-        import torch
+    counts = {f"{n} requests": n for n in args.requests}
+    rows = [run.point(k, lambda n=n: measure(llm, meter, n, args.steps)) for k, n in counts.items()]
+    run.need_all()
+    report = run.report(
+        window=f"{BLOCKS} blocks of {BLOCK}",
+        threads=torch.get_num_threads(),
+        units=UNITS,
+        rows=rows,
+    )
+    run.write(report)
+    return int(any(r["limit_ms"] and r["added_cpu_ms"] > r["limit_ms"] for r in rows))
 
-        report = {
-            **environment(None, sys.argv[1:] if argv is None else argv, "benchmarks.overhead"),
-            "window": f"{BLOCKS} blocks of {BLOCK}",
-            "threads": torch.get_num_threads(),
-            "units": UNITS,
-            "rows": rows,
-        }
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if missed else 0
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return record.main(overhead, parse(argv), markdown)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,29 @@ The engine decodes the requests in each of these ways and every answer is compar
 `batch` all at once; `single` one by one; `arrivals` a few more requests every few steps, so that
 prefill and denoising share forwards; `preempt` all at once with so few pages that requests are
 preempted; `again` the batch once more with prefix caching on and warm.
+
+On a GPU `--attention-backend`, `--dtype` and `--engine-args` choose what is compared. Answers in
+bfloat16 may differ where two tokens are nearly equal, so there the shares of equal answers and
+tokens and the score are given, and the exit status is 1 only if the score falls by more than 0.02.
 """
 
 import argparse
 import itertools
-import json
 import math
-import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import UsageError, environment, resolve_model
+from benchmarks.harness import record
+from benchmarks.harness.engine import preemptions, shut_down, start_engine
+from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.workload import load_items, load_prompts, parse_options, resolve_model
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.reference import Forward, decode, hf_forward
@@ -87,7 +93,8 @@ def reference_answers(
     forward, config = load_forward(model)
     answers = []
     for case in tqdm(cases, desc="reference", disable=None):
-        frames = decode(
+        margin = math.inf
+        for frame in decode(
             forward,
             case.prompt,
             case.params,
@@ -97,9 +104,7 @@ def reference_answers(
             shift=config.logits_shift,
             max_len=max_model_len,
             prompt_block=prompt_block,
-        )
-        margin = math.inf
-        for frame in frames:
+        ):
             margin = min(margin, frame.margin)
         answers.append(Expected(Answer(tuple(frame.tokens), frame.forward), margin))
     return answers
@@ -111,24 +116,6 @@ def load_forward(model: str) -> tuple[Forward, Any]:
 
     hf_model, config = load_hf(model)
     return hf_forward(hf_model), config
-
-
-def start_engine(model: str, *, window: int, max_model_len: int, **options: Any) -> Any:
-    """An offline engine in float32, set for comparison."""
-    from vllm import LLM
-
-    defaults: dict[str, Any] = dict(
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=64,
-        kv_cache_memory_bytes=1 << 28,
-        block_size=32,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        skip_tokenizer_init=True,
-        additional_config={"d2f": {"block_size": 4, "max_blocks": 1, "window": window}},
-    )
-    return LLM(model=model, max_model_len=max_model_len, **(defaults | options))
 
 
 def sampling_params(case: Case) -> Any:
@@ -175,9 +162,7 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
                 index = order.pop()
                 case = cases[index]
                 engine.add_request(
-                    f"case-{index}",
-                    {"prompt_token_ids": list(case.prompt)},
-                    sampling_params(case),
+                    f"case-{index}", {"prompt_token_ids": list(case.prompt)}, sampling_params(case)
                 )
             wait = rng.randint(1, 5)
         wait -= 1
@@ -212,155 +197,9 @@ def differences(
             }
 
 
-def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
-    """Token ids of questions from a JSONL file, of generated problems, or, without a tokenizer,
-    at random.
-
-    Raises:
-        UsageError: no such file, or a line that is no question.
-    """
-    folder = Path(model)
-    if data is None and not (folder / "tokenizer.json").exists():
-        from transformers import AutoConfig
-
-        rng = random.Random(seed)
-        top = AutoConfig.from_pretrained(model).vocab_size
-        return [[rng.randrange(top) for _ in range(rng.randint(1, 60))] for _ in range(count)]
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if data is not None:
-        try:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
-            texts = [json.loads(line)["question"] for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f'--data {data}: {error!r}; pass a JSONL file with a "question" per line, or leave '
-                "it out"
-            ) from None
-    else:
-        from training.arithmetic import problems
-
-        texts = [problem.question for problem in problems("test", count, seed)]
-    return [tokenizer(text).input_ids for text in texts]
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="d2f-tiny", help="embedded name or folder")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--data", help="JSONL with a `question` per line, for example GSM8K")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--max-model-len", type=int, help="default: the model's, at most 1024")
-    parser.add_argument(
-        "--grid", action="store_true", help="48 settings instead of the model's own"
-    )
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="6 problems, under a minute")
-    parser.add_argument("--json", help="write the result here")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.prompts = 6
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        return compare(args, sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def compare(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Decode everything in all ways; 1 if anything differs.
-
-    Raises:
-        UsageError: with what to pass.
-    """
-    # In this process, so that preemptions can be counted.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from transformers import AutoConfig
-
-    from vllm_d2f import register
-    from vllm_d2f.settings import settings_from_dict
-
-    register()
-    model = resolve_model("--model", args.model)
-    config = AutoConfig.from_pretrained(model)
-    if not hasattr(config, "d2f"):
-        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
-    max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
-    settings = GRID if args.grid else [settings_from_dict(config.d2f).params]
-    prompts = load_prompts(model, args.prompts, args.data, args.seed)
-    prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
-    cases = make_cases(prompts, settings, args.max_tokens)
-    window = max(case.params.window for case in cases)
-
-    started = time.perf_counter()
-    expected = reference_answers(model, cases, max_model_len)
-    reference_s = time.perf_counter() - started
-
-    result: dict[str, Any] = {}
-    failed = 0
-    for options, ways in _engines(args.ways, cases, max_model_len, window):
-        llm = start_engine(model, window=window, max_model_len=max_model_len, **options)
-        for way in ways:
-            if way == "again":
-                engine_answers(llm, cases, "batch")
-            started = time.perf_counter()
-            got = engine_answers(llm, cases, way, args.seed)
-            wrong = list(differences(cases, expected, got))
-            ties = sum(item["tie"] for item in wrong)
-            failed += len(wrong) - ties
-            result[way] = {
-                "equal": len(cases) - len(wrong),
-                "of": len(cases),
-                "ties": ties,
-                "seconds": round(time.perf_counter() - started, 2),
-                "preemptions": preemptions(llm),
-                "differences": wrong[:20],
-            }
-            note = f", {ties} decided by a tie" if ties else ""
-            print(f"{way:9s} {len(cases) - len(wrong)} of {len(cases)} equal{note}", flush=True)
-            for item in wrong[:3]:
-                print(f"  {item}")
-        shut_down(llm)
-        del llm
-    tokens = sum(len(e.answer.tokens) for e in expected)
-    forwards = sum(e.answer.forwards for e in expected)
-    close = sum(e.margin < TIE for e in expected)
-    print(f"answers with a decision closer than {TIE}: {close} of {len(expected)}")
-    print(f"reference: {tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} per forward")
-    if args.json:
-        report = {
-            **environment(args.seed, argv, "benchmarks.parity"),
-            "model": Path(args.model).name,
-            "prompts": len(prompts),
-            "settings": len(settings),
-            "answers_with_a_tie": close,
-            "tokens_per_forward": round(tokens / forwards, 3),
-            "reference_seconds": round(reference_s, 1),
-            "ways": result,
-            "machine": f"{platform.machine()}, {platform.system()}, CPU, float32",
-        }
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if failed else 0
-
-
-def _engines(
-    ways: Sequence[str], cases: Sequence[Case], max_model_len: int, window: int
-) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def engines(ways: Sequence[str], cases: Sequence[Case], max_model_len: int) -> Iterator[tuple]:
     """Engine options and the ways they serve."""
-    plain = [way for way in ways if way in ("batch", "single", "arrivals")]
-    if plain:
+    if plain := [way for way in ways if way in ("batch", "single", "arrivals")]:
         yield {}, plain
     if "preempt" in ways:
         # Room for about three of the longest requests.
@@ -371,15 +210,150 @@ def _engines(
         yield {"enable_prefix_caching": True}, ["again"]
 
 
-def preemptions(llm: Any) -> int | None:
-    """Preemptions so far, where the engine runs in this process."""
-    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
-    return None if core is None else core.scheduler.num_preempted
+def equal_tokens(expected: Sequence[Expected], got: Sequence[Answer]) -> float:
+    """Share of tokens that are the reference's at the same place."""
+    pairs = [(e.answer.tokens, g.tokens) for e, g in zip(expected, got, strict=True)]
+    same = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
+    return round(same / sum(max(len(a), len(b)) for a, b in pairs), 5)
 
 
-def shut_down(llm: Any) -> None:
-    """Free the engine's memory before the next one starts."""
-    llm.llm_engine.engine_core.shutdown()
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = record.Parser("parity", __doc__)
+    add = parser.add_argument
+    add("--model", default="d2f-tiny", help="embedded name or folder")
+    add("--prompts", type=int, default=200)
+    add("--data", help="JSONL with a `question` per line, for example GSM8K")
+    add("--max-tokens", type=int, default=64)
+    add("--max-model-len", type=int, help="default: the model's, at most 1024")
+    add("--grid", action="store_true", help="48 settings instead of the model's own")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--attention-backend", help="of vLLM: CUSTOM (FlashInfer), FLASH_ATTN, TRITON_ATTN")
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's engine")
+    return parser.finish(argv, {"prompts": 6}, ("prompts", "max_tokens"))
+
+
+def parity(run: Record) -> int:
+    """Decode everything in all ways; 1 if anything differs that rounding does not explain."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vllm_d2f import register
+    from vllm_d2f.settings import settings_from_dict
+
+    register()
+    args = run.args
+    model = resolve_model("--model", args.model)
+    config = AutoConfig.from_pretrained(model)
+    if not hasattr(config, "d2f"):
+        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
+    max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
+    own = settings_from_dict(config.d2f).params
+    settings = GRID if args.grid else [own]
+    prompts = load_prompts(model, args.prompts, args.data, args.seed)
+    prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
+    cases = make_cases(prompts, settings, args.max_tokens)
+    window = max(case.params.window for case in cases)
+    given = {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
+    if args.attention_backend:
+        given["attention_backend"] = args.attention_backend
+    if "compilation_config" in given:
+        # FULL graphs are those of the served block size.
+        served = {"block_size": own.block_size, "max_blocks": own.max_blocks, "window": window}
+        given["additional_config"] = {"d2f": served}
+
+    started = time.perf_counter()
+    known = run.point("reference", lambda: reference_answers(model, cases, max_model_len))
+    run.need_all()
+    expected = [
+        Expected(Answer(tuple(e["answer"]["tokens"]), e["answer"]["forwards"]), e["margin"])
+        for e in known
+    ]
+    reference_s = time.perf_counter() - started
+    scored = not (args.grid or args.data) and (Path(model) / "tokenizer.json").exists()
+    texts = [i.answer for i in load_items(args.prompts, None, args.seed)] if scored else []
+    tokenizer = AutoTokenizer.from_pretrained(model) if scored else None
+
+    def score(answers: Sequence[Answer]) -> float | None:
+        """Share of answers that are the expected text to the letter."""
+        found = [
+            tokenizer.decode(list(a.tokens), skip_special_tokens=True) for a in answers if texts
+        ]
+        right = sum(a == b for a, b in zip(found, texts, strict=True))
+        return round(right / len(texts), 4) if texts else None
+
+    def compare(llm: Any, way: str) -> dict[str, Any]:
+        if way == "again":
+            engine_answers(llm, cases, "batch")
+        began = time.perf_counter()
+        got = engine_answers(llm, cases, way, args.seed)
+        wrong = list(differences(cases, expected, got))
+        return {
+            "equal": len(cases) - len(wrong),
+            "of": len(cases),
+            "ties": sum(item["tie"] for item in wrong),
+            "equal_tokens": equal_tokens(expected, got),
+            "score": score(got),
+            "seconds": round(time.perf_counter() - began, 2),
+            "preemptions": preemptions(llm),
+            "differences": wrong[:20],
+        }
+
+    for options, ways in engines(args.ways, cases, max_model_len):
+        if all(run.settled(way) for way in ways):
+            continue
+        try:
+            llm = start_engine(model, window=window, max_model_len=max_model_len, **given | options)
+        except (ImportError, ValueError) as error:
+            if not args.attention_backend:
+                raise
+            raise UsageError(f"--attention-backend {args.attention_backend}: {error}") from error
+        for way in ways:
+            run.point(way, partial(compare, llm, way))
+        shut_down(llm)
+        del llm
+    run.need_all()
+    tokens = sum(len(e.answer.tokens) for e in expected)
+    forwards = sum(e.answer.forwards for e in expected)
+    on = run.environment["hardware"].get("gpu", "CPU")
+    report = run.report(
+        model=Path(args.model).name,
+        prompts=len(prompts),
+        settings=len(settings),
+        answers_with_a_tie=sum(e.margin < TIE for e in expected),
+        tokens_per_forward=round(tokens / forwards, 3),
+        reference_seconds=round(reference_s, 1),
+        reference_score=score([e.answer for e in expected]),
+        ways={way: run.points[way] for way in args.ways},
+        machine=f"{platform.machine()}, {platform.system()}, {on}, {args.dtype}",
+    )
+    run.write(report)
+    return int(any(not holds(report, row) for row in report["ways"].values()))
+
+
+def holds(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a way agrees with the reference: in float32 but for ties, else by its score."""
+    if report["machine"].endswith("float32"):
+        return row["equal"] + row["ties"] == row["of"]
+    return row["score"] is None or row["score"] >= report["reference_score"] - 0.02
+
+
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    return [
+        *record.head("Engine against reference", report),
+        f"{report['model']}, {report['prompts']} prompts, {report['settings']} setting(s),",
+        f"{report['machine']}. The reference: {report['tokens_per_forward']} tokens per forward,",
+        f"score {report['reference_score']}; {report['answers_with_a_tie']} answers have a tie.",
+        "",
+        *record.columns(
+            "way equal of ties equal_tokens score agrees",
+            ({"way": w, "agrees": holds(report, r), **r} for w, r in report["ways"].items()),
+        ),
+        *(f"- {way}: {item}" for way, r in report["ways"].items() for item in r["differences"][:3]),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return record.main(parity, parse(argv), markdown)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,19 @@ forwards and differ in nothing else.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parity import load_prompts, shut_down, start_engine
-from benchmarks.workload import UsageError, environment, resolve_model
+from benchmarks.harness import record
+from benchmarks.harness.engine import shut_down, start_engine
+from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.workload import load_prompts, resolve_model
 
 COLUMNS = ("first_token_ms", "gap_ms", "gap_p95_ms", "pieces", "tokens_per_piece")
 UNITS = {
@@ -89,7 +88,9 @@ def summary(sent: Sequence[float], pieces: Sequence[list[tuple[float, int]]]) ->
     }
 
 
-def run(llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at_once: int) -> Any:
+def serve(
+    llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at_once: int
+) -> Any:
     """Keep `at_once` requests in the engine; the timelines and the ends of all forwards."""
     engine, waiting = llm.llm_engine, deque(enumerate(prompts))
     lines: dict[str, Timeline] = {}
@@ -109,26 +110,31 @@ def run(llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at
     return list(lines.values()), steps
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.streaming",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    rows = (
+        (at_once, way, *(figures[name] for name in COLUMNS))
+        for at_once, ways in report["at_once"].items()
+        for way, figures in ways.items()
     )
-    parser.add_argument("--model", default="d2f-tiny", help="embedded name or folder")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--quick", action="store_true", help="4 prompts, 2 at a time")
-    parser.add_argument("--json", help="write the result here")
-    return parser.parse_args(argv)
+    return [
+        *record.head("Tokens as they are decoded against whole blocks", report),
+        *record.table(("at once", "stream", *COLUMNS), rows),
+    ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if args.quick:
-        args.prompts, args.at_once = 4, [2]
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = record.Parser("streaming", __doc__)
+    add = parser.add_argument
+    add("--model", default="d2f-tiny", help="embedded name or folder")
+    add("--prompts", type=int, default=64)
+    add("--max-tokens", type=int, default=128)
+    add("--at-once", type=int, nargs="+", default=[1, 8])
+    quick = {"prompts": 4, "at_once": [2]}
+    return parser.finish(argv, quick, ("prompts", "max_tokens", "at_once"))
+
+
+def streaming(run: Record) -> None:
+    """Time both ways of streaming for each number of requests at once."""
     from transformers import AutoConfig
     from vllm import SamplingParams
 
@@ -136,18 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vllm_d2f.settings import settings_from_dict
 
     register()
-    try:
-        model = resolve_model("--model", args.model)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = run.args
+    model = resolve_model("--model", args.model)
     config = AutoConfig.from_pretrained(model)
     if not hasattr(config, "d2f"):
-        print(f"error: --model {args.model} has no d2f section in its config", file=sys.stderr)
-        return 2
+        raise UsageError(f"--model {args.model} has no d2f section in its config")
     settings = settings_from_dict(config.d2f)
+    block_size = settings.params.block_size
     max_model_len = min(config.max_position_embeddings, 1024)
-    prompts = load_prompts(model, args.prompts, None, 0)
+    prompts = load_prompts(model, args.prompts, None, args.seed)
     prompts = [prompt[: max_model_len - args.max_tokens] for prompt in prompts]
     # To the end: answers of these problems alone would be too short to say much about gaps.
     params = SamplingParams(
@@ -156,33 +159,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     llm = start_engine(
         model, window=settings.window, max_model_len=max_model_len, additional_config={}
     )
-    run(llm, prompts[:2], params, settings.params.block_size, 2)  # warm up
-    result = {}
-    print(f"{'at once':8s}{'stream':8s}" + "".join(f"{name:>18s}" for name in COLUMNS))
-    for at_once in args.at_once:
-        lines, steps = run(llm, prompts, params, settings.params.block_size, at_once)
+    serve(llm, prompts[:2], params, block_size, 2)  # warm up
+
+    def measure(at_once: int) -> dict[str, Any]:
+        lines, steps = serve(llm, prompts, params, block_size, at_once)
         sent = [line.sent for line in lines]
-        ways = {
+        return {
             "prefix": summary(sent, [line.prefix() for line in lines]),
             "block": summary(sent, [line.block(steps) for line in lines]),
         }
-        for way, figures in ways.items():
-            cells = "".join(f"{figures[name]:18.2f}" for name in COLUMNS)
-            print(f"{at_once:<8d}{way:8s}{cells}", flush=True)
-        result[str(at_once)] = ways
+
+    found = {n: run.point(str(n), lambda n=n: measure(n)) for n in args.at_once}
     shut_down(llm)
-    if args.json:
-        report = {
-            **environment(0, sys.argv[1:] if argv is None else argv, "benchmarks.streaming"),
-            "units": UNITS,
-            "model": Path(args.model).name,
-            "block_size": settings.params.block_size,
-            "prompts": len(prompts),
-            "at_once": result,
-            "machine": f"{platform.machine()}, {platform.system()}, CPU, float32",
-        }
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    run.need_all()
+    report = run.report(
+        units=UNITS,
+        model=Path(args.model).name,
+        block_size=block_size,
+        prompts=len(prompts),
+        at_once={str(n): ways for n, ways in found.items()},
+        machine=f"{record.platform.machine()}, {record.platform.system()}, CPU, float32",
+    )
+    run.write(report)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return record.main(streaming, parse(argv), markdown)
 
 
 if __name__ == "__main__":

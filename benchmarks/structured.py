@@ -11,14 +11,14 @@ The same prompts without a grammar, for as many tokens at most, are beside it.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jsonschema
 
-from benchmarks.parity import shut_down
-from benchmarks.workload import environment
+from benchmarks.harness import record
+from benchmarks.harness.engine import shut_down, start_llm
+from benchmarks.harness.record import Record
 
 ROUNDS = 30
 MAX_TOKENS = 128
@@ -106,39 +106,46 @@ def measure(llm: Any, asked: Sequence[tuple[str, str, int]], temperature: float)
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Validity and cost of structured outputs.")
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    return [
+        *record.head("Structured outputs", report),
+        *record.columns(
+            "temperature answers valid tokens_per_forward tokens_per_forward_without",
+            ({"temperature": heat, **row} for heat, row in report["temperature"].items()),
+        ),
+    ]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = record.Parser("structured", __doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="answers per schema")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+    return parser.finish(argv, {"rounds": 1}, ("rounds",))
 
-    from vllm import LLM
 
+def structured(run: Record) -> int:
+    """Measure and report; 1 if an answer does not validate."""
     from vllm_d2f.demo import bundled_problems
 
-    llm = LLM(
+    llm = start_llm(
         "d2f-tiny",
-        dtype="float32",
         enforce_eager=True,
-        kv_cache_memory_bytes=1 << 27,
         max_num_seqs=32,
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
     )
-    asked = cases([problem.question for problem in bundled_problems()], args.rounds)
-    figures = {str(heat): measure(llm, asked, heat) for heat in (0.0, 0.8)}
+    asked = cases([problem.question for problem in bundled_problems()], run.args.rounds)
+    figures = {
+        str(heat): run.point(f"temperature {heat}", lambda heat=heat: measure(llm, asked, heat))
+        for heat in (0.0, 0.8)
+    }
     shut_down(llm)
-    for heat, row in figures.items():
-        print(f"temperature {heat}: {row}")
-    if args.json:
-        report = {
-            **environment(0, sys.argv[1:] if argv is None else argv, "benchmarks.structured"),
-            "model": "d2f-tiny",
-            "schemas": len(SCHEMAS),
-            "temperature": figures,
-            "dtype": "float32",
-        }
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(row["valid"] == row["answers"] for row in figures.values()) else 1
+    run.need_all()
+    report = run.report(model="d2f-tiny", schemas=len(SCHEMAS), temperature=figures)
+    run.write(report)
+    return int(any(row["valid"] != row["answers"] for row in figures.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return record.main(structured, parse(argv), markdown)
 
 
 if __name__ == "__main__":

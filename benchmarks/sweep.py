@@ -7,34 +7,42 @@
 
 One engine serves all points: settings travel with each request (`vllm_xargs`, d2f_*). Every point
 answers the same problems, at batch size 1 like the paper unless told otherwise. All points are
-measured once before any is measured again, so a slow minute of the machine hits them alike. Each
-measurement is a line in a .jsonl file beside --json: a run that was stopped goes on where it was.
+measured once before any is measured again, so a slow minute of the machine hits them alike. The
+journal beside --json stays: another grid adds to it.
 """
 
 import argparse
 import hashlib
 import itertools
-import json
-import os
+import math
+import statistics
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep_report import build_report, markdown, plot
-from benchmarks.workload import (
-    Item,
-    UsageError,
-    environment,
-    load_items,
-    refuse_simulated,
-    resolve_model,
-    write_result,
-)
+from benchmarks.harness import figure, record
+from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.worker import most_modes
+from benchmarks.harness.workload import Item, load_items, refuse_simulated, resolve_model
 from vllm_d2f.d2f import D2FParams
 
+NAMES = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")
+UNITS = {
+    "tokens_per_forward": "useful tokens per forward a request took part in",
+    "tokens_per_s": "useful tokens (up to the end token, it included) per second, median of runs",
+    "tokens_per_s_range": "slowest and fastest run",
+    "tokens_per_cpu_s": "useful tokens per second of this process's CPU time, median of runs: the "
+    "speed to compare where other programs share the machine",
+    "exact": "fraction of answers right to the letter",
+    "final": "fraction of answers that end by themselves with the right number",
+    "exact_ci95": "95 % interval (Wilson) of `exact`",
+    "pareto_forward": "no other point has more tokens per forward and a score as high, or the same "
+    "and a higher one",
+    "pareto_speed": "the same by tokens per second",
+}
 TAU_CONF = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 TAU_ADD = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
 TAU_ACT = (0.7, 0.85, 0.95, 0.99)
@@ -86,78 +94,6 @@ def _unique(points: Iterable[D2FParams]) -> list[D2FParams]:
     return list(dict.fromkeys(points))
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One point, answered once.
-
-    Attributes:
-        exact, final: answers that are right to the letter, and in their last number.
-        wrong: the problems that are not exact, to compare points problem by problem.
-        useful: tokens up to the end token, it included, of all answers.
-        forwards: forwards the requests took part in, summed.
-        seconds: wall time of all batches.
-        cpu_seconds: CPU time of this process, engine included; what the work costs on a machine
-            that others use too.
-    """
-
-    params: dict[str, Any]
-    repeat: int
-    problems: int
-    exact: int
-    final: int
-    wrong: list[int]
-    useful: int
-    forwards: int
-    seconds: float
-    cpu_seconds: float
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self.params.values(), self.repeat)
-
-
-class Record:
-    """The measurements so far, in a file with one JSON object per line.
-
-    The first line says what was measured. A last line that was cut off is measured again.
-    """
-
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        self.path = path
-        self.done: dict[tuple[Any, ...], Measurement] = {}
-        if path is None:
-            return
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        objects = [found for line in lines if (found := _parsed(line)) is not None]
-        if objects and objects[0] != header:
-            known, now = objects[0], header
-            other = sorted(k for k in {*known, *now} if known.get(k) != now.get(k))
-            raise UsageError(
-                f"{path} holds measurements of something else ({', '.join(other)} differ); pass "
-                "another --json, or --restart to throw them away"
-            )
-        for found in objects[1:]:
-            measurement = Measurement(**found)
-            self.done[measurement.key] = measurement
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written anew, so that a line that was cut off is gone.
-        kept = [header, *(asdict(m) for m in self.done.values())]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-    def add(self, measurement: Measurement) -> None:
-        self.done[measurement.key] = measurement
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(measurement)) + "\n")
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def weights_digest(model: str) -> str | None:
     """Tells a checkpoint from the same folder with other weights; None for a Hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
@@ -171,8 +107,12 @@ def weights_digest(model: str) -> str | None:
 
 def ask(
     engine: Any, params: D2FParams, repeat: int, items: Sequence[Item], batch: int
-) -> Measurement:
-    """Answer all items with the given settings."""
+) -> dict[str, Any]:
+    """Answer all items with the given settings.
+
+    `wrong` has the problems that are not exact, to compare points problem by problem; `cpu_seconds`
+    is the time of this process, engine included.
+    """
     from vllm import SamplingParams
 
     engine.sampling = SamplingParams(
@@ -182,45 +122,225 @@ def ask(
     )
     batches = engine.measure(items, batch)
     answers = [answer for one in batches for answer in one.answers]
-    return Measurement(
-        params=asdict(params),
-        repeat=repeat,
-        problems=len(answers),
-        exact=sum(a.exact for a in answers),
-        final=sum(a.final for a in answers),
-        wrong=[a.item for a in answers if not a.exact],
-        useful=sum(a.useful for a in answers),
-        forwards=sum(a.forwards for a in answers),
-        seconds=round(sum(one.seconds for one in batches), 4),
-        cpu_seconds=round(sum(one.cpu_s for one in batches), 4),
+    return {
+        "params": asdict(params),
+        "repeat": repeat,
+        "problems": len(answers),
+        "exact": sum(a.exact for a in answers),
+        "final": sum(a.final for a in answers),
+        "wrong": [a.item for a in answers if not a.exact],
+        "useful": sum(a.useful for a in answers),
+        "forwards": sum(a.forwards for a in answers),
+        "seconds": round(sum(one.seconds for one in batches), 4),
+        "cpu_seconds": round(sum(one.cpu_s for one in batches), 4),
+    }
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """95 % interval of a fraction."""
+    z, p = 1.96, right / of
+    middle = (p + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def sign_test(worse: set[int], better: set[int]) -> float:
+    """How likely chance alone makes two points differ so much on the same problems.
+
+    Args:
+        worse, better: the problems each got wrong.
+    """
+    only_worse, only_better = len(worse - better), len(better - worse)
+    total, least = only_worse + only_better, min(only_worse, only_better)
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each (speed, score): nothing is at least as good in both and better in one."""
+    return [
+        not any(
+            other[0] >= speed and other[1] >= score and other != (speed, score) for other in points
+        )
+        for speed, score in points
+    ]
+
+
+def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The report's parts: one row per point, the frontier marked, and whether it is flat."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for one in measurements:
+        groups.setdefault(tuple(one["params"][name] for name in NAMES), []).append(one)
+    rows = [_row(runs) for runs in groups.values()]
+    for mark, speed in (("pareto_forward", "tokens_per_forward"), ("pareto_speed", "tokens_per_s")):
+        for row, best in zip(rows, pareto([(r[speed], r["exact"]) for r in rows]), strict=True):
+            row[mark] = best
+    lowest, highest = (f(rows, key=lambda r: r["exact"]) for f in (min, max))
+    wrong = {key: set(runs[0]["wrong"]) for key, runs in groups.items()}
+    chance = sign_test(*(wrong[tuple(row[n] for n in NAMES)] for row in (lowest, highest)))
+    return {
+        "score": {
+            "lowest": lowest["exact"],
+            "highest": highest["exact"],
+            "chance": round(chance, 5),
+        },
+        # Only a difference that chance hardly makes is a trade of score for speed.
+        "flat": chance > 0.05,
+        "base": dict(base),
+        "units": UNITS,
+        "rows": rows,
+    }
+
+
+def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = runs[0]
+    speeds = [run["useful"] / run["seconds"] for run in runs]
+    exact = first["exact"] / first["problems"]
+    return {
+        **first["params"],
+        "tokens_per_forward": round(first["useful"] / first["forwards"], 3),
+        "tokens_per_s": round(statistics.median(speeds), 1),
+        "tokens_per_s_range": [round(min(speeds), 1), round(max(speeds), 1)],
+        "tokens_per_cpu_s": round(
+            statistics.median(run["useful"] / run["cpu_seconds"] for run in runs), 1
+        ),
+        "runs": len(runs),
+        "exact": round(exact, 4),
+        "exact_ci95": [round(x, 4) for x in wilson(first["exact"], first["problems"])],
+        "final": round(first["final"] / first["problems"], 4),
+    }
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """What the frontier looks like, in one sentence."""
+    low, high = (100 * report["score"][k] for k in ("lowest", "highest"))
+    if report["flat"]:
+        return (
+            f"**The frontier is flat**: scores lie between {low:.1f} % and {high:.1f} %, which "
+            f"{report['problems']} problems cannot tell apart. On this model and task the settings "
+            "decide speed only."
+        )
+    return (
+        f"Scores lie between {low:.1f} % and {high:.1f} % (same problems, sign test: p = "
+        f"{report['score']['chance']:.2g}): within this grid speed can be bought with score."
     )
+
+
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    """The report as tables; points on a frontier first."""
+    base = report["base"]
+
+    def others_as_base(row: Mapping[str, Any], *free: str) -> bool:
+        return all(row[name] == base[name] for name in NAMES if name not in free)
+
+    def cell(row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        speeds = f"{row['tokens_per_forward']:.2f} / {row['tokens_per_s']:.0f}"
+        return f"{speeds} / {100 * row['exact']:.1f}"
+
+    def grid(title: str, corner: str, keys: tuple[str, str], rows: list[Any]) -> list[str]:
+        found = {tuple(row[key] for key in keys): row for row in rows}
+        if len(found) < 3:
+            return []
+        left, top = (sorted({key[i] for key in found}) for i in (0, 1))
+        cells = ((side, *(cell(found.get((side, head))) for head in top)) for side in left)
+        what = "Tokens per forward / useful tokens per second / exact %."
+        return [f"## {title}", "", what, "", *record.table((corner, *map(str, top)), cells)]
+
+    taus = ("tau_add", "tau_act", "tau_conf")
+    around = [row for row in report["rows"] if others_as_base(row, *taus)]
+    tied = [row for row in around if row["tau_act"] == row["tau_conf"]]
+    at_01 = [row for row in around if row["tau_add"] == 0.1]
+    shaped = [row for row in report["rows"] if others_as_base(row, "block_size", "max_blocks")]
+    return [
+        *record.head("Speed against score", report),
+        f"{report['model']}, {report['problems']} problems ({report['data']}),",
+        f"batch size {report['batch_size']}, at most {report['max_tokens']} tokens, greedy.",
+        "",
+        verdict(report),
+        "",
+        "Own settings of the model: " + ", ".join(f"{name} {base[name]}" for name in NAMES) + ".",
+        "",
+        *grid("tau_act = tau_conf against tau_add (paper: table 3)",
+              "tau_act = tau_conf \\ tau_add", ("tau_conf", "tau_add"), tied),
+        *grid("tau_conf against tau_act (paper: table 4, figure 2)",
+              "tau_conf \\ tau_act (tau_add 0.1)", ("tau_conf", "tau_act"), at_01),
+        *grid("Block size against max_blocks",
+              "block size \\ max_blocks", ("block_size", "max_blocks"), shaped),
+        "## All points",
+        "",
+        "F: on the frontier by tokens per forward, S: by useful tokens per second.",
+        "",
+        *record.columns(
+            f"frontier {' '.join(NAMES)} tokens_per_forward tokens_per_s tokens_per_s_range "
+            "tokens_per_cpu_s exact exact_ci95 final",
+            (
+                row | {"frontier": "F" * row["pareto_forward"] + "S" * row["pareto_speed"]}
+                for row in sorted(report["rows"], key=lambda row: -row["tokens_per_forward"])
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Score over speed, by forwards and by the clock, the frontier drawn through."""
+    rows = report["rows"]
+    drawing, axes = figure.new_figure(height=4.4, columns=2)
+    labels = (
+        ("tokens_per_forward", "pareto_forward", "useful tokens per forward"),
+        ("tokens_per_s", "pareto_speed", f"useful tokens/s, batch size {report['batch_size']}"),
+    )
+    shades: Any = None
+    for axis, (speed, mark, label) in zip(axes, labels, strict=True):
+        shades = axis.scatter(
+            [r[speed] for r in rows],
+            [100 * r["exact"] for r in rows],
+            c=[r["tau_conf"] for r in rows],
+            s=[12 + 3 * r["block_size"] for r in rows],
+            cmap="viridis",
+            alpha=0.75,
+            linewidths=0,
+        )
+        best = sorted((r[speed], 100 * r["exact"]) for r in rows if r[mark])
+        axis.plot(*zip(*best, strict=True), "o-", color="crimson", mfc="none", ms=11, lw=1.2,
+                  label="Pareto points")  # fmt: skip
+        own = [r for r in rows if all(r[name] == report["base"][name] for name in NAMES)]
+        axis.plot([r[speed] for r in own], [100 * r["exact"] for r in own], "k*", ms=12,
+                  label="the model's own settings")  # fmt: skip
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("answers right to the letter, %")
+    drawing.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+    )
+    drawing.colorbar(shades, ax=axes, label="tau_conf (size of a dot: block size)")
+    flat = ", frontier flat" if report["flat"] else ""
+    drawing.suptitle(f"{report['model']}: {report['problems']} problems{flat}", fontsize=11)
+    figure.save(drawing, path)
+
+
+FIGURES = {"": draw}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="d2f-tiny", help="embedded name, folder or Hub id")
-    parser.add_argument("--grid", choices=list(GRIDS), default="paper")
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--data", help='JSONL with "question" and "answer" per line')
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--max-model-len", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="4 points, 10 problems, once")
-    parser.add_argument("--restart", action="store_true", help="forget earlier measurements")
-    parser.add_argument("--json", help="write .json, .jsonl, .md and .png under this name")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.grid, args.problems, args.repeats = "quick", 10, 1
-    return args
+    parser = record.Parser("sweep", __doc__)
+    add = parser.add_argument
+    add("--model", default="d2f-tiny", help="embedded name, folder or Hub id")
+    add("--grid", choices=list(GRIDS), default="paper")
+    add("--problems", type=int, default=200)
+    add("--data", help='JSONL with "question" and "answer" per line')
+    add("--max-tokens", type=int, default=64)
+    add("--max-model-len", type=int, default=512)
+    add("--batch-size", type=int, default=1)
+    add("--repeats", type=int, default=3)
+    quick = {"grid": "quick", "problems": 10, "repeats": 1}
+    return parser.finish(argv, quick, ("problems", "max_tokens", "batch_size", "repeats"))
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def sweep(run: Record) -> None:
     """Measure what is not measured yet, and report on everything."""
     from tqdm import tqdm
     from transformers import AutoConfig
@@ -229,6 +349,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     from vllm_d2f.settings import settings_from_dict
 
     register()
+    args = run.args
     model = resolve_model("--model", args.model)
     items = load_items(args.problems, args.data, args.seed)
     config = AutoConfig.from_pretrained(model)
@@ -238,64 +359,52 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
     base = settings_from_dict(section).params
     points = GRIDS[args.grid](base)
-    header = {
+    about = {
         "model": args.model if not Path(args.model).exists() else Path(args.model).name,
         "weights": weights_digest(model),
         "data": Path(args.data).name if args.data else "training.arithmetic test",
         **{name: getattr(args, name) for name in ("problems", "max_tokens", "batch_size", "seed")},
     }
-    path = Path(args.json).with_suffix(".jsonl") if args.json else None
-    if args.restart and path is not None:
-        path.unlink(missing_ok=True)
-    record = Record(path, header)
-    todo = [
-        (params, repeat)
+    run.keep_journal = True
+    run.identify(**about)
+
+    @cache
+    def engine() -> Any:
+        from benchmarks.harness.engine import Engine
+
+        section = {"d2f": {"window": max(p.window for p in points)}}
+        options = {"max_model_len": args.max_model_len, "additional_config": section}
+        one = Engine(
+            model,
+            mode=most_modes()[0],
+            max_batch=args.batch_size,
+            max_tokens=args.max_tokens,
+            options=options,
+        )
+        ask(one, base, 0, items[:8], args.batch_size)  # warm-up
+        return one
+
+    keys = {
+        key_of(params, repeat): (params, repeat)
         for repeat in range(args.repeats)
         for params in points
-        if (*asdict(params).values(), repeat) not in record.done
-    ]
-    about = environment(args.seed, argv, "benchmarks.sweep")
-    if todo:
-        engine = _engine(args, model, max(p.window for p in points))
-        ask(engine, base, 0, items[:8], args.batch_size)  # warm-up
-        for params, repeat in tqdm(todo, desc="sweep", disable=None):
-            record.add(ask(engine, params, repeat, items, args.batch_size))
-    wanted = {tuple(asdict(p).values()) for p in points}
-    kept = [m for m in record.done.values() if m.key[:-1] in wanted]
-    return build_report({**about, **header}, asdict(base), [asdict(m) for m in kept])
-
-
-def _engine(args: argparse.Namespace, model: str, window: int) -> Any:
-    from benchmarks.engine import Engine
-    from benchmarks.workers import most_modes
-
-    options = {
-        "max_model_len": args.max_model_len,
-        "additional_config": {"d2f": {"window": window}},
     }
-    return Engine(
-        model,
-        mode=most_modes()[0],
-        max_batch=args.batch_size,
-        max_tokens=args.max_tokens,
-        options=options,
-    )
+    for key, (params, repeat) in tqdm(keys.items(), desc="sweep", disable=None):
+        run.point(key, lambda p=params, r=repeat: ask(engine(), p, r, items, args.batch_size))
+    run.need_all()
+    wanted = {tuple(asdict(p).values()) for p in points}
+    kept = [m for m in run.points.values() if tuple(m["params"].values()) in wanted]
+    report = run.report(**about, **build(asdict(base), kept))
+    run.write(report)
+
+
+def key_of(params: D2FParams, repeat: int) -> str:
+    """The key of a point: its settings and the run."""
+    return " ".join(f"{value}" for value in (*asdict(params).values(), repeat))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    started = time.perf_counter()
-    try:
-        report = run(args, sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_result(report, markdown(report), args.json)
-    if args.json:
-        plot(report, Path(args.json).with_suffix(".png"))
-    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return 0
+    return record.main(sweep, parse(argv), markdown, FIGURES)
 
 
 if __name__ == "__main__":

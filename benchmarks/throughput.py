@@ -9,45 +9,54 @@ All decoders stay loaded, each in its own process, and answer the same prompts i
 each of them does every batch size once, so that a ratio compares what was measured moments apart. A
 batch is one `LLM.generate` call. The prefix cache is off, the prompts' time is included.
 
-Vanilla diffusion is the teacher in plain transformers (`benchmarks/vanilla.py`), one prompt at a
-time; `512:4` means a canvas of 512 positions and four tokens per step. In each run it gets as many
+Vanilla diffusion is the teacher in plain transformers (`harness/vanilla.py`), one prompt at a time;
+`512:4` means a canvas of 512 positions and four tokens per step. In each run it gets as many
 prompts as fit `--vanilla-forwards`, others in the next run.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.throughput_report import build, markdown
-from benchmarks.workers import (
-    Worker,
-    WorkerError,
-    close_all,
-    device_share,
-    most_modes,
-    on_gpu,
-    prepare_process,
-)
-from benchmarks.workload import (
-    Item,
-    UsageError,
-    environment,
-    load_items,
-    parse_options,
-    resolve_model,
-    write_result,
-)
+from benchmarks.harness import figure, record
+from benchmarks.harness.engine import Answer, Batch
+from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.timing import percentiles, rounded, spread
+from benchmarks.harness.worker import Decoder, Worker, most_modes, prepare_process, workers
+from benchmarks.harness.workload import Item, load_items, parse_options, resolve_model
 
 if TYPE_CHECKING:
-    from benchmarks.engine import Batch
-    from benchmarks.vanilla import Setting
+    from benchmarks.harness.vanilla import Setting
 
 QUICK: dict[str, Any] = dict(
     batch_sizes=[1, 4], runs=2, prompts=4, modes=["eager"], vanilla=["64:1", "64:4"]
 )
+NOTE = {
+    "d2f": "vLLM with vllm-d2f, V2 model runner",
+    "ar": "stock vLLM, its default model runner",
+    "vanilla": "plain transformers, full recomputation, batch size 1; LENGTH:TOKENS_PER_STEP",
+}
+UNITS = {
+    "useful_tokens_per_s": "tokens up to and including the end token, per second of wall time",
+    "useful_tokens_per_cpu_s": "the same per second of CPU time of the decoder's process",
+    "raw_tokens_per_s": "all decoded tokens, those behind the end token too, per second",
+    "requests_per_s": "answers per second",
+    "tokens_per_forward": "useful tokens per forward the request took part in",
+    "computed_per_committed": "positions run through the model after the prompt, per useful token",
+    "time_to_first_token_ms": "from handing in the batch to the request's first tokens",
+    "time_per_token_ms": "from handing in the batch to the request's last token, per useful token",
+    "step_ms": "wall time per engine step (forward), everything included",
+    "peak_mib": "peak resident memory of the decoder's process (on a GPU: of the device)",
+    "score": "share of answers that end by themselves with the right number",
+    "simulated_tokens_per_forward": "null: the models decided; a number: so many positions were "
+    "accepted per forward whatever the model said, and scores mean nothing",
+    "exact": "share of answers that are the expected text to the letter, null without such a text",
+    "ratio": "paired: of two measurements in the same run; median, lowest and highest run",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Key:
     batch_size: int
 
 
-Runs = dict[Key, list["list[Batch]"]]
+Runs = dict[Key, list[list[Batch]]]
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,7 @@ class Plan:
 
     def asked(self, batch_size: int) -> tuple[Item, ...]:
         """At least `prompts`, in whole batches."""
-        batches = -(-self.prompts // batch_size)
-        return self.items[: batches * batch_size]
+        return self.items[: needed([batch_size], self.prompts)]
 
     def asked_vanilla(self, setting: "Setting", run: int) -> tuple[int, tuple[Item, ...]]:
         """The first prompt's number and the prompts of a run."""
@@ -90,89 +98,253 @@ def needed(batch_sizes: Sequence[int], prompts: int) -> int:
     return max(-(-prompts // size) * size for size in batch_sizes)
 
 
-def measure(plan: Plan, engines: dict[tuple[str, str], Worker], vanilla: Worker | None) -> Runs:
-    """All runs; after Ctrl-C those that were complete.
+def warm_up(plan: Plan, decoders: Mapping[str, Worker]) -> None:
+    """What comes first pays for memory and code that are touched for the first time."""
+    for name, worker in decoders.items():
+        if name == "vanilla":
+            worker.measure(plan.items[:1], plan.vanilla[-1])
+        else:
+            for size in plan.batch_sizes:
+                worker.measure(plan.items[: max(size, 2)], size)
 
-    In each run the decoders take turns at every batch size; who begins alternates.
-    """
-    from tqdm import tqdm
 
-    for worker in engines.values():
-        # What comes first pays for memory and code that are touched for the first time.
-        for size in plan.batch_sizes:
-            worker.measure(plan.items[: max(size, 2)], size)
-    if vanilla:
-        vanilla.measure(plan.items[:1], plan.vanilla[-1])
+def measure(
+    plan: Plan, decoders: Mapping[str, Worker], run: int, size: int
+) -> dict[str, list[Batch]]:
+    """One batch size in one run: every decoder once, by "kind mode". Who begins alternates."""
+    found = {}
+    engines = [(name, worker) for name, worker in decoders.items() if name != "vanilla"]
+    for name, worker in engines if run % 2 == 0 else reversed(engines):
+        found[name] = worker.measure(plan.asked(size), size)
+    # The runs of batch size 1 are what the teacher is paired with.
+    if "vanilla" in decoders and size == min(plan.batch_sizes):
+        for setting in plan.vanilla:
+            start, items = plan.asked_vanilla(setting, run)
+            found[f"vanilla {setting}"] = decoders["vanilla"].measure(items, setting, start)
+    return found
+
+
+def runs_of(plan: Plan, points: Mapping[str, Any]) -> Runs:
+    """The complete runs of a record."""
     runs: Runs = {}
-    complete = 0
-    total = plan.runs * (len(engines) * len(plan.batch_sizes) + len(plan.vanilla) * bool(vanilla))
-    with tqdm(total=total, desc="measured", disable=None) as bar:
-        try:
-            for run in range(plan.runs):
-                for key, batches in _run(plan, engines, vanilla, run):
-                    runs.setdefault(key, []).append(batches)
-                    bar.update()
-                complete += 1
-        except KeyboardInterrupt:
-            if not complete:
-                raise
-            print(f"stopped; reporting the {complete} complete runs", file=sys.stderr)
-    return {key: batches[:complete] for key, batches in runs.items()}
+    for run in range(plan.runs):
+        keys = [(size, f"run {run}, batch {size}") for size in plan.batch_sizes]
+        if any(key not in points for _, key in keys):
+            break
+        for size, key in keys:
+            for name, batches in points[key].items():
+                kind, mode = name.split()
+                one = Key(kind, mode, 1 if kind == "vanilla" else size)
+                runs.setdefault(one, []).append([Batch.from_dict(b) for b in batches])
+    return runs
 
 
-def _run(
-    plan: Plan, engines: dict[tuple[str, str], Worker], vanilla: Worker | None, run: int
-) -> "Iterator[tuple[Key, list[Batch]]]":
-    """One run: every decoder once at every batch size."""
-    for size in plan.batch_sizes:
-        order = list(engines.items())
-        for (kind, mode), worker in order if run % 2 == 0 else reversed(order):
-            yield Key(kind, mode, size), worker.measure(plan.asked(size), size)
-        # The runs of batch size 1 are what the teacher is paired with.
-        if vanilla and size == min(plan.batch_sizes):
-            for setting in plan.vanilla:
-                start, items = plan.asked_vanilla(setting, run)
-                yield Key("vanilla", str(setting), 1), vanilla.measure(items, setting, start)
+# From measured batches to figures.
 
 
-def start(
-    args: argparse.Namespace, models: dict[str, str], options: dict[str, Any]
-) -> tuple[dict[tuple[str, str], Worker], Worker | None]:
-    """All decoders, loaded. One after the other where they compile, for that takes every core, and
-    on a GPU, whose free memory each of them measures."""
-    engines: dict[tuple[str, str], Worker] = {}
-    kinds = [kind for kind in ("d2f", "ar") if kind in models]
-    vanilla = Worker("vanilla", model=models["vanilla"]) if "vanilla" in models else None
-    options = device_share(len(args.modes) * len(kinds) + bool(vanilla), options)
-    try:
-        if vanilla and on_gpu():
-            vanilla.wait()
-        for mode in args.modes:
-            for kind in kinds:
-                engines[kind, mode] = Worker(
-                    "engine",
-                    model=models[kind],
-                    mode=mode,
-                    max_batch=max(args.batch_sizes),
-                    max_tokens=args.max_tokens,
-                    options=options,
-                )
-                if mode == "compiled" or on_gpu():
-                    engines[kind, mode].wait()
-        for worker in [*engines.values(), *([vanilla] if vanilla else [])]:
-            worker.wait()
-    except BaseException:
-        close_all([*engines.values(), *([vanilla] if vanilla else [])])
-        raise
-    return engines, vanilla
+def answers(runs: Sequence[Sequence[Batch]]) -> list[Answer]:
+    return [answer for run in runs for batch in run for answer in batch.answers]
+
+
+def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> float:
+    """Tokens of a run per second of `per` ("seconds" or "cpu_s")."""
+    tokens = sum(getattr(answer, field) for answer in answers([run]))
+    return tokens / max(sum(getattr(batch, per) for batch in run), 1e-9)
+
+
+def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
+    """The figures of one decoder at one batch size. `has_text`: whole answers are expected."""
+    every = answers(runs)
+    useful = sum(a.useful for a in every)
+    return {
+        "runs": len(runs),
+        "answers_per_run": len(answers(runs[:1])),
+        "useful_tokens_per_s": spread(rate(run) for run in runs),
+        "useful_tokens_per_cpu_s": spread(rate(run, per="cpu_s") for run in runs),
+        "raw_tokens_per_s": spread(rate(run, "raw") for run in runs),
+        "requests_per_s": spread(1 / _seconds_per_answer(run) for run in runs),
+        "tokens_per_forward": rounded(useful / sum(a.forwards for a in every)),
+        "computed_per_committed": rounded(sum(a.computed for a in every) / useful),
+        "time_to_first_token_ms": percentiles(1e3 * a.first_s for a in every),
+        "time_per_token_ms": percentiles(1e3 * a.last_s / a.useful for a in every),
+        "step_ms": spread(
+            1e3 * sum(b.seconds for b in run) / sum(b.steps for b in run) for run in runs
+        ),
+        "peak_mib": round(max(batch.peak_mib for run in runs for batch in run)),
+        "score": rounded(sum(a.final for a in every) / len(every)),
+        "exact": rounded(sum(a.exact for a in every) / len(every)) if has_text else None,
+        "problems": len({a.item for a in every}),
+    }
+
+
+def paired(mine: Sequence[Sequence[Batch]], other: Sequence[Sequence[Batch]]) -> dict[str, float]:
+    """How many times the useful tokens per second of `other`, run by run."""
+    return spread(rate(a) / rate(b) for a, b in zip(mine, other, strict=True))
+
+
+def paired_per_answer(
+    mine: Sequence[Sequence[Batch]], other: Sequence[Sequence[Batch]]
+) -> dict[str, dict[str, float]]:
+    """Against a decoder that answered some of the problems, one at a time: on those problems only.
+
+    `answers` compares seconds per answer, `tokens` useful tokens per second. They differ where one
+    of the two ends its answers early, that is, wrong.
+    """
+    per_answer, per_token = [], []
+    for run, theirs in zip(mine, other, strict=True):
+        asked = {a.item for a in answers([theirs])}
+        same = [batch for batch in run if {a.item for a in batch.answers} <= asked]
+        per_answer.append(_seconds_per_answer(theirs) / _seconds_per_answer(same))
+        per_token.append(rate(same) / rate(theirs))
+    return {"answers": spread(per_answer), "tokens": spread(per_token)}
+
+
+def _seconds_per_answer(run: Sequence[Batch]) -> float:
+    return sum(batch.seconds for batch in run) / len(answers([run]))
+
+
+def build(
+    runs: Runs,
+    names: Mapping[str, str],
+    max_tokens: int,
+    has_text: bool,
+    simulated: float | None = None,
+) -> dict[str, Any]:
+    """The report's parts. What a reader looks for first stands at its top.
+
+    `simulated`: tokens per forward that were made up, None where the models decided.
+    """
+    points = [
+        {"kind": key.kind, "mode": key.mode, "batch_size": key.batch_size, **point(done, has_text)}
+        for key, done in runs.items()
+    ]
+    points.sort(key=lambda p: (list(NOTE).index(p["kind"]), p["mode"], p["batch_size"]))
+    against_ar = _against_ar(runs)
+    # Graded at the batch size with the most problems; vanilla diffusion by setting, as they differ.
+    largest = {
+        kind: max((p for p in points if p["kind"] == kind), key=lambda p: p["problems"])
+        for kind in names
+        if kind != "vanilla"
+    }
+    scores = {p["mode"]: p["score"] for p in points if p["kind"] == "vanilla"}
+    d2f = best(runs, "d2f", 1)
+    return {
+        "benchmark": "throughput",
+        "speedup_vs_ar_batch1": next(
+            (row["ratio"]["median"] for row in against_ar if row["batch_size"] == 1), None
+        ),
+        **{f"score_{kind}": p["score"] for kind, p in largest.items()},
+        **{f"exact_{kind}": p["exact"] for kind, p in largest.items()},
+        "score_problems": {kind: p["problems"] for kind, p in largest.items()},
+        "score_vanilla": scores,
+        "simulated_tokens_per_forward": simulated,
+        "models": {kind: f"{name} ({NOTE[kind]})" for kind, name in names.items()},
+        "max_tokens": max_tokens,
+        "units": UNITS,
+        "d2f_vs_ar": against_ar,
+        "d2f_vs_vanilla": [
+            {
+                "setting": key.mode,
+                "score_vanilla": scores[key.mode],
+                "ratio": paired_per_answer(runs[d2f], done),
+            }
+            for key, done in runs.items()
+            if key.kind == "vanilla" and d2f
+        ],
+        "points": points,
+    }
+
+
+def best(runs: Runs, kind: str, batch_size: int) -> Key | None:
+    """The mode (eager or compiled) in which a decoder was faster at this batch size."""
+    keys = [key for key in runs if key.kind == kind and key.batch_size == batch_size]
+    return max(keys, key=lambda key: spread(map(rate, runs[key]))["median"], default=None)
+
+
+def _against_ar(runs: Runs) -> list[dict[str, Any]]:
+    """Each decoder in its own best mode, at every batch size."""
+    rows = []
+    for size in sorted({key.batch_size for key in runs if key.kind == "ar"}):
+        d2f, ar = best(runs, "d2f", size), best(runs, "ar", size)
+        if not (d2f and ar):
+            continue
+        modes = [key.mode for key in runs if (key.kind, key.batch_size) == ("d2f", size)]
+        rows.append(
+            {
+                "batch_size": size,
+                "modes": {"d2f": d2f.mode, "ar": ar.mode},
+                "ratio": paired(runs[d2f], runs[ar]),
+                "same_mode": {
+                    mode: paired(runs[Key("d2f", mode, size)], runs[Key("ar", mode, size)])
+                    for mode in modes
+                    if Key("ar", mode, size) in runs
+                },
+            }
+        )
+    return rows
+
+
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    """The tables of `benchmarks/results/throughput.md`."""
+    figures = "useful_tokens_per_s requests_per_s.median tokens_per_forward computed_per_committed"
+    times = "time_to_first_token_ms time_per_token_ms peak_mib score problems exact"
+    return [
+        *record.head("Throughput", report),
+        *[f"- {kind}: {text}" for kind, text in report["models"].items()],
+        "",
+        "Useful tokens are those up to and including the end token. Ranges are over the runs.",
+        "D2F / AR: each in its faster mode, D2F / AR. Times are p50 / p99.",
+        "",
+        *record.columns("batch_size ratio modes", report["d2f_vs_ar"], ratio="D2F / AR"),
+        *record.columns(
+            "setting score_vanilla ratio.answers ratio.tokens", report["d2f_vs_vanilla"],
+            **{"ratio.answers": "time per answer, vanilla / D2F",
+               "ratio.tokens": "useful tokens/s, D2F / vanilla"},
+        ),
+        *record.columns(f"kind mode batch_size {figures} {times}", report["points"]),
+    ]  # fmt: skip
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Useful tokens per second against batch size, lowest to highest run shaded."""
+    drawing, axes = figure.new_figure(height=5.2)
+    points = report["points"]
+    styles = {"eager": "-", "compiled": "--"}
+    series = {(p["kind"], p["mode"]) for p in points if p["kind"] != "vanilla"}
+    for kind, mode in sorted(series, reverse=True):
+        rows = [p for p in points if (p["kind"], p["mode"]) == (kind, mode)]
+        sizes = [p["batch_size"] for p in rows]
+        speed = {k: [p["useful_tokens_per_s"][k] for p in rows] for k in ("median", "min", "max")}
+        label = f"{figure.NAMES[kind]}, {mode}, {report[f'score_{kind}']:.1%} right"
+        style = styles.get(mode, ":")
+        axes.plot(sizes, speed["median"], style, marker="o", color=figure.COLORS[kind], label=label)
+        axes.fill_between(
+            sizes, speed["min"], speed["max"], color=figure.COLORS[kind], alpha=0.15, lw=0
+        )
+    markers = iter("sD^vPX*")
+    for p in (p for p in points if p["kind"] == "vanilla"):
+        axes.plot(
+            p["batch_size"],
+            p["useful_tokens_per_s"]["median"],
+            next(markers, "."),
+            color=figure.COLORS["vanilla"],
+            # Hollow: wrong answers, so what it is fast at is no use.
+            mfc=figure.COLORS["vanilla"] if p["score"] >= 0.5 else "none",
+            ls="none",
+            label=f"vanilla {p['mode']}, {p['score']:.0%} right",
+        )
+    figure.logarithmic(axes, "batch size", "useful tokens per second")
+    axes.set_xticks(sorted({p["batch_size"] for p in points}))
+    figure.legend_below(axes)
+    figure.label_simulated(axes, report)
+    figure.save(drawing, path)
+
+
+FIGURES = {"": draw}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = record.Parser("throughput", __doc__)
     add = parser.add_argument
     add("--d2f", default="d2f-tiny", help="D2F model: embedded name, folder or Hub id")
     add("--ar", default="ar-tiny", help='autoregressive model, "" for none')
@@ -191,67 +363,77 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--vanilla", nargs="+", default=["512:1", "512:4", "64:1", "64:4"], metavar="LEN:PER_STEP")
     add("--vanilla-forwards", type=int, default=512, help="forwards of the teacher per run")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
-    add("--seed", type=int, default=0, help="of the generated problems")
-    add("--quick", action="store_true", help="a small measurement, under a minute")
-    add("--json", help="write the result here, with a .md and a .png beside it")
-    args = parser.parse_args(argv)
-    if args.quick:
-        for name, value in QUICK.items():
-            if getattr(args, name) == parser.get_default(name):
-                setattr(args, name, value)
-    if min([*args.batch_sizes, args.runs, args.prompts, args.max_tokens]) < 1:
-        parser.error("--batch-sizes, --runs, --prompts and --max-tokens must be at least 1")
+    args = parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "max_tokens"))
     if args.teacher and min(args.batch_sizes) != 1:
         parser.error('the teacher is compared at batch size 1: add 1, or pass --teacher ""')
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    prepare_process()
+def throughput(run: Record) -> None:
+    """Measure every batch size in every run and report."""
+    from benchmarks.harness.vanilla import Setting
+
+    args = run.args
     named = {"d2f": ("--d2f", args.d2f), "ar": ("--ar", args.ar)}
     named["vanilla"] = ("--teacher", args.teacher)
     try:
-        from benchmarks.vanilla import Setting
-
-        plan = Plan(
-            items=tuple(load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)),
-            batch_sizes=tuple(sorted(set(args.batch_sizes))),
-            runs=args.runs,
-            prompts=args.prompts,
-            vanilla=tuple(Setting.parse(text) for text in args.vanilla),
-            vanilla_forwards=args.vanilla_forwards,
-        )
-        options = parse_options("--engine-args", args.engine_args)
-        models = {kind: resolve_model(*given) for kind, given in named.items() if given[1]}
-        if "d2f" not in models:
-            raise UsageError("no model to measure: pass --d2f an embedded name or a folder")
-    except (UsageError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    args.modes = args.modes or most_modes()
-    about = environment(
-        args.seed, argv if argv is not None else sys.argv[1:], "benchmarks.throughput"
+        vanilla = tuple(Setting.parse(text) for text in args.vanilla)
+    except ValueError as error:
+        raise UsageError(f"--vanilla {error}") from None
+    plan = Plan(
+        items=tuple(load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)),
+        batch_sizes=tuple(sorted(set(args.batch_sizes))),
+        runs=args.runs,
+        prompts=args.prompts,
+        vanilla=vanilla,
+        vanilla_forwards=args.vanilla_forwards,
     )
+    options = parse_options("--engine-args", args.engine_args)
+    models = {kind: resolve_model(*given) for kind, given in named.items() if given[1]}
+    if "d2f" not in models:
+        raise UsageError("no model to measure: pass --d2f an embedded name or a folder")
+    table = [Decoder("vanilla", models["vanilla"], "vanilla")] if "vanilla" in models else []
+    for mode in args.modes or most_modes():
+        for kind in ("d2f", "ar"):
+            if kind in models:
+                table.append(Decoder(f"{kind} {mode}", models[kind], mode, options))
+    todo = [(number, size) for number in range(plan.runs) for size in plan.batch_sizes]
     try:
-        engines, vanilla = start(args, models, options)
-        made_up = next((w.simulated for w in engines.values() if w.simulated is not None), None)
-        try:
-            runs = measure(plan, engines, vanilla)
-        finally:
-            close_all([*engines.values(), *([vanilla] if vanilla else [])])
-    except WorkerError as error:
-        print(f"error: a decoder failed: {error}", file=sys.stderr)
-        return 1
-    has_text = all(item.answer is not None for item in plan.items)
+        _measure_all(run, plan, table, todo)
+    except KeyboardInterrupt:
+        if not runs_of(plan, run.points):
+            raise
+        print("stopped; reporting the complete runs", file=sys.stderr)
+        run.keep_journal = True
+    run.need_all()
     names = {kind: Path(name).name for kind, (_, name) in named.items() if name}
-    report = build(runs, about, names, args.max_tokens, has_text, made_up)
-    write_result(report, markdown(report), args.json)
-    if args.json:
-        from benchmarks.plots import throughput
+    has_text = all(item.answer is not None for item in plan.items)
+    made_up = run.points["simulated"]
+    parts = build(runs_of(plan, run.points), names, args.max_tokens, has_text, made_up)
+    report = run.report(**parts)
+    run.write(report)
 
-        throughput(report, Path(args.json).with_suffix(".png"))
-    return 0
+
+def _measure_all(
+    run: Record, plan: Plan, table: Sequence[Decoder], todo: Sequence[tuple[int, int]]
+) -> None:
+    from tqdm import tqdm
+
+    keys = {f"run {number}, batch {size}": (number, size) for number, size in todo}
+    if all(run.settled(key) for key in keys):
+        return
+    with workers(table, max(plan.batch_sizes), run.args.max_tokens) as decoders:
+        made_up = [w.simulated for w in decoders.values() if w.simulated is not None]
+        run.point("simulated", lambda: made_up[0] if made_up else None)
+        warm_up(plan, decoders)
+        for key, (number, size) in tqdm(keys.items(), desc="measured", disable=None):
+            run.point(key, partial(measure, plan, decoders, number, size))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    prepare_process()
+    return record.main(throughput, args, markdown, FIGURES)
 
 
 if __name__ == "__main__":

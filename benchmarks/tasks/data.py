@@ -16,10 +16,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "gsm8k": (
         "openai/gsm8k",
         ("main",),
-        {
-            "test": ("gsm8k_test.jsonl", "test.jsonl"),
-            "train": ("gsm8k_train.jsonl", "train.jsonl"),
-        },
+        {"test": ("gsm8k_test.jsonl", "test.jsonl"), "train": ("gsm8k_train.jsonl", "train.jsonl")},
     ),
     "math": (
         "EleutherAI/hendrycks_math",

@@ -207,10 +207,11 @@ def test_prompts_that_were_cut_are_counted():
     assert evaluate.cut_prompts(args, [short, long], chat=False) == 1
     report = {
         **dict(score={"exact": 1.0}, shots=0, seconds=1.0, model="m", task="t", command="c"),
+        "hardware": {"cpu": "x", "threads": 1},
         **dict(problems=2, of=2, max_tokens=64, through="vllm", preset=None, prompts_cut=1),
     }
-    assert "1 of 2 prompts lost their beginning" in evaluate.markdown(report)
-    assert "lost their beginning" not in evaluate.markdown(report | {"prompts_cut": 0})
+    assert "1 of 2 prompts lost their beginning" in "\n".join(evaluate.markdown(report))
+    assert "lost their beginning" not in "".join(evaluate.markdown(report | {"prompts_cut": 0}))
 
 
 # The whole way

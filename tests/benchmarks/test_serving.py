@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import serving
-from benchmarks.serving_server import d2f_figures, parse_counters, parse_simulated
-from benchmarks.workload import Item
+from benchmarks.harness.server import d2f_figures, parse_counters, parse_simulated
+from benchmarks.harness.workload import Item
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = """\

@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sweep
-from benchmarks.sweep_report import (
-    NAMES,
-    build_report,
-    markdown,
-    pareto,
-    sign_test,
-    verdict,
-    wilson,
-)
-from benchmarks.workload import UsageError
+from benchmarks.sweep import NAMES, build, markdown, pareto, sign_test, verdict, wilson
 from vllm_d2f.d2f import D2FParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +29,15 @@ ABOUT = {
 def measurement(exact, *, tau_conf=0.9, forwards=100, seconds=1.0, repeat=0):
     params = asdict(D2FParams(16, 4, 0.1, 0.95, tau_conf))
     wrong = list(range(200 - exact))
-    return asdict(
-        sweep.Measurement(params, repeat, 200, exact, exact, wrong, 500, forwards, seconds, 0.5)
-    )
+    return {
+        **{"params": params, "repeat": repeat, "problems": 200, "exact": exact, "final": exact},
+        **{"wrong": wrong, "useful": 500, "forwards": forwards, "seconds": seconds},
+        "cpu_seconds": 0.5,
+    }
+
+
+def report_of(measurements):
+    return ABOUT | build(asdict(BASE), measurements)
 
 
 def test_grids_cover_the_papers_ranges():
@@ -74,40 +71,22 @@ def test_sign_test_compares_problem_by_problem():
 
 
 def test_report_says_whether_the_frontier_is_flat():
-    flat = build_report(ABOUT, asdict(BASE), [measurement(199), measurement(200, tau_conf=0.99)])
+    flat = report_of([measurement(199), measurement(200, tau_conf=0.99)])
     assert flat["flat"] and "flat" in verdict(flat)
-    steep = build_report(ABOUT, asdict(BASE), [measurement(120), measurement(200, tau_conf=0.99)])
+    steep = report_of([measurement(120), measurement(200, tau_conf=0.99)])
     assert not steep["flat"] and "flat" not in verdict(steep)
 
 
 def test_report_takes_the_median_of_the_runs_and_marks_the_frontier():
     runs = [measurement(200, seconds=s, repeat=i) for i, s in enumerate((1.0, 2.0, 4.0))]
-    report = build_report(ABOUT, asdict(BASE), [*runs, measurement(180, tau_conf=0.7, forwards=50)])
+    report = report_of([*runs, measurement(180, tau_conf=0.7, forwards=50)])
     slow, fast = sorted(report["rows"], key=lambda row: row["tokens_per_forward"])
     assert (slow["tokens_per_s"], slow["tokens_per_s_range"], slow["runs"]) == (250, [125, 500], 3)
     assert (slow["tokens_per_forward"], fast["tokens_per_forward"]) == (5.0, 10.0)
     assert slow["tokens_per_cpu_s"] == 1000
     assert slow["pareto_forward"] and fast["pareto_forward"]
     assert set(NAMES) < set(slow)
-    assert "| FS |" in markdown(report)
-
-
-def test_a_stopped_sweep_goes_on(tmp_path):
-    path, header = tmp_path / "s.jsonl", {"model": "m", "weights": "1"}
-    record = sweep.Record(path, header)
-    record.add(sweep.Measurement(**measurement(200)))
-    with path.open("a") as file:
-        file.write('{"params": {"block_')  # killed while it wrote
-    again = sweep.Record(path, header)
-    assert list(again.done.values()) == [sweep.Measurement(**measurement(200))]
-    again.add(sweep.Measurement(**measurement(190, tau_conf=0.7)))
-    assert len(sweep.Record(path, header).done) == 2
-
-
-def test_measurements_of_another_model_are_refused(tmp_path):
-    sweep.Record(tmp_path / "s.jsonl", {"model": "m", "weights": "1"})
-    with pytest.raises(UsageError, match="weights differ.*--restart"):
-        sweep.Record(tmp_path / "s.jsonl", {"model": "m", "weights": "2"})
+    assert "| FS |" in "\n".join(markdown(report))
 
 
 @pytest.mark.parametrize(

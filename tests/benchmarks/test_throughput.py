@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import throughput, workers
-from benchmarks.engine import Answer, Batch
-from benchmarks.points import paired, paired_per_answer, percentiles, point, spread
-from benchmarks.throughput_report import build, markdown
-from benchmarks.vanilla import Setting, up_to_end
-from benchmarks.workload import (
+from benchmarks import throughput
+from benchmarks.harness import record, worker
+from benchmarks.harness.engine import Answer, Batch
+from benchmarks.harness.record import UsageError, environment
+from benchmarks.harness.timing import percentiles, spread
+from benchmarks.harness.vanilla import Setting, Vanilla, up_to_end
+from benchmarks.harness.workload import (
     Item,
-    UsageError,
-    environment,
     final_number,
     grade,
     load_items,
@@ -22,6 +21,8 @@ from benchmarks.workload import (
     refuse_simulated,
     resolve_model,
 )
+from benchmarks.throughput import build, markdown, paired, paired_per_answer, point
+from training.arithmetic import final_of
 from vllm_d2f.hub.names import resolve
 
 TOP = {
@@ -90,6 +91,11 @@ def test_final_number(text, number):
     assert final_number(text) == number
 
 
+def test_generated_answers_are_graded_as_in_training():
+    for item in load_items(50, None, 0):
+        assert final_number(item.answer) == final_of(item.answer) == item.final
+
+
 def test_grading_needs_the_end_and_the_number():
     item = Item("q", 41, "34+7=41")
     assert grade(item, "34+7=41", True).exact
@@ -130,12 +136,12 @@ def test_a_report_with_made_up_acceptance_says_so():
         for kind in ("d2f", "ar")
     }
     about, names = environment(0, [], "benchmarks.throughput"), {"d2f": "m", "ar": "n"}
-    real = build(runs, about, names, 64, has_text=False)
+    real = build(runs, names, 64, has_text=False) | about
     assert real["simulated_tokens_per_forward"] is None
-    assert "SIMULATED" not in markdown(real)
-    made_up = build(runs, about, names, 64, has_text=False, simulated=2.9)
+    assert "SIMULATED" not in "\n".join(markdown(real))
+    made_up = build(runs, names, 64, has_text=False, simulated=2.9) | about
     assert made_up["simulated_tokens_per_forward"] == 2.9
-    assert "SIMULATED ACCEPTANCE**: 2.9" in markdown(made_up).splitlines()[2]
+    assert "SIMULATED ACCEPTANCE**: 2.9" in markdown(made_up)[2]
 
 
 def test_scores_of_made_up_text_are_refused():
@@ -147,14 +153,14 @@ def test_scores_of_made_up_text_are_refused():
 
 
 def test_decoders_share_a_gpu(monkeypatch):
-    monkeypatch.setattr(workers, "on_gpu", lambda: True)
-    assert workers.most_modes() == ["compiled"]
-    assert workers.device_share(3, {"seed": 1}) == {"gpu_memory_utilization": 0.3, "seed": 1}
+    monkeypatch.setattr(worker, "on_gpu", lambda: True)
+    assert worker.most_modes() == ["compiled"]
+    assert worker.device_share(3, {"seed": 1}) == {"gpu_memory_utilization": 0.3, "seed": 1}
     own = {"gpu_memory_utilization": 0.5}
-    assert workers.device_share(3, own) == own
-    monkeypatch.setattr(workers, "on_gpu", lambda: False)
-    assert workers.most_modes() == ["eager", "compiled"]
-    assert workers.device_share(3, {}) == {}
+    assert worker.device_share(3, own) == own
+    monkeypatch.setattr(worker, "on_gpu", lambda: False)
+    assert worker.most_modes() == ["eager", "compiled"]
+    assert worker.device_share(3, {}) == {}
 
 
 def test_missing_things_say_what_to_pass(tmp_path, capsys):
@@ -173,6 +179,16 @@ def test_missing_things_say_what_to_pass(tmp_path, capsys):
         load_items(2, str(tmp_path / "short.jsonl"), 0)
     assert throughput.main(["--data", str(tmp_path / "no.jsonl")]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_a_stopped_run_reports_its_complete_runs(tmp_path):
+    plan = throughput.Plan((), (1, 2), 3, 4, (), 8)
+    batches = [record._plain(batch(1.0, 10))]
+    keys = ("run 0, batch 1", "run 0, batch 2", "run 1, batch 1")
+    points = {key: {"d2f eager": batches, "ar eager": batches} for key in keys}
+    runs = throughput.runs_of(plan, points)
+    assert runs.keys() == {throughput.Key(k, "eager", n) for k in ("d2f", "ar") for n in (1, 2)}
+    assert all(found == [[batch(1.0, 10)]] for found in runs.values())
 
 
 @pytest.mark.slow
@@ -202,7 +218,7 @@ def test_quick(tmp_path):
     for key in ("vllm-d2f", "torch", "transformers"):
         assert key in report["versions"]
     assert str(tmp_path) not in file.read_text()
-    assert "| d2f eager | 1 |" in file.with_suffix(".md").read_text()
+    assert "| d2f | eager | 1 |" in file.with_suffix(".md").read_text()
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -237,8 +253,6 @@ def test_made_up_acceptance_is_labelled_everywhere(tmp_path):
 @pytest.mark.slow
 def test_vanilla_is_the_teachers_own_decoding(broken_model):
     """One token per step on a canvas it was trained for answers right; a broken model does not."""
-    from benchmarks.vanilla import Vanilla
-
     items = load_items(4, None, 0)
     good = Vanilla(resolve("dream-tiny")).measure(items, Setting(64, 1))
     assert sum(b.answers[0].final for b in good) >= 3

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from benchmarks.serving_server import launch
+from benchmarks.harness.server import launch
 
 pytestmark = pytest.mark.slow
 

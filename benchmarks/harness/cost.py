@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model: what a step costs, what a request asks of the engine, and the speed that follows.
+
+Pure functions. `floor` bounds a step from below by the bytes and operations that it cannot avoid,
+at the bandwidth and speed measured on the machine; `Cost` is fitted to measured steps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.harness import shapes
+
+if TYPE_CHECKING:
+    from benchmarks.harness.engine import Batch, StepCost
+
+MOST_REQUESTS = 4096
+"""How far `crossing` looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Milliseconds of a step: a + b * tokens + c * context + d * requests that enter.
+
+    `points`, pairs of tokens and milliseconds, take the place of a and b where they are given:
+    between points the cost is a straight line, before the first one it is the first one's, behind
+    the last one the last line goes on.
+    """
+
+    a_ms: float = 0.0
+    b_ms_per_token: float = 0.0
+    c_ms_per_context_token: float = 0.0
+    d_ms_per_request: float = 0.0
+    points: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
+        """From a JSON object; other keys are left alone.
+
+        Raises:
+            KeyError, ValueError: neither a formula nor at least two points.
+        """
+        c = float(values.get("c_ms_per_context_token", 0.0))
+        d = float(values.get("d_ms_per_request", 0.0))
+        if values.get("points"):
+            points = tuple(sorted((float(t), float(ms)) for t, ms in values["points"]))
+            if len({t for t, _ in points}) < 2:
+                raise ValueError("points: at least two different numbers of tokens are needed")
+            return cls(c_ms_per_context_token=c, d_ms_per_request=d, points=points)
+        return cls(float(values["a_ms"]), float(values["b_ms_per_token"]), c, d)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def ms(self, tokens: float, context: float, new: float = 0) -> float:
+        """The cost of one step in which `new` requests enter."""
+        beside = self.c_ms_per_context_token * context + self.d_ms_per_request * new
+        return self._tokens_ms(tokens) + beside
+
+    def _tokens_ms(self, tokens: float) -> float:
+        if not self.points:
+            return self.a_ms + self.b_ms_per_token * tokens
+        (t0, ms0), (t1, ms1) = self.points[-2:]
+        if tokens > t1:
+            return ms1 + (ms1 - ms0) / (t1 - t0) * (tokens - t1)
+        counts, costs = zip(*self.points, strict=True)
+        return float(np.interp(tokens, np.array(counts), np.array(costs)))
+
+    def relative_error(self, steps: "Sequence[StepCost]") -> dict[str, float]:
+        """Of the measured steps: median and 90th percentile of |predicted / measured - 1|."""
+        errors = [abs(self.ms(s.tokens, s.context, s.new) / s.ms - 1) for s in steps]
+        return {
+            "median": round(float(np.median(errors)), 4),
+            "p90": round(float(np.quantile(errors, 0.9)), 4),
+        }
+
+    def __str__(self) -> str:
+        if self.points:
+            return "by points, " + ", ".join(f"{t:.0f}: {ms:g} ms" for t, ms in self.points)
+        return (
+            f"{self.a_ms:.2f} ms + {1e3 * self.b_ms_per_token:.1f} us per token + "
+            f"{1e3 * self.c_ms_per_context_token:.2f} us per context token + "
+            f"{self.d_ms_per_request:.2f} ms per new request"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a request asks of the engine, whatever else is in the batch.
+
+    Attributes:
+        tokens_per_forward: useful tokens per forward; 1 for an autoregressive model.
+        window_tokens: tokens it puts into a forward, beside its prompt; 1 for such a model.
+    """
+
+    tokens_per_forward: float
+    window_tokens: float
+    answer_tokens: float
+    prompt_tokens: float
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Trace":
+        """From a JSON object; other keys are left alone.
+
+        Raises:
+            KeyError, ValueError: a figure is missing or not positive.
+        """
+        trace = cls(**{name: float(values[name]) for name in cls.__slots__})
+        if bad := [name for name, value in asdict(trace).items() if not value > 0]:
+            raise ValueError(f"{bad[0]} must be greater than 0")
+        return trace
+
+    @classmethod
+    def mean(cls, traces: "Sequence[Trace]") -> "Trace":
+        """Of many requests: totals divided by totals."""
+        forwards = sum(t.forwards for t in traces)
+        answer = sum(t.answer_tokens for t in traces)
+        return cls(
+            tokens_per_forward=answer / forwards,
+            window_tokens=sum(t.window_tokens * t.forwards for t in traces) / forwards,
+            answer_tokens=answer / len(traces),
+            prompt_tokens=sum(t.prompt_tokens for t in traces) / len(traces),
+        )
+
+    @property
+    def forwards(self) -> float:
+        return self.answer_tokens / self.tokens_per_forward
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+def traces_of(batches: "Sequence[Batch]") -> list[Trace]:
+    """One trace per answer."""
+    return [
+        Trace(a.useful / a.forwards, a.computed / a.forwards, a.useful, a.prompt)
+        for batch in batches
+        for a in batch.answers
+    ]
+
+
+def floor(bytes_: float, flops: float, machine: Mapping[str, float]) -> tuple[float, str]:
+    """The least milliseconds for so many bytes and operations, and which of the two decides.
+
+    Args:
+        machine: `copy_gb_per_s` and `matmul_gflop_per_s`, as `timing.machine` measures them.
+    """
+    times = {
+        "bytes": bytes_ / machine["copy_gb_per_s"] / 1e6,
+        "flops": flops / machine["matmul_gflop_per_s"] / 1e6,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
+def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[str, float]) -> float:
+    """Of a step in bfloat16: weights and cached keys read once, or two operations per weight and
+    token, whichever takes longer.
+
+    Args:
+        shape: one of `shapes.SHAPES`.
+        context: cached tokens that are attended to.
+    """
+    weights = shapes.weight_bytes(shape)["step"]
+    bytes_ = weights + shapes.kv_bytes_per_token(shape) * context
+    return floor(bytes_, weights * tokens, machine)[0]
+
+
+def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
+    """Least squares of relative errors, outliers weighed down: a busy machine has slow steps.
+
+    Args:
+        knots: the cost of tokens is a line with knots at powers of two, never falling, as on a GPU,
+            whose steps cost the same until it runs out of arithmetic. Else it is a straight line.
+    """
+    new, tokens, context, ms = (
+        np.array([getattr(s, name) for s in steps], dtype=float)
+        for name in ("new", "tokens", "context", "ms")
+    )
+    low, high = math.floor(math.log2(tokens.min())), math.ceil(math.log2(tokens.max()))
+    at_T = np.array([2.0**k for k in range(min(low, high - 1), high + 1)])
+    # What a step has of each stretch between knots; the first column is the cost at the first knot.
+    stretches = np.clip(tokens[:, None] - at_T[:-1], 0, np.diff(at_T))
+    columns = np.column_stack([np.ones_like(ms), stretches if knots else tokens, context, new])
+    weight = 1 / ms
+    solution = np.zeros(columns.shape[1])
+    for _ in range(10):
+        solution = _positive_least_squares(columns * weight[:, None], ms * weight)
+        error = np.abs(columns @ solution / ms - 1)
+        # Huber: beyond the usual error a step counts in proportion to its distance, not squared.
+        usual = max(2 * float(np.median(error)), 1e-6)
+        weight = np.sqrt(np.minimum(1, usual / np.maximum(error, 1e-9))) / ms
+    first, *slopes, c, d = (float(f"{value:.6g}") for value in solution)
+    if not knots:
+        return Cost(first, slopes[0], c, d)
+    at_knots = first + np.concatenate([[0], np.cumsum(solution[1:-2] * np.diff(at_T))])
+    points = tuple((float(t), float(f"{ms:.6g}")) for t, ms in zip(at_T, at_knots, strict=True))
+    return Cost(0.0, 0.0, c, d, points)
+
+
+def _positive_least_squares(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """With what comes out negative left out: no token makes a step cheaper."""
+    keep = np.ones(rows.shape[1], dtype=bool)
+    while True:
+        solution = np.zeros(rows.shape[1])
+        solution[keep] = np.linalg.lstsq(rows[:, keep], goal, rcond=None)[0]
+        if not (negative := solution < 0).any():
+            return solution
+        keep &= ~negative
+
+
+def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
+    """Useful tokens per second while there are always `requests` of them, all alike.
+
+    Their prompts come in one by one, so each step carries its share of them.
+    """
+    tokens = requests * (trace.window_tokens + trace.prompt_tokens / trace.forwards)
+    context = requests * (trace.prompt_tokens + trace.answer_tokens / 2)
+    new = requests / trace.forwards
+    return 1e3 * requests * trace.tokens_per_forward / cost.ms(tokens, context, new)
+
+
+def predict_batch(cost: Cost, traces: Sequence[Trace], size: int, budget: int) -> float:
+    """Useful tokens per second of batches that begin together and end with their last request.
+
+    Args:
+        traces: the requests, dealt out in batches; repeated to fill a batch larger than all.
+        budget: most tokens of a step; what is more goes into further steps.
+    """
+    useful = ms = 0.0
+    count = max(1, len(traces) // size)
+    for at in range(count):
+        batch = [traces[(at * size + i) % len(traces)] for i in range(size)]
+        useful += sum(t.answer_tokens for t in batch)
+        for step in range(round(max(t.forwards for t in batch))):
+            alive = [t for t in batch if round(t.forwards) > step]
+            tokens = sum(t.window_tokens for t in alive)
+            if step == 0:
+                # An autoregressive model's first token comes out of the prompt itself.
+                prompt = sum(t.prompt_tokens for t in batch)
+                tokens = prompt + (tokens if tokens > size else 0)
+            context = sum(t.prompt_tokens + step * t.tokens_per_forward for t in alive if step)
+            parts = -(-tokens // budget)
+            ms += cost.ms(tokens, context, 0 if step else size) + (parts - 1) * cost.ms(0, 0)
+    return 1e3 * useful / ms
+
+
+def crossing(d2f: Cost, d2f_trace: Trace, ar: Cost, ar_trace: Trace) -> int | None:
+    """The fewest concurrent requests at which the autoregressive model is faster, if any."""
+    for requests in range(1, MOST_REQUESTS + 1):
+        if predict_steady(ar, ar_trace, requests) > predict_steady(d2f, d2f_trace, requests):
+            return requests
+    return None
+
+
+def falls_below_1(sizes: Sequence[float], ratios: Sequence[float]) -> float | None:
+    """Where a ratio over batch sizes falls below 1, on straight lines between logarithms."""
+    pairs = list(zip(sizes, ratios, strict=True))
+    for (a, high), (b, low) in zip(pairs, pairs[1:], strict=False):
+        if high >= 1 > low:
+            share = math.log(high) / (math.log(high) - math.log(low))
+            return float(f"{a * (b / a) ** share:.4g}")
+    return None

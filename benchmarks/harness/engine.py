@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's engine in this process, and what a batch of requests cost in it.
+
+The clock hangs on the engine core's two ends: what the scheduler sends into a step and which tokens
+come out of it. vLLM's own statistics stay off, as they would be paid per step.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.record import on_gpu
+from benchmarks.harness.workload import Item, grade, simulated
+
+
+def start_llm(model: str, **options: Any) -> Any:
+    """`vllm.LLM` set for measurements; `options` come before what is set here.
+
+    On a CPU that is float32 and a small cache. The prefix cache is off, since the same prompts are
+    asked again and again and must be computed each time.
+    """
+    from vllm import LLM
+
+    from vllm_d2f import register
+
+    register()
+    defaults: dict[str, Any] = dict(
+        dtype="auto" if on_gpu() else "float32",
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=0,
+    )
+    if not on_gpu():
+        defaults["kv_cache_memory_bytes"] = 1 << 28
+    return LLM(model=model, **(defaults | options))
+
+
+def start_engine(model: str, *, window: int, max_model_len: int, **options: Any) -> Any:
+    """`vllm.LLM` set for comparison with the reference: float32, eager, token ids in and out."""
+    defaults: dict[str, Any] = dict(
+        dtype="float32",
+        enforce_eager=True,
+        max_num_seqs=64,
+        kv_cache_memory_bytes=1 << 28,
+        block_size=32,
+        skip_tokenizer_init=True,
+        additional_config={"d2f": {"block_size": 4, "max_blocks": 1, "window": window}},
+    )
+    return start_llm(model, max_model_len=max_model_len, **(defaults | options))
+
+
+def core_of(llm: Any) -> Any:
+    """The engine core, where it runs in this process."""
+    return getattr(llm.llm_engine.engine_core, "engine_core", None)
+
+
+def runner_of(llm: Any) -> Any:
+    """The model runner of an engine of this process."""
+    return core_of(llm).model_executor.driver_worker.worker.model_runner
+
+
+def preemptions(llm: Any) -> int | None:
+    """Preemptions so far, where the engine runs in this process."""
+    core = core_of(llm)
+    return None if core is None else core.scheduler.num_preempted
+
+
+def shut_down(llm: Any) -> None:
+    """Free the engine's memory before the next one starts."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one request gave and cost.
+
+    Attributes:
+        useful: tokens up to the end token, it included.
+        raw: decoded tokens, those behind the end token too.
+        forwards: forwards the request took part in.
+        computed: tokens run through the model after the prompt, all forwards together.
+        first_s: from handing in the batch to the request's first tokens.
+        last_s: the same to its last ones.
+    """
+
+    item: int
+    final: bool
+    exact: bool
+    useful: int
+    raw: int
+    forwards: int
+    computed: int
+    prompt: int
+    first_s: float
+    last_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """One engine step.
+
+    Attributes:
+        requests: in the step.
+        new: of them, those that enter with their prompt.
+        tokens: in the step, prompts included.
+        context: cached tokens that the others attend to.
+        ms: wall time since the step before, everything that happened between included.
+        cpu_ms: the same, CPU time of this process.
+    """
+
+    requests: int
+    new: int
+    tokens: int
+    context: int
+    ms: float
+    cpu_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One `LLM.generate` call (or one vanilla loop)."""
+
+    seconds: float
+    cpu_s: float
+    steps: int
+    answers: tuple[Answer, ...]
+    peak_mib: float
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Batch":
+        """As it stands in a record."""
+        return cls(**{**values, "answers": tuple(Answer(**a) for a in values["answers"])})
+
+
+@dataclass
+class Clock:
+    """When tokens came out of the engine, and what each step was made of."""
+
+    began: float = 0.0
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    steps: list[StepCost] = field(default_factory=list)
+    _scheduled: tuple[int, int, int, int] | None = None
+    _at: float = 0.0
+    _cpu_at: float = 0.0
+
+    def attach(self, llm: Any) -> "Clock":
+        """Listen to an engine of this process."""
+        client, scheduler = llm.llm_engine.engine_core, core_of(llm).scheduler
+        schedule, get_output = scheduler.schedule, client.get_output
+
+        def timed_schedule(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            if output.total_num_scheduled_tokens:
+                context = sum(output.scheduled_cached_reqs.num_computed_tokens)
+                requests, new = len(output.num_scheduled_tokens), len(output.scheduled_new_reqs)
+                tokens = output.total_num_scheduled_tokens
+                self._scheduled = (requests, new, tokens, context)
+            return output
+
+        def timed_get_output() -> Any:
+            outputs = get_output()
+            now, cpu = time.perf_counter(), time.process_time()
+            for output in outputs.outputs:
+                if output.new_token_ids:
+                    self.first.setdefault(output.request_id, now)
+                    self.last[output.request_id] = now
+            if self._scheduled:
+                spent = (1e3 * (now - self._at), 1e3 * (cpu - self._cpu_at))
+                self.steps.append(StepCost(*self._scheduled, *spent))
+                self._scheduled = None
+            self._at, self._cpu_at = now, cpu
+            return outputs
+
+        scheduler.schedule, client.get_output = timed_schedule, timed_get_output
+        return self
+
+    def start(self) -> None:
+        self.first.clear()
+        self.last.clear()
+        self.steps.clear()
+        self.began = self._at = time.perf_counter()
+        self._cpu_at = time.process_time()
+
+    def stop(self) -> float:
+        """Seconds since `start`. What came after the last step counts as part of it."""
+        now, cpu = time.perf_counter(), time.process_time()
+        last = self.steps[-1]
+        self.steps[-1] = replace(
+            last,
+            ms=last.ms + 1e3 * (now - self._at),
+            cpu_ms=last.cpu_ms + 1e3 * (cpu - self._cpu_at),
+        )
+        return now - self.began
+
+
+class Engine:
+    """vLLM with one model, asked in batches. D2F models and plain ones alike."""
+
+    def __init__(
+        self, model: str, *, mode: str, max_batch: int, max_tokens: int, options: dict[str, Any]
+    ) -> None:
+        from vllm import SamplingParams
+
+        settings = dict(
+            enforce_eager=mode == "eager", max_num_seqs=max_batch, use_tqdm_on_load=False
+        )
+        self.llm = start_llm(model, **(settings | options))
+        # None, or the tokens per forward that are accepted whatever the model says.
+        self.simulated = simulated(self.llm.llm_engine.model_config.hf_config)
+        # Random weights and made-up acceptance end their answers anywhere: all get to the same end.
+        endless = self.simulated is not None or options.get("load_format") == "dummy"
+        self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=endless)
+        self.clock = Clock().attach(self.llm)
+
+    def measure(self, items: Sequence[Item], batch_size: int, offset: int = 0) -> list[Batch]:
+        """Answer the items in batches of `batch_size`, one `LLM.generate` call each."""
+        starts = range(0, len(items), batch_size)
+        return [self._batch(items[at : at + batch_size], offset + at) for at in starts]
+
+    def steps(self, items: Sequence[Item], batch_size: int) -> list[StepCost]:
+        """The cost of every step of `measure`."""
+        costs: list[StepCost] = []
+        for at in range(0, len(items), batch_size):
+            self._batch(items[at : at + batch_size], at)
+            costs += self.clock.steps
+        return costs
+
+    def _batch(self, items: Sequence[Item], offset: int) -> Batch:
+        reset_peak()
+        self.clock.start()
+        cpu = time.process_time()
+        outputs = self.llm.generate([i.question for i in items], self.sampling, use_tqdm=False)
+        seconds, cpu_s = self.clock.stop(), time.process_time() - cpu
+        # Requests enter and are numbered in the order of the prompts.
+        ids = sorted(self.clock.last, key=_number)
+        answers = tuple(
+            self._answer(item, offset + at, output, self.clock.first[key], self.clock.last[key])
+            for at, (item, output, key) in enumerate(zip(items, outputs, ids, strict=True))
+        )
+        return Batch(seconds, cpu_s, len(self.clock.steps), answers, peak_mib())
+
+    def _answer(self, item: Item, index: int, output: Any, first: float, last: float) -> Answer:
+        from vllm_d2f.metrics import denoising_forwards
+
+        completion = output.outputs[0]
+        tokens = len(completion.token_ids)
+        counters = completion.spec_decode_metrics
+        graded = grade(item, completion.text, completion.finish_reason == "stop")
+        return Answer(
+            item=index,
+            final=graded.final,
+            exact=graded.exact,
+            useful=tokens,
+            raw=tokens,
+            forwards=tokens if counters is None else denoising_forwards(completion),
+            computed=tokens if counters is None else counters.num_draft_tokens,
+            prompt=len(output.prompt_token_ids),
+            first_s=first - self.clock.began,
+            last_s=last - self.clock.began,
+        )
+
+
+def _number(request_id: str) -> int:
+    """vLLM numbers the requests of `LLM.generate`; a suffix makes the id unique."""
+    return int(request_id.split("-")[0])
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's memory start over, where the kernel offers it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_mib() -> float:
+    """Peak resident memory since `reset_peak`, or of the device where there is one."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# Dummy weights: what a step costs, whatever is decoded.
+
+BLOCK, MAX_BLOCKS = 32, 8
+LASTING_WINDOWS = {"d2f_tau_add": 0.0, "d2f_tau_act": 1.0}
+"""A block is opened in every forward, and none but the first is fully active: each that is decodes
+one position per forward, whatever is simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine is started for.
+
+    Attributes:
+        requests: most of them at once.
+        step_tokens: most tokens of a step.
+        length: longest request, prompt and answer.
+    """
+
+    requests: int = 256
+    step_tokens: int = 256 * 4 * BLOCK
+    length: int = 3072
+
+
+SMALL = Limits(requests=8, step_tokens=8 * 4 * BLOCK, length=512)
+"""For a rehearsal."""
+
+
+class DummyEngine:
+    """vLLM with a config of a real model's shape and dummy weights.
+
+    A D2F model decodes with simulated acceptance: so many positions per forward whatever the model
+    says, a number that is set before each measurement. Prompts are random token ids.
+    """
+
+    def __init__(
+        self, folder: Path, *, diffusion: bool, limits: Limits, small: bool, **changes: Any
+    ) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        self.diffusion, self.limits = diffusion, limits
+        given: dict[str, Any] = dict(
+            dtype="float32" if small else "bfloat16",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=limits.length,
+            max_num_seqs=limits.requests,
+            # A prompt goes whole and beside windows that are full: without room for both the last
+            # requests would wait until others end.
+            max_num_batched_tokens=limits.step_tokens + limits.length,
+            use_tqdm_on_load=False,
+        )
+        if small:
+            given |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 27)
+        else:
+            given["gpu_memory_utilization"] = 0.92
+        if diffusion:
+            # Each request says how many blocks it opens; a rate makes vLLM simulate.
+            section = {"block_size": BLOCK, "max_blocks": 4, "window": BLOCK * MAX_BLOCKS}
+            given["additional_config"] = {"d2f": section | {"simulate_tokens_per_forward": 1.0}}
+        began = time.monotonic()
+        self.llm = start_llm(str(folder), **(given | changes))
+        self.start_s = time.monotonic() - began
+        self.runner = runner_of(self.llm)
+        self.clock = Clock().attach(self.llm)
+        self.vocabulary = 500  # ids that every shape has, a small one too
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions that the KV cache holds."""
+        config: Any = self.llm.llm_engine.vllm_config.cache_config
+        return int(config.num_gpu_blocks) * int(config.block_size)
+
+    def simulate(self, tokens_per_forward: float) -> None:
+        """Accept so many positions per forward and request from now on."""
+        if not self.diffusion:
+            return
+        if not hasattr(self.runner.sampler, "simulate"):
+            raise RuntimeError("D2FSampler.simulate is gone: how is acceptance simulated now?")
+        self.runner.sampler.simulate = tokens_per_forward
+
+    def prompts(self, requests: int, length: int) -> list[Any]:
+        """Token ids, different for every request."""
+        return [
+            {"prompt_token_ids": [(17 * r + 7 * i) % self.vocabulary for i in range(length)]}
+            for r in range(requests)
+        ]
+
+    def sampling(self, max_tokens: int, blocks: int | None = None) -> Any:
+        """Greedy, to the last token. With `blocks`, windows of so many that last."""
+        from vllm import SamplingParams
+
+        extra = {"d2f_max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
+
+    def unfit(self, requests: int, length: int, tokens: int) -> str | None:
+        """Why so many requests cannot be in one step; None if they can."""
+        limits = self.limits
+        for asked, room, what in (
+            (requests, limits.requests, "requests"),
+            (tokens, limits.step_tokens, "tokens in a step"),
+            (length, limits.length, "positions of a request"),
+            (requests * length, self.cache_tokens, "cached positions"),
+        ):
+            if asked > room:
+                return f"{asked} {what}, the engine has room for {room}"
+        return None
+
+    @contextmanager
+    def running(
+        self, requests: int, prompt: int, blocks: int, answer: int
+    ) -> Iterator[Callable[[], Any]]:
+        """Requests that are under way; gives what runs one step. Aborted at the end."""
+        engine = self.llm.llm_engine
+        names = [f"run-{requests}-{i}" for i in range(requests)]
+        sampling = self.sampling(answer, blocks)
+        for name, given in zip(names, self.prompts(requests, prompt), strict=True):
+            engine.add_request(name, given, sampling)
+        try:
+            yield engine.step
+        finally:
+            engine.abort_request(names)
+            while engine.has_unfinished_requests():
+                engine.step()

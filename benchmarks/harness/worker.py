@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders in processes of their own, asked one at a time.
+
+vLLM holds one engine per process here, and a decoder that waits in its process costs nothing. So
+all of them stay loaded, and the parent asks them in turn: what is compared was measured moments
+apart on the same machine.
+"""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness.record import Failure, on_gpu
+
+if TYPE_CHECKING:
+    from benchmarks.harness.engine import Batch, StepCost
+
+START_S = 900.0
+"""Longest a decoder may take to load; compilation is part of it."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A row of an experiment's table of decoders.
+
+    Attributes:
+        name: by which the experiment knows it.
+        model: folder or Hub id.
+        mode: "eager" or "compiled" (vLLM's default); "vanilla": the teacher in plain transformers.
+        options: more arguments of vLLM's engine.
+    """
+
+    name: str
+    model: str
+    mode: str = "compiled"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WorkerError(Failure):
+    """A decoder failed; the message has its traceback."""
+
+
+def prepare_process() -> None:
+    """Environment for the workers, before they import torch. The user's own comes first."""
+    # Step times are read inside the engine, so it has to run in the worker itself.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # With more threads than idle cores every operator waits for the scheduler.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class Worker:
+    """A decoder in its own process. Starts at once; the first question waits until it is loaded."""
+
+    def __init__(self, vanilla: bool, **arguments: Any) -> None:
+        """Start it, with the arguments of `Vanilla` or of `Engine`."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, vanilla, arguments))
+        self._process.start()
+        child.close()
+        self._ready = False
+        self.simulated: float | None = None
+        """Tokens per forward of a simulated acceptance, known once it is loaded."""
+
+    def wait(self) -> None:
+        """Return when the decoder is loaded.
+
+        Raises:
+            WorkerError: it could not be.
+        """
+        if not self._ready:
+            if not self._pipe.poll(START_S):
+                raise WorkerError(f"a decoder was not loaded after {START_S:.0f} s")
+            self.simulated = self._receive()
+            self._ready = True
+
+    def measure(self, *arguments: Any) -> "list[Batch]":
+        """See `Engine.measure` and `Vanilla.measure`."""
+        return self._call("measure", *arguments)
+
+    def steps(self, *arguments: Any) -> "list[StepCost]":
+        """See `Engine.steps`."""
+        return self._call("steps", *arguments)
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self.wait()
+        self._pipe.send((method, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            good, value = self._pipe.recv()
+        except EOFError:
+            self._process.join(5)
+            code = self._process.exitcode
+            raise WorkerError(f"a decoder ended by itself, exit code {code}") from None
+        if not good:
+            raise WorkerError(f"a decoder failed: {value}")
+        return value
+
+
+@contextmanager
+def workers(
+    decoders: Sequence[Decoder], max_batch: int, max_tokens: int
+) -> Iterator[dict[str, Worker]]:
+    """All decoders of a table by name, loaded; their processes end with the block.
+
+    They are loaded one after another where they compile, for that takes every core, and on a GPU,
+    whose free memory each of them measures.
+    """
+    found: dict[str, Worker] = {}
+    try:
+        for one in decoders:
+            vanilla = one.mode == "vanilla"
+            arguments: dict[str, Any] = {"model": one.model}
+            if not vanilla:
+                options = device_share(len(decoders), dict(one.options))
+                arguments |= dict(mode=one.mode, max_batch=max_batch, max_tokens=max_tokens)
+                arguments["options"] = options
+            found[one.name] = Worker(vanilla, **arguments)
+            if one.mode == "compiled" or on_gpu():
+                found[one.name].wait()
+        for worker in found.values():
+            worker.wait()
+        yield found
+    finally:
+        for worker in found.values():
+            worker.close()
+
+
+def most_modes() -> list[str]:
+    """Modes of vLLM worth a decoder each: both on a CPU, on a GPU only vLLM's default."""
+    return ["compiled"] if on_gpu() else ["eager", "compiled"]
+
+
+def device_share(decoders: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments with which so many decoders fit on one GPU; the user's own come first."""
+    if not on_gpu() or {"gpu_memory_utilization", "kv_cache_memory_bytes"} & options.keys():
+        return options
+    return {"gpu_memory_utilization": round(0.9 / decoders, 3), **options}
+
+
+def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
+    """The worker's process: load, then answer until the parent closes the pipe or is gone."""
+    try:
+        decoder = _load(vanilla, arguments)
+        pipe.send((True, decoder.simulated))
+        while True:
+            try:
+                method, parameters = pipe.recv()
+            except (EOFError, OSError):
+                return
+            pipe.send((True, getattr(decoder, method)(*parameters)))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        # What vLLM leaves running must not keep the process.
+        os._exit(0)
+
+
+def _load(vanilla: bool, arguments: dict[str, Any]) -> Any:
+    if vanilla:
+        from benchmarks.harness.vanilla import Vanilla
+
+        return Vanilla(**arguments)
+    from benchmarks.harness.engine import Engine
+
+    return Engine(**arguments)

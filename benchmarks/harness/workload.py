@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks ask, and how answers are graded."""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.record import UsageError
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question, the number its answer ends with, and the whole answer where one is expected."""
+
+    question: str
+    final: float
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """`final`: ended by itself with the right number. `exact`: is the expected text."""
+
+    final: bool
+    exact: bool
+
+
+def final_number(text: str) -> float | None:
+    """The last number of a text, None if it has none. The digits of `1-23` are 1 and 23.
+
+    On answers to generated problems this is `training.arithmetic.final_of`, the rule by which the
+    models were trained; questions from a file also end in 1,234 or in 2.5 and a full stop.
+    """
+    numbers = NUMBER.findall(re.sub(r"(?<=\d)-", " ", text))
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def grade(item: Item, text: str, ended: bool) -> Grade:
+    """Judge an answer. One that was cut off is wrong, whatever number stands last in it."""
+    return Grade(
+        final=ended and final_number(text) == item.final,
+        exact=ended and item.answer is not None and text == item.answer,
+    )
+
+
+def load_items(count: int, data: str | None, seed: int) -> list[Item]:
+    """`count` generated problems of the test split, or the first ones of a JSONL file.
+
+    Raises:
+        UsageError: no such file, a line that is no question, fewer lines than asked for.
+    """
+    if data is None:
+        try:
+            from training.arithmetic import problems
+        except ModuleNotFoundError:
+            raise UsageError(
+                "the problem generator is not here (run from the repository's root), and no "
+                '--data was given: pass --data FILE, JSONL with "question" and "answer" per line'
+            ) from None
+        return [Item(p.question, p.final, p.answer) for p in problems("test", count, seed)]
+    path = Path(data)
+    hint = 'pass a JSONL file with "question" and "answer" per line, such as GSM8K\'s test.jsonl'
+    if not path.is_file():
+        raise UsageError(f"--data {data}: no such file; {hint}, or leave it out")
+    items: list[Item] = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if len(items) == count:
+                break
+            try:
+                row = json.loads(line)
+                final = final_number(row["answer"])
+                items.append(Item(row["question"], float("nan") if final is None else final))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f"--data {data}, line {len(items) + 1}: {error!r}; {hint}"
+                ) from None
+    if len(items) < count:
+        raise UsageError(
+            f"--data {data}: {len(items)} questions, {count} are needed; pass a longer file, or "
+            "smaller --batch-sizes and --prompts"
+        )
+    return items
+
+
+def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
+    """Token ids of questions from a JSONL file, of generated problems, or, without a tokenizer,
+    at random.
+
+    Raises:
+        UsageError: no such file, or a line that is no question.
+    """
+    folder = Path(model)
+    if data is None and not (folder / "tokenizer.json").exists():
+        from transformers import AutoConfig
+
+        rng = random.Random(seed)
+        top = AutoConfig.from_pretrained(model).vocab_size
+        return [[rng.randrange(top) for _ in range(rng.randint(1, 60))] for _ in range(count)]
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if data is not None:
+        try:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
+            texts = [json.loads(line)["question"] for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f'--data {data}: {error!r}; pass a JSONL file with a "question" per line, or leave '
+                "it out"
+            ) from None
+    else:
+        texts = [item.question for item in load_items(count, None, seed)]
+    return [tokenizer(text).input_ids for text in texts]
+
+
+def parse_options(option: str, text: str) -> dict[str, Any]:
+    """Engine arguments from a JSON object.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        options = json.loads(text)
+        if isinstance(options, dict):
+            return options
+        problem = f"a JSON object is needed, this is {type(options).__name__}"
+    except ValueError as error:
+        problem = str(error)
+    raise UsageError(
+        f"{option} {text}: {problem}; pass an object such as "
+        """'{"gpu_memory_utilization": 0.4}'"""
+    )
+
+
+def resolve_model(option: str, name: str) -> str:
+    """The folder or Hub id of a model; a folder that is not there is an error.
+
+    Raises:
+        UsageError: names the option and what it takes.
+    """
+    from vllm_d2f.hub.names import UnknownModelError, resolve
+
+    hint = (
+        f"pass {option} an embedded name (d2f-tiny, ar-tiny, dream-tiny) or a checkpoint's folder"
+    )
+    try:
+        path = resolve(name)
+    except UnknownModelError as error:
+        raise UsageError(f"{option} {name}: {error}; {hint}") from None
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not (Path(path) / "config.json").is_file():
+        raise UsageError(f"{option} {name}: no config.json there; {hint}, or a Hub id (owner/name)")
+    return path
+
+
+def simulated(hf_config: Any) -> float | None:
+    """The tokens per forward that a D2F model's config makes up, None for a real acceptance."""
+    return (getattr(hf_config, "d2f", None) or {}).get("simulate_tokens_per_forward")
+
+
+def refuse_simulated(option: str, hf_config: Any, measures: str) -> None:
+    """For benchmarks whose result is a score.
+
+    Raises:
+        UsageError: acceptance is simulated, so there is none.
+    """
+    if simulated(hf_config) is not None:
+        raise UsageError(
+            f"{option}: its config simulates acceptance (d2f.simulate_tokens_per_forward), and "
+            f"{measures} of made-up text means nothing; pass a checkpoint without that setting"
+        )

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict tokens per second by batch size from what a step costs, and where D2F and AR cross.
+
+    python -m benchmarks.latency                        # measure, fit, predict, check
+    python -m benchmarks.latency --quick                # under a minute
+    python -m benchmarks.latency --steps steps.json     # from what `benchmarks.steps` measured
+    python -m benchmarks.latency --step-ms-json costs.json     # by hand, no engine
+
+A step costs about a + b * tokens + c * (cached tokens its requests attend to) + d * (requests that
+enter with it) milliseconds; a to d are fitted to measured steps. How many forwards a request takes
+and how wide its window is does not depend on the batch: both are measured once, at batch size 1.
+From the two follows the speed at any batch size. The prediction is checked on other problems than
+the fit has seen.
+
+The JSON given by hand has, for "d2f" and "ar" each, either a_ms and b_ms_per_token, or "points":
+[[tokens, ms], ...] with straight lines between them (a GPU's steps cost the same until it runs out
+of arithmetic); c_ms_per_context_token and d_ms_per_request where they are not 0; and
+tokens_per_forward, window_tokens, answer_tokens, prompt_tokens: see docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import figure, record, shapes
+from benchmarks.harness.cost import (
+    Cost,
+    Trace,
+    crossing,
+    falls_below_1,
+    fit,
+    predict_batch,
+    predict_steady,
+    traces_of,
+)
+from benchmarks.harness.engine import Batch, StepCost
+from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.timing import spread
+from benchmarks.harness.worker import Decoder, Worker, most_modes, prepare_process, workers
+from benchmarks.harness.workload import load_items, parse_options, resolve_model
+
+SIZES = tuple(2**i for i in range(11))
+KINDS = ("d2f", "ar")
+MOST_STEPS = 500
+"""About so many steps of each decoder are kept for the picture; the fit sees all of them."""
+UNITS = {
+    "a_ms": "milliseconds of a step without tokens",
+    "b_ms_per_token": "milliseconds per token in the step",
+    "c_ms_per_context_token": "milliseconds per cached token the step's requests attend to",
+    "d_ms_per_request": "milliseconds per request that enters, its prompt's tokens beside them",
+    "steps": "measured: requests, new ones, tokens, context tokens, milliseconds of each step",
+    "predicted": "useful tokens per second of a server that always has batch_size requests",
+    "checks": "useful tokens per second of one LLM.generate call with batch_size prompts",
+    "measured_runs": "the same, run by run; D2F and AR took turns in each",
+    "error": "predicted / measured - 1",
+    "ar_overtakes_at_batch": "predicted: fewest requests, always so many, at which AR is faster",
+    "checked_ratio": "D2F / AR of single batches: predicted, and measured as the median, lowest "
+    "and highest of the runs' ratios",
+    "checked_crossing": "smallest batch of the measured sizes at which AR is faster, null: none",
+}
+CLOCKS = {
+    "wall": "Times are wall time.",
+    "cpu": "Times are CPU time of the decoder's process: other programs were running.",
+    "given": "Step times and tokens per forward were given by hand, nothing was measured.",
+    "steps": "Fitted to the steps of `benchmarks.steps`, checked on its batches.",
+}
+QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=1, prompts=4)
+
+
+def measured(run: Record) -> dict[str, dict[str, Any]]:
+    """Step costs and traces on the first half of the problems, speed on the other half.
+
+    The decoders take turns, and the fit and what checks it are measured side by side.
+    """
+    args = run.args
+    models = {"d2f": resolve_model("--d2f", args.d2f), "ar": resolve_model("--ar", args.ar)}
+    items = load_items(2 * max(*args.batch_sizes, args.prompts), args.data, args.seed)
+    known, fresh = items[: len(items) // 2], items[len(items) // 2 :]
+    options = {"max_num_batched_tokens": args.token_budget}
+    options |= parse_options("--engine-args", args.engine_args)
+    mode = args.mode or most_modes()[0]
+    table = [Decoder(kind, model, mode, options) for kind, model in models.items()]
+    per = "cpu_s" if args.clock == "cpu" else "seconds"
+
+    def one(size: int) -> dict[str, Any]:
+        count = max(size, args.prompts // size * size)
+        found: dict[str, Any] = {}
+        for kind, worker in decoders.items():
+            steps = worker.steps(known[:count], size)
+            batches = worker.measure(fresh[:count], size)
+            useful = sum(a.useful for b in batches for a in b.answers)
+            seconds = sum(getattr(b, per) for b in batches)
+            found[kind] = {"steps": steps, "speed": useful / max(seconds, 1e-9)}
+        return found
+
+    def alone(worker: Worker) -> dict[str, Any]:
+        return {"simulated": worker.simulated, "batches": worker.measure(known, 1)}
+
+    with workers(table, max(args.batch_sizes), args.max_tokens) as decoders:
+        for worker in decoders.values():
+            for size in args.batch_sizes:
+                worker.measure(known[: max(size, 2)], size)
+        for number in range(args.runs):
+            for size in args.batch_sizes:
+                run.point(f"run {number}, batch {size}", partial(one, size))
+        for kind, worker in decoders.items():
+            run.point(f"alone, {kind}", partial(alone, worker))
+    run.need_all()
+    out = {}
+    for kind in KINDS:
+        steps: list[StepCost] = []
+        speeds: dict[int, list[float]] = {size: [] for size in args.batch_sizes}
+        for number in range(args.runs):
+            for size in args.batch_sizes:
+                found = run.points[f"run {number}, batch {size}"][kind]
+                steps += [StepCost(**step) for step in found["steps"]]
+                speeds[size].append(found["speed"])
+        if args.clock == "cpu":
+            steps = [replace(step, ms=step.cpu_ms) for step in steps]
+        found = run.points[f"alone, {kind}"]
+        batches = [Batch.from_dict(batch) for batch in found["batches"]]
+        given = [answer for batch in batches for answer in batch.answers]
+        out[kind] = decoder(steps, traces_of(batches), speeds, args.token_budget) | {
+            "score": round(sum(answer.final for answer in given) / len(given), 4),
+            "simulated_tokens_per_forward": found["simulated"],
+        }
+    return out
+
+
+def decoder(
+    steps: Sequence[StepCost],
+    traces: Sequence[Trace],
+    speeds: Mapping[int, Sequence[float]],
+    budget: int,
+    knots: bool = False,
+) -> dict[str, Any]:
+    """The fit of one decoder and its check.
+
+    Args:
+        speeds: measured tokens per second of each run, by batch size.
+        budget: most tokens of a step.
+    """
+    cost = fit(steps, knots)
+    checks = []
+    for size, runs in speeds.items():
+        range_ = spread(runs)
+        predicted = predict_batch(cost, traces, size, budget)
+        checks.append(
+            {
+                "batch_size": size,
+                "predicted": float(f"{predicted:.5g}"),
+                "measured": range_["median"],
+                "measured_range": range_,
+                "measured_runs": [float(f"{s:.5g}") for s in runs],
+                "error": round(predicted / range_["median"] - 1, 4),
+            }
+        )
+    names = ("requests", "new", "tokens", "context")
+    return {
+        "cost": cost.as_dict(),
+        "fit_error": cost.relative_error(steps),
+        "trace": Trace.mean(traces).as_dict(),
+        "checks": checks,
+        "steps": [
+            {name: getattr(s, name) for name in names} | {"ms": round(s.ms, 3)}
+            for s in steps[:: max(1, len(steps) // MOST_STEPS)]
+        ],
+    }
+
+
+def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
+    """Costs and traces from what `benchmarks.steps` measured on dummy weights.
+
+    Raises:
+        UsageError: points are missing; names what measures them.
+    """
+    try:
+        points = json.loads(Path(path).read_text(encoding="utf-8"))["points"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--steps {path}: {error!r}; pass a result of benchmarks.steps") from None
+    out = {}
+    for kind, shape, speed in (("d2f", d2f, rate), ("ar", shapes.D2F[d2f], 1.0)):
+        found = [
+            tuple(row)
+            for key, point in points.items()
+            if key.startswith(f"{shape}/steps/")
+            for row in [*point["entering"], *point["steps"]]
+        ]
+        prefix = f"{shape}/speed/{speed:g}/"
+        speeds = {
+            int(key.removeprefix(prefix)): point
+            for key, point in sorted(points.items())
+            if key.startswith(prefix)
+        }
+        if len({row[2] for row in found}) < 2 or 1 not in speeds:
+            raise UsageError(
+                f"--steps {path}: {shape} needs steps of at least two sizes and {prefix}1; run "
+                f"benchmarks.steps --shapes {shape}"
+            )
+        # A step that enters twice in the file counts once.
+        steps = [StepCost(*map(float, row)) for row in sorted(set(found))]
+        one = speeds[1]
+        trace = Trace(
+            one.get("tokens_per_forward", 1.0),
+            one.get("window_tokens", 1.0),
+            one["answer_tokens"],
+            one["prompt_tokens"],
+        )
+        by_size = {size: [speeds[size]["tokens_per_s"]] for size in sorted(speeds)}
+        out[kind] = decoder(steps, [trace], by_size, one.get("token_budget", 32768), knots=True)
+        out[kind] |= {"shape": shape, "simulated_tokens_per_forward": None}
+    out["d2f"]["simulated_tokens_per_forward"] = rate
+    return out
+
+
+def by_hand(path: str) -> dict[str, dict[str, Any]]:
+    """Costs and traces from a file.
+
+    Raises:
+        UsageError: names what is missing.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {
+            kind: {
+                "cost": Cost.from_dict(given[kind]).as_dict(),
+                "trace": Trace.from_dict(given[kind]).as_dict(),
+            }
+            for kind in KINDS
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--step-ms-json {path}: {error!r}; pass a JSON file as in docs/benchmarks.md, with "
+            '"d2f" and "ar"'
+        ) from None
+
+
+def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
+    """The report's parts: predictions by batch size and where they cross."""
+    speeds = {}
+    for kind, one in decoders.items():
+        cost, trace = Cost.from_dict(one["cost"]), Trace.from_dict(one["trace"])
+        speeds[kind] = [predict_steady(cost, trace, size) for size in SIZES]
+        one["predicted"] = [
+            {"batch_size": size, "tokens_per_s": float(f"{speed:.5g}")}
+            for size, speed in zip(SIZES, speeds[kind], strict=True)
+        ]
+    costs = [Cost.from_dict(decoders[kind]["cost"]) for kind in KINDS]
+    traces = [Trace.from_dict(decoders[kind]["trace"]) for kind in KINDS]
+    report: dict[str, Any] = {"benchmark": "latency"}
+    report["predicted_speedup"] = {
+        str(size): round(d / a, 3)
+        for size, d, a in zip(SIZES, speeds["d2f"], speeds["ar"], strict=True)
+    }
+    report["ar_overtakes_at_batch"] = crossing(costs[0], traces[0], costs[1], traces[1])
+    if errors := [abs(c["error"]) for one in decoders.values() for c in one.get("checks", ())]:
+        report |= _checked_crossing(decoders)
+        report["prediction_error"] = {
+            "mean": round(sum(errors) / len(errors), 3),
+            "worst": round(max(errors), 3),
+        }
+    made_up = decoders["d2f"].get("simulated_tokens_per_forward")
+    report |= {"simulated_tokens_per_forward": made_up, "clock": clock}
+    return {**report, "units": UNITS, "decoders": decoders}
+
+
+def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """D2F / AR of single batches and where it falls below 1, predicted and measured."""
+    d2f, ar = ({c["batch_size"]: c for c in decoders[kind]["checks"]} for kind in KINDS)
+    rows = []
+    for size in sorted(d2f.keys() & ar.keys()):
+        d, a = d2f[size], ar[size]
+        ratios = [x / y for x, y in zip(d["measured_runs"], a["measured_runs"], strict=True)]
+        predicted = float(f"{d['predicted'] / a['predicted']:.4g}")
+        rows.append({"batch_size": size, "predicted": predicted, "measured": spread(ratios)})
+    sizes = [row["batch_size"] for row in rows]
+    found: dict[str, Any] = {"largest_batch": max(sizes)}
+    for name in ("predicted", "measured"):
+        ratios = [r[name]["median"] if name == "measured" else r[name] for r in rows]
+        found[name] = next((s for s, ratio in zip(sizes, ratios, strict=True) if ratio < 1), None)
+        found[f"{name}_between"] = falls_below_1(sizes, ratios)
+    return {"checked_ratio": rows, "checked_crossing": found}
+
+
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    """The tables of `benchmarks/results/latency_model.md`."""
+    lines = [*record.head("Step cost and what follows from it", report), CLOCKS[report["clock"]]]
+    lines.append("")
+    for kind, d in report["decoders"].items():
+        t = d["trace"]
+        lines.append(
+            f"- {kind}: step {Cost.from_dict(d['cost'])}; {t['tokens_per_forward']:.2f} tokens per "
+            f"forward, window {t['window_tokens']:.1f}, answer {t['answer_tokens']:.1f}, prompt "
+            f"{t['prompt_tokens']:.1f} tokens"
+        )
+    at = report["ar_overtakes_at_batch"]
+    where = "nowhere up to 4096" if at is None else f"at {at}"
+    lines += ["", f"AR overtakes D2F {where} concurrent requests (predicted).", ""]
+    d2f, ar = (report["decoders"][kind]["predicted"] for kind in KINDS)
+    lines += record.columns(
+        "batch_size d2f ar ratio",
+        (
+            {"batch_size": d["batch_size"], "d2f": d["tokens_per_s"], "ar": a["tokens_per_s"],
+             "ratio": report["predicted_speedup"][str(d["batch_size"])]}
+            for d, a in zip(d2f, ar, strict=True)
+        ),
+        batch_size="concurrent requests", d2f="D2F tok/s", ar="AR tok/s", ratio="D2F / AR",
+    )  # fmt: skip
+    if "prediction_error" not in report:
+        return lines
+    found, error = report["checked_crossing"], report["prediction_error"]
+    where = {
+        name: f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
+        for name in ("measured", "predicted")
+    }
+    checks = [{"decoder": k, **c} for k, d in report["decoders"].items() for c in d["checks"]]
+    return [
+        *lines,
+        "Checked on other problems than the fit has seen, one batch at a time. In such batches",
+        "AR overtakes D2F {measured}, predicted {predicted}.".format(**where),
+        "",
+        *record.columns("batch_size predicted measured", report["checked_ratio"]),
+        f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst.",
+        "",
+        *record.columns("decoder batch_size predicted measured_range error", checks),
+    ]
+
+
+def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
+    """Step time against tokens in the step: measured ones as dots, the fitted formula as a line.
+
+    Steps that take in prompts are drawn as crosses; handing in a request is part of their time.
+    """
+    if not all("steps" in one for one in report["decoders"].values()):
+        return
+    drawing, axes = figure.new_figure()
+    for kind, one in report["decoders"].items():
+        cost, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
+        plain = sorted((row for row in one["steps"] if not row["new"]), key=lambda r: r["tokens"])
+        for style, rows in ((".", plain), ("x", [row for row in one["steps"] if row["new"]])):
+            tokens, ms = ([row[name] for row in rows] for name in ("tokens", "ms"))
+            axes.plot(tokens, ms, style, color=color, alpha=0.3, ms=6)
+        context = statistics.median(row["context"] / row["requests"] for row in plain)
+        per_request = statistics.median(row["tokens"] / row["requests"] for row in plain)
+        counts = [row["tokens"] for row in plain]
+        fitted = [cost.ms(tokens, context * tokens / per_request) for tokens in counts]
+        label = f"{figure.NAMES[kind]}: {cost.ms(0, 0):.1f} ms"
+        if not cost.points:
+            label += f" + {1e3 * cost.b_ms_per_token:.0f} µs a token"
+        axes.plot(counts, fitted, color=color, lw=2, label=label)
+    figure.logarithmic(axes, "tokens in the step (x: with prompts)", "milliseconds per step")
+    axes.legend(frameon=False)
+    figure.label_simulated(axes, report)
+    figure.save(drawing, path)
+
+
+def draw_prediction(report: Mapping[str, Any], path: Path) -> None:
+    """Predicted tokens per second by batch size, the measured ones as points."""
+    drawing, axes = figure.new_figure(height=5.2)
+    for kind, one in report["decoders"].items():
+        series = [("predicted", "tokens_per_s", "-", "steady load predicted")]
+        if one.get("checks"):
+            series.append(("checks", "measured", "o", "batch measured"))
+            series.append(("checks", "predicted", "x", "that batch predicted"))
+        for rows, field, style, what in series:
+            axes.plot(
+                [row["batch_size"] for row in one[rows]],
+                [row[field] for row in one[rows]],
+                style,
+                color=figure.COLORS[kind],
+                label=f"{figure.NAMES[kind]}, {what}",
+            )
+    figure.logarithmic(axes, "requests at once", "useful tokens per second", few_decades=True)
+    figure.legend_below(axes)
+    figure.label_simulated(axes, report)
+    figure.save(drawing, path)
+
+
+FIGURES = {"": draw_prediction, "_forward_cost": draw_forward_cost}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = record.Parser("latency", __doc__)
+    add = parser.add_argument
+    add("--d2f", default="d2f-tiny", help="D2F model: embedded name, folder or Hub id")
+    add("--ar", default="ar-tiny", help="autoregressive model")
+    add("--batch-sizes", type=int, nargs="+", default=[2**i for i in range(9)])
+    add("--runs", type=int, default=3)
+    add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
+    add("--max-tokens", type=int, default=64)
+    add("--token-budget", type=int, default=8192, help="vLLM's max_num_batched_tokens")
+    add(
+        "--mode",
+        choices=("eager", "compiled"),
+        help="of vLLM (default: eager, on a GPU compiled, which is vLLM's own default)",
+    )
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
+    )
+    add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
+    add("--step-ms-json", metavar="FILE", help="costs and traces by hand; nothing is measured")
+    add("--steps", metavar="FILE", help="a result of benchmarks.steps; nothing is measured")
+    add("--shape", choices=list(shapes.D2F), default="dream", help="with --steps")
+    add("--rate", type=float, default=2.9, help="with --steps: tokens per forward")
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
+    return parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "max_tokens"))
+
+
+def latency(run: Record) -> None:
+    """Fit, predict, check and report."""
+    args = run.args
+    if args.step_ms_json:
+        parts = build(by_hand(args.step_ms_json), "given")
+    elif args.steps:
+        parts = build(from_steps(args.steps, args.shape, args.rate), "steps")
+    else:
+        parts = build(measured(run), args.clock)
+    report = run.report(**parts)
+    run.write(report)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    prepare_process()
+    return record.main(latency, args, markdown, FIGURES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

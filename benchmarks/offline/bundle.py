@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pack what an offline CUDA host lacks: `make gpu-bundle`.
+
+    python -m benchmarks.offline.bundle --out build/gpu-bundle
+
+The host has Python, torch for CUDA, Triton, transformers and nvcc, and no network. Into the bundle
+go the parts of vLLM and FlashInfer that dense models need, packages that the host lacks, this
+package and its benchmarks. Wheels come from pip's package index and are kept in `--wheels`. The
+result is one archive in pieces, a manifest with the SHA-256 of every piece and file, and the
+scripts that unpack and run it. The same wheels and sources give the same archive.
+"""
+
+import argparse
+import fnmatch
+import hashlib
+import io
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.offline import fatbin
+
+ROOT = Path(__file__).resolve().parents[2]
+PIECE_BYTES = 60 << 20
+"""Most of a piece: what can be copied to the host at once is little more."""
+PYTHON = "3.12"
+ARCHITECTURE = 90
+PLATFORMS = tuple(f"manylinux{version}_x86_64" for version in ("_2_31", "_2_28", "_2_17", "2014"))
+
+VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
+
+LACKING = Path(__file__).with_name("lacking.txt").read_text("utf-8").partition("\n")[2].split()
+"""What vLLM 0.32, training and tests need beside torch, Triton and transformers."""
+
+DROPPED = {
+    "vllm": (
+        "vllm/vllm-rs",
+        "vllm/third_party/fmha_sm100/cutlass/*",
+        "vllm/third_party/deep_gemm/include/*",
+        "vllm/third_party/tml_fa4/*",
+        "vllm/model_executor/layers/fused_moe/configs/*",
+        "vllm/model_executor/layers/quantization/utils/configs/*",
+        "vllm/kernels/helion/configs/*",
+        "vllm/entrypoints/serve/instrumentator/static/*",
+    ),
+    "flashinfer_python": ("flashinfer/moe_ep/kernel_src/*",),
+}
+"""By package; `*` matches across folders."""
+
+LIBRARIES = {
+    "_C_stable_libtorch.abi3.so",
+    "cumem_allocator.abi3.so",
+    "spinloop.abi3.so",
+    "fs_io_C.abi3.so",
+    "_vllm_fa3_C.abi3.so",
+}
+"""Compiled parts of vLLM that stay; the others serve MoE models and other devices."""
+
+DATA = (
+    "include/*",
+    "cutlass/include/*",
+    "cutlass/tools/util/include/*",
+    "cccl/*",
+    "spdlog/include/*",
+    "csrc/xqa/*",
+)
+"""Of `flashinfer/data`, beside the sources at the top of `csrc`."""
+
+REPOSITORY = ("benchmarks", "training", "tests")
+"""What the host runs from its sources, with pyproject.toml for pytest."""
+
+
+class BundleError(Exception):
+    """The bundle cannot be made, with the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of the bundle: its name there, and how to read it."""
+
+    name: str
+    content: bytes
+    executable: bool = False
+
+
+def wanted(package: str, name: str) -> bool:
+    """Whether a file of a wheel goes into the bundle."""
+    if any(fnmatch.fnmatch(name, pattern) for pattern in DROPPED.get(package, ())):
+        return False
+    base = name.rsplit("/", 1)[-1]
+    if package == "vllm" and re.search(r"\.so(\.\d+)*$", base):
+        return base in LIBRARIES
+    inside = name.removeprefix("flashinfer/data/")
+    if package == "flashinfer_python" and inside != name:
+        top = inside.startswith("csrc/") and inside.count("/") == 1
+        return top or any(fnmatch.fnmatch(inside, pattern) for pattern in DATA)
+    return True
+
+
+def wheel_files(wheel: Path, architecture: int = ARCHITECTURE) -> Iterator[Source]:
+    """The wanted files of a wheel as they lie when it is installed, without scripts."""
+    package = wheel.name.split("-")[0]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith("/"):
+                continue
+            installed = name
+            if match := re.match(r"[^/]+\.data/([^/]+)/(.*)", name):
+                if match[1] not in ("purelib", "platlib"):
+                    continue
+                installed = match[2]
+            if not wanted(package, installed):
+                continue
+            content = archive.read(name)
+            if package == "vllm" and installed.endswith(".so"):
+                content = fatbin.keep_only(content, architecture)
+            yield Source(f"site/{installed}", content)
+
+
+def repository_files(root: Path) -> Iterator[Source]:
+    """What git tracks of the sources that the host runs; results and pictures stay here."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard",
+             "--", *REPOSITORY, "pyproject.toml"],
+            capture_output=True, check=True, text=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BundleError(f"git ls-files in {root}: {error}; run it from a checkout") from None
+    for name in sorted(set(done.stdout.split("\0")) - {""}):
+        path = root / name
+        if path.is_file() and not name.startswith("benchmarks/results/"):
+            yield Source(f"repo/{name}", path.read_bytes(), bool(path.stat().st_mode & 0o100))
+
+
+def split(archive: Path, limit: int) -> list[dict[str, Any]]:
+    """Replace an archive by pieces of at most `limit` bytes beside it; what the manifest says."""
+    pieces: list[dict[str, Any]] = []
+    with archive.open("rb") as file:
+        while content := file.read(limit):
+            name = f"{archive.name}.{len(pieces):02d}"
+            archive.with_name(name).write_bytes(content)
+            pieces.append({"name": name, "size": len(content), "sha256": _sha256(content)})
+    archive.unlink()
+    return pieces
+
+
+def pack(
+    sources: Sequence[Source] | Iterator[Source],
+    out: Path,
+    about: dict[str, Any],
+    limit: int = PIECE_BYTES,
+    preset: int = 3,
+) -> dict[str, Any]:
+    """Write the archive in pieces, its manifest, and the scripts for the host.
+
+    Args:
+        about: put into the manifest (versions).
+        limit: bytes of a piece.
+
+    Raises:
+        BundleError: two files of one name.
+    """
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    files: dict[str, dict[str, Any]] = {}
+    whole = out / "bundle.tar.xz"
+    with (
+        lzma.open(whole, "wb", preset=preset) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for source in sources:
+            if source.name in files:
+                if files[source.name]["sha256"] == _sha256(source.content):
+                    continue
+                raise BundleError(f"{source.name} comes from two packages; drop one of them")
+            info = tarfile.TarInfo(source.name)
+            info.size, info.mode = len(source.content), 0o755 if source.executable else 0o644
+            archive.addfile(info, io.BytesIO(source.content))
+            files[source.name] = {"size": info.size, "sha256": _sha256(source.content)}
+    manifest = {**about, "pieces": split(whole, limit), "files": dict(sorted(files.items()))}
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    here = Path(__file__).parent
+    for name in ("run.sh", "unpack.py"):
+        shutil.copy(here / name, out / name)
+    return manifest
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def download(wheels: Path, root: Path, python: str) -> list[Path]:
+    """The wheels of the host's packages and of this one, from pip's index unless they are here.
+
+    Raises:
+        BundleError: pip finds one of them not.
+    """
+    wheels.mkdir(parents=True, exist_ok=True)
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    tags = [
+        word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)
+    ]  # noqa: E501
+    _pip(
+        ["download", "--no-deps", "--only-binary", ":all:", "--python-version", python, *platforms]
+        + [*tags, "--implementation", "cp", "-d", str(wheels), VLLM, FLASHINFER, *LACKING]
+    )
+    for old in wheels.glob("vllm_d2f-*.whl"):
+        old.unlink()
+    _pip(["wheel", "--no-deps", "-w", str(wheels), str(root)])
+    chosen = []
+    for requirement in (VLLM, FLASHINFER, *LACKING, "vllm-d2f"):
+        name, _, version = requirement.partition("==")
+        stem = re.sub(r"[-_.]+", "[-_.]", re.escape(name).replace(r"\-", "-"))
+        pattern = re.compile(rf"{stem}-{re.escape(version) or '[^-]+'}-", re.IGNORECASE)
+        found = sorted(path for path in wheels.glob("*.whl") if pattern.match(path.name))
+        if len(found) != 1:
+            names = [path.name for path in found]
+            raise BundleError(f"{requirement}: {names or 'no wheel'} in {wheels}; empty the folder")
+        chosen += found
+    return chosen
+
+
+def _pip(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *words, "-q", "--disable-pip-version-check"]
+    )
+    if done.returncode:
+        raise BundleError(
+            f"pip {words[0]} failed: the index must offer {VLLM} (CUDA build), {FLASHINFER} and "
+            "the packages of benchmarks/offline/lacking.txt; name one with PIP_EXTRA_INDEX_URL, or "
+            "put the wheels into a folder and set PIP_FIND_LINKS"
+        )
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.offline.bundle",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"))
+    parser.add_argument("--wheels", type=Path, default=Path("build/gpu-wheels"))
+    parser.add_argument("--python", default=PYTHON, help="the host's version (%(default)s)")
+    parser.add_argument("--arch", type=int, default=ARCHITECTURE, help="90: H100, H200")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        wheels = download(args.wheels, ROOT, args.python)
+        names = [path.name.split("-")[:2] for path in wheels]
+
+        def sources() -> Iterator[Source]:
+            for wheel in wheels:
+                print(wheel.name, flush=True)
+                yield from wheel_files(wheel, args.arch)
+            yield from repository_files(ROOT)
+
+        about = {
+            "python": args.python,
+            "architecture": f"sm_{args.arch}",
+            "packages": {name: version for name, version in sorted(names)},
+        }
+        manifest = pack(sources(), args.out, about)
+    except BundleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    sizes = [piece["size"] for piece in manifest["pieces"]]
+    print(
+        f"{args.out}: {len(sizes)} pieces, {sum(sizes) / 1e6:.1f} MB, {len(manifest['files'])} "
+        f"files; on the host: bash {args.out.name}/run.sh"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

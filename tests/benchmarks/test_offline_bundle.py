@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle: what goes in, pieces under their limit, checksums, and the way back."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks.offline import bundle, fatbin, unpack
+from benchmarks.offline.bundle import BundleError, Source, pack
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sources(seed=0, count=20, size=3000):
+    rng = random.Random(seed)
+    return [Source(f"site/pkg/{i:03d}.bin", rng.randbytes(size), i % 7 == 0) for i in range(count)]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("limit", [1000, 16384, 1 << 20])
+def test_pieces_keep_their_limit_and_come_back(tmp_path, limit):
+    given = sources()
+    manifest = pack(given, tmp_path / "b", {"python": "3.12"}, limit=limit)
+    pieces = manifest["pieces"]
+    assert (len(pieces) > 1) == (limit < 60000)
+    for piece in pieces:
+        content = (tmp_path / "b" / piece["name"]).read_bytes()
+        assert len(content) == piece["size"] <= limit
+        assert hashlib.sha256(content).hexdigest() == piece["sha256"]
+    assert all(piece["size"] == limit for piece in pieces[:-1])
+    target = unpack.unpack(tmp_path / "b", tmp_path / "host")
+    found = contents(target)
+    assert found.pop(unpack.COMPLETE) == b""
+    assert found == {s.name: s.content for s in given}
+    assert os.access(target / "site/pkg/000.bin", os.X_OK)
+    assert not os.access(target / "site/pkg/001.bin", os.X_OK)
+    # A second call reads nothing: the pieces may be gone.
+    for piece in pieces:
+        (tmp_path / "b" / piece["name"]).unlink()
+    assert unpack.unpack(tmp_path / "b", tmp_path / "host") == target
+
+
+def test_the_same_files_give_the_same_archive(tmp_path):
+    for name in "ab":
+        pack(sources(), tmp_path / name, {"python": "3.12"}, limit=20000)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    pack(sources(seed=1), tmp_path / "a", {}, limit=20000)
+    assert contents(tmp_path / "a") != contents(tmp_path / "b")
+
+
+def test_pieces_are_small_enough_to_be_copied():
+    assert bundle.PIECE_BYTES <= 60 * 2**20
+
+
+def test_a_missing_or_damaged_piece_is_named(tmp_path):
+    pieces = pack(sources(), tmp_path / "b", {}, limit=20000)["pieces"]
+    victim = tmp_path / "b" / pieces[1]["name"]
+    content = victim.read_bytes()
+    victim.unlink()
+    with pytest.raises(unpack.BundleError, match=f"{victim.name} is missing"):
+        unpack.unpack(tmp_path / "b", tmp_path / "host")
+    victim.write_bytes(content[:-1])
+    with pytest.raises(unpack.BundleError, match="cut off"):
+        unpack.unpack(tmp_path / "b", tmp_path / "host")
+    # The last bytes of the last piece belong to the checksum of the stream, not to a file.
+    last = tmp_path / "b" / pieces[-1]["name"]
+    for path in (victim, last):
+        original = content if path == victim else last.read_bytes()
+        victim.write_bytes(content)
+        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        with pytest.raises(unpack.BundleError, match="damaged|differs"):
+            unpack.unpack(tmp_path / "b", tmp_path / "host")
+        assert not list((tmp_path / "host").rglob(unpack.COMPLETE))
+        path.write_bytes(original)
+    unpack.unpack(tmp_path / "b", tmp_path / "host")
+    (tmp_path / "b" / "manifest.json").unlink()
+    with pytest.raises(unpack.BundleError, match="make gpu-bundle"):
+        unpack.unpack(tmp_path / "b", tmp_path / "host")
+
+
+def test_only_what_the_manifest_names_is_written(tmp_path):
+    manifest = pack(sources(count=2), tmp_path / "b", {})
+    del manifest["files"]["site/pkg/001.bin"]
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(unpack.BundleError, match="not in the manifest"):
+        unpack.unpack(tmp_path / "b", tmp_path / "host")
+    assert not list((tmp_path / "host").rglob("001.bin"))
+
+
+def test_two_packages_with_one_file_are_refused(tmp_path):
+    with pytest.raises(BundleError, match="site/x comes from two"):
+        pack([Source("site/x", b"1"), Source("site/x", b"2")], tmp_path / "b", {})
+    pack([Source("site/x", b"1"), Source("site/x", b"1")], tmp_path / "c", {})
+
+
+# What goes in.
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "goes_in"),
+    [
+        ("vllm", "vllm/config/vllm.py", True),
+        ("vllm", "vllm/_C_stable_libtorch.abi3.so", True),
+        ("vllm", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", True),
+        ("vllm", "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", False),
+        ("vllm", "vllm/_moe_C_stable_libtorch.abi3.so", False),
+        ("vllm", "vllm/vllm-rs", False),
+        ("vllm", "vllm/third_party/deep_gemm/include/cute/a.hpp", False),
+        ("vllm", "vllm-0.32.0.dist-info/METADATA", True),
+        ("flashinfer_python", "flashinfer/prefill.py", True),
+        ("flashinfer_python", "flashinfer/data/csrc/batch_prefill.cu", True),
+        ("flashinfer_python", "flashinfer/data/csrc/fused_moe/x.cu", False),
+        ("flashinfer_python", "flashinfer/data/csrc/xqa/mha.cu", True),
+        ("flashinfer_python", "flashinfer/data/include/flashinfer/page.cuh", True),
+        ("flashinfer_python", "flashinfer/data/cutlass/python/x.py", False),
+        ("flashinfer_python", "flashinfer/moe_ep/kernel_src/x.cu", False),
+        ("pyzmq", "zmq/backend/cython/_zmq.abi3.so", True),
+    ],
+)
+def test_what_goes_in(package, name, goes_in):
+    assert bundle.wanted(package, name) == goes_in
+
+
+def test_files_of_a_wheel_lie_as_installed(tmp_path):
+    wheel = tmp_path / "some_thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("thing/__init__.py", "x")
+        archive.writestr("some_thing-1.0.data/purelib/thing/b.py", "y")
+        archive.writestr("some_thing-1.0.data/scripts/thing", "z")
+        archive.writestr("some_thing-1.0.dist-info/METADATA", "m")
+    found = {s.name: s.content for s in bundle.wheel_files(wheel)}
+    assert found == {
+        "site/thing/__init__.py": b"x",
+        "site/thing/b.py": b"y",
+        "site/some_thing-1.0.dist-info/METADATA": b"m",
+    }
+
+
+def test_the_repository_part_can_run_and_is_small():
+    found = {s.name: s for s in bundle.repository_files(ROOT)}
+    for name in ("benchmarks/offline/run.py", "training/configs/tiny.yaml", "pyproject.toml"):
+        assert f"repo/{name}" in found
+    assert not [name for name in found if "/results/" in name]
+    assert found["repo/benchmarks/offline/run.sh"].executable
+    assert sum(len(s.content) for s in found.values()) < 8 << 20
+
+
+def test_packages_are_named_once():
+    names = [r.partition("==")[0] for r in bundle.LACKING]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+(==[0-9.]+)?", r) for r in bundle.LACKING)
+    assert len(set(names)) == len(names)
+
+
+def test_without_a_checkout_the_remedy_is_named(tmp_path):
+    with pytest.raises(BundleError, match="checkout"):
+        list(bundle.repository_files(tmp_path))
+
+
+# CUDA code of other architectures.
+
+
+def container(*entries):
+    body = b""
+    for kind, arch, content in entries:
+        head = struct.pack("<HHIQ", kind, 0x101, 64, len(content)) + bytes(12)
+        body += (head + struct.pack("<I", arch)).ljust(64, b"\1") + content
+    return fatbin.MAGIC + struct.pack("<HHQ", 1, 16, len(body)) + body
+
+
+def test_code_of_other_architectures_is_blanked():
+    one = container((2, 80, b"old" * 9), (2, 90, b"new" * 9), (1, 90, b"ptx" * 9))
+    two = container((1, 80, b"p80" * 9), (2, 80, b"c80" * 9), (1, 120, b"p120" * 9))
+    library = b"ELF" + one + b"between" + fatbin.MAGIC + b"noise" + two + b"end"
+    out = fatbin.keep_only(library, 90)
+    assert len(out) == len(library) and out.startswith(b"ELF") and out.endswith(b"end")
+    assert out.count(b"new") == 9 and b"old" not in out and b"ptx" not in out
+    # No code for the device: its newest PTX that the device can compile.
+    assert out.count(b"p80") == 9 and b"c80" not in out and b"p120" not in out
+    assert [len(c) for c in fatbin.containers(out)] == [3, 3]  # headers are what they were
+    assert fatbin.keep_only(b"no kernels", 90) == b"no kernels"
+    assert fatbin.summary(library)["code 90"] == 27
+
+
+def test_a_library_without_code_for_the_device_is_refused():
+    with pytest.raises(ValueError, match="no code for sm_90.*code 100"):
+        fatbin.keep_only(container((2, 100, b"x" * 9)), 90)
+
+
+def test_vllms_own_libraries_are_pruned(tmp_path):
+    wheel = tmp_path / "vllm-0.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        code = container((2, 80, b"old" * 9), (2, 90, b"new" * 9))
+        archive.writestr("vllm/_C_stable_libtorch.abi3.so", code)
+    (found,) = bundle.wheel_files(wheel)
+    assert b"new" in found.content and b"old" not in found.content
+
+
+# On the host.
+
+
+def test_one_command_unpacks_and_runs(tmp_path):
+    """run.sh with a bundle whose `benchmarks.offline.run` says what it was given."""
+    stub = (
+        "import os, sys, marker\n"
+        "print(marker.__file__)\n"
+        "print(sys.argv[1:])\n"
+        "print(os.environ['HF_HUB_OFFLINE'], os.environ['TRITON_CACHE_DIR'])\n"
+    )
+    given = [
+        Source("repo/benchmarks/__init__.py", b""),
+        Source("repo/benchmarks/offline/__init__.py", b""),
+        Source("repo/benchmarks/offline/run.py", stub.encode()),
+        Source("site/marker.py", b""),
+    ]
+    pack(given, tmp_path / "b", {})
+    environment = {k: v for k, v in os.environ.items() if k not in ("BUNDLE", "PYTHONPATH")}
+    environment |= {"PYTHON": sys.executable, "OUT": "res", "WORK": "w"}
+    words = ["bash", str(tmp_path / "b" / "run.sh"), "--quick", "steps"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    marker, arguments, variables = done.stdout.splitlines()
+    assert marker.startswith(str(tmp_path / "w" / "bundle")) and "/site/" in marker
+    want = ["--out", str(tmp_path / "res"), "--quick", "steps"]
+    assert arguments == str(want)
+    assert variables == f"1 {tmp_path / 'w' / 'triton'}"
+
+    (tmp_path / "b" / "bundle.tar.xz.00").write_bytes(b"")
+    for file in (tmp_path / "w").rglob(unpack.COMPLETE):
+        file.unlink()
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "copy it" in done.stderr
