@@ -7,8 +7,12 @@ the most probable token differs from position to position, and its probability s
 confidence 1 / vocab_size, and a decoder could be wrong without a test noticing.
 """
 
+import importlib
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +192,103 @@ def write_llada(
     return path
 
 
+def write_toy(path: str | Path, **options: Any) -> Path:
+    """Write a checkpoint of the toy family (see `toy_family`): Qwen3 with names of its own."""
+    return _write_hf(
+        path, "ToyQwen3ForCausalLM", "toy_qwen3", head_dim=32, rename=_toy_name, **options
+    )
+
+
+def write_adapted(path: str | Path, stack: str, **options: Any) -> Path:
+    """Write a checkpoint of an adapted family: `stack` is "Llama", "Qwen2" or "Qwen3"."""
+    options |= {"qkv_bias": stack == "Qwen2", "head_dim": 32 if stack == "Qwen3" else None}
+    return _write_hf(path, f"D2F{stack}ForCausalLM", f"d2f_{stack.lower()}", **options)
+
+
+def _write_hf(
+    path: str | Path,
+    architecture: str,
+    model_type: str,
+    *,
+    vocab_size: int = 200,
+    hidden: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    intermediate: int = 160,
+    max_positions: int = 1024,
+    seed: int = 0,
+    d2f: dict[str, Any] | None = None,
+    shards: int = 1,
+    tokenizer: bool = True,
+    dtype: torch.dtype = torch.float32,
+    head_scale: float = 1.0,
+    rename: Callable[[str], str] = str,
+) -> Path:
+    """Write a checkpoint with transformers' field names.
+
+    Args:
+        head_dim: Qwen3's, wider than hidden / heads as in most of its sizes; it brings norms.
+        rename: a tensor's name in transformers -> in the checkpoint.
+    """
+    path = Path(path)
+    config = {
+        "architectures": [architecture],
+        "bos_token_id": vocab_size - 1,
+        "eos_token_id": vocab_size - 1,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "mask_token_id": vocab_size - 2,
+        "max_position_embeddings": max_positions,
+        "model_type": model_type,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": vocab_size - 1,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": "4.51.0",
+        "vocab_size": vocab_size,
+    }
+    if head_dim is not None:
+        config["head_dim"] = head_dim
+    sizes = (vocab_size, hidden, layers, heads, kv_heads, intermediate)
+    weights = _random_weights(*sizes, seed, head_scale, qkv_bias=qkv_bias, head_dim=head_dim)
+    weights = {rename(name): tensor for name, tensor in weights.items()}
+    _write(path, config, weights, d2f, shards, dtype)
+    if tokenizer:
+        write_llada_tokenizer(path, vocab_size)
+    return path
+
+
+@contextmanager
+def toy_family() -> Iterator[Any]:
+    """Register the toy family here and, by its entry point, in the processes that vLLM starts."""
+    from vllm_d2f.models import FAMILIES, PRESETS
+
+    folder, before = str(Path(__file__).parent / "toy"), os.environ.get("PYTHONPATH")
+    sys.path.append(folder)
+    os.environ["PYTHONPATH"] = folder if before is None else f"{folder}{os.pathsep}{before}"
+    module = importlib.import_module("toy_family")
+    module.register()
+    try:
+        yield module.FAMILY
+    finally:
+        sys.path.remove(folder)
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+        del FAMILIES[module.FAMILY.architecture]
+        for name in module.FAMILY.preset_names:
+            del PRESETS[name]
+
+
 def change_weights(path: str | Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """Let `change` edit the tensors of a folder with one weight file, in place."""
     file = Path(path) / "model.safetensors"
@@ -198,8 +299,15 @@ def change_weights(path: str | Path, change: Callable[[dict[str, torch.Tensor]],
 
 
 def hf_twin(path: str | Path) -> Any:
-    """transformers' own Qwen2 or Llama with the weights of `path`, float32, in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    """transformers' own model with the weights of `path`, float32, in eval mode."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     path = Path(path)
     config = json.loads((path / "config.json").read_text())
@@ -224,6 +332,18 @@ def hf_twin(path: str | Path) -> Any:
                 attn_implementation="sdpa",
             )
         )
+    elif (stack := config["model_type"].rpartition("_")[2]) in ("llama", "qwen2", "qwen3"):
+        plain = {k: v for k, v in config.items() if k not in ("model_type", "d2f")}
+        config_cls, model_cls = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        }[stack]
+        model = model_cls(config_cls(**plain, attn_implementation="sdpa"))
+        weights = {
+            name.replace("decoder", "model").replace(".attention.", ".self_attn."): tensor
+            for name, tensor in weights.items()
+        }
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -257,10 +377,12 @@ def _random_weights(
     seed: int,
     head_scale: float,
     qkv_bias: bool,
+    head_dim: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Weights under Llama's names, float32."""
+    """Weights under Llama's names, float32; with a `head_dim` also Qwen3's norms of q and k."""
     generator = torch.Generator().manual_seed(seed)
-    kv_size = hidden // heads * kv_heads
+    q_size = (head_dim or hidden // heads) * heads
+    kv_size = (head_dim or hidden // heads) * kv_heads
 
     def normal(*shape: int, std: float) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * std
@@ -268,8 +390,8 @@ def _random_weights(
     def linear(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
         return normal(rows, columns, std=gain * columns**-0.5)
 
-    def norm() -> torch.Tensor:
-        return 1.0 + normal(hidden, std=0.1)
+    def norm(size: int = hidden, mean: float = 1.0) -> torch.Tensor:
+        return mean + normal(size, std=0.1)
 
     weights = {
         "model.embed_tokens.weight": normal(vocab_size, hidden, std=1.0),
@@ -283,18 +405,27 @@ def _random_weights(
             f"{layer}.input_layernorm.weight": norm(),
             f"{layer}.post_attention_layernorm.weight": norm(),
             # Sharp attention: an average over many positions would be the same everywhere.
-            f"{layer}.self_attn.q_proj.weight": linear(hidden, hidden, gain=1.7),
+            f"{layer}.self_attn.q_proj.weight": linear(q_size, hidden, gain=1.7),
             f"{layer}.self_attn.k_proj.weight": linear(kv_size, hidden, gain=1.7),
             f"{layer}.self_attn.v_proj.weight": linear(kv_size, hidden, gain=1.5),
-            f"{layer}.self_attn.o_proj.weight": linear(hidden, hidden, gain=1.5),
+            f"{layer}.self_attn.o_proj.weight": linear(hidden, q_size, gain=1.5),
             f"{layer}.mlp.gate_proj.weight": linear(intermediate, hidden),
             f"{layer}.mlp.up_proj.weight": linear(intermediate, hidden),
             f"{layer}.mlp.down_proj.weight": linear(hidden, intermediate),
         }
+        if head_dim is not None:
+            for name in ("q_norm", "k_norm"):
+                weights[f"{layer}.self_attn.{name}.weight"] = norm(head_dim, 1.7)
         if qkv_bias:
-            for name, size in (("q", hidden), ("k", kv_size), ("v", kv_size)):
+            for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
                 weights[f"{layer}.self_attn.{name}_proj.bias"] = normal(size, std=0.2)
     return weights
+
+
+def _toy_name(name: str) -> str:
+    if ".self_attn." not in name:
+        return name
+    return name.replace("model.layers", "decoder.layers").replace("self_attn", "attention")
 
 
 def _olmo_name(name: str) -> str:

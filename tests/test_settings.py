@@ -2,6 +2,7 @@
 """Where settings come from, what wins, and how wrong ones are refused."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,15 +70,17 @@ def test_blocks_counted_from_zero():
 
 
 def test_defaults_of_a_family_are_the_weakest():
-    family = {"block_origin": "zero", "prompt_attention": "block_causal", "block_size": 8}
-    settings = settings_from_dict(None, {"block_size": 4}, defaults=family)
-    assert (settings.block_origin, settings.params.block_size) == ("zero", 4)
-    other = settings_from_dict({"block_origin": "prompt_end"}, defaults=family)
+    family = SimpleNamespace(
+        name="toy", block_origin="zero", prompt_attention="block_causal", presets={}
+    )
+    settings = settings_from_dict(None, {"block_size": 4}, family=family)
+    assert (settings.block_origin, settings.family) == ("zero", "toy")
+    other = settings_from_dict({"block_origin": "prompt_end"}, family=family)
     assert (other.block_origin, other.prompt_attention) == ("prompt_end", "block_causal")
     with pytest.raises(ValueError, match="zero .*needs prompt_attention block_causal"):
-        settings_from_dict({"prompt_attention": "bidirectional"}, defaults=family)
+        settings_from_dict({"prompt_attention": "bidirectional"}, family=family)
     with pytest.raises(ValueError, match="no D2F settings"):
-        settings_from_dict(None, defaults=family)
+        settings_from_dict(None, family=family)
 
 
 SERVED = Settings(D2FParams(16, 4), window=64)

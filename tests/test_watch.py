@@ -278,7 +278,7 @@ def test_one_model_alone(capsys):
     [
         (["--model", "no/such/folder"], "no folder with a config.json"),
         (["--model", "d2f-tny"], "Did you mean"),
-        (["--model", "ar-tiny"], "not Dream or LLaDA"),
+        (["--model", "ar-tiny"], r"not one of D2F's \(Dream, llada"),
         (["--ar", "dream-tiny"], "diffusion model"),
         (["--tau-conf", "2"], r"tau_conf must be a number in \[0, 1\]"),
         (["--block-size", "0"], "block_size must be an integer of at least 1"),

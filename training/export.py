@@ -16,10 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from training.config import DecodingSection, StageSection
-from training.model import Loaded
-from vllm_d2f.models.olmo_names import to_olmo
-
-ARCHITECTURES = {"dream": "DreamModel", "llada": "LLaDAModelLM"}
+from training.model import BY_NAME, Loaded
 
 KINDS = {
     "next_token": "Autoregressive Qwen2.",
@@ -98,9 +95,10 @@ def _plain_config(loaded: Loaded, stage: StageSection) -> dict[str, Any]:
     values = config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version", "d2f", "dtype", "use_cache"):
         values.pop(name, None)
+    del values["logits_shift"]  # the family's
     rope = values.pop("rope_parameters", None) or config.rope_parameters
     values |= {
-        "architectures": [ARCHITECTURES[loaded.family]],
+        "architectures": [BY_NAME[loaded.family].architecture],
         "model_type": config.model_type,
         "rope_theta": rope["rope_theta"],
         "torch_dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -130,9 +128,10 @@ def _write_model(
     _write_tokenizer(part, loaded)
     _write_json(part / "config.json", hub_config(loaded, stage, decoding))
     _write_json(part / "generation_config.json", _generation(loaded))
-    olmo = loaded.family == "llada" and stage.objective != "next_token"
+    renamed = stage.objective != "next_token"
+    to_checkpoint = BY_NAME[loaded.family].to_checkpoint
     weights = {
-        (to_olmo(name) if olmo else name): tensor.detach().cpu().contiguous()
+        (to_checkpoint(name) if renamed else name): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
     }
     save_torch_state_dict(weights, part, max_shard_size=SHARD, metadata={"format": "pt"})
@@ -152,7 +151,7 @@ def _write_adapter(
     weights = {}
     for name, tensor in get_peft_model_state_dict(net).items():
         inner = name.removeprefix("base_model.model.")
-        inner = to_olmo(inner) if loaded.family == "llada" else inner
+        inner = BY_NAME[loaded.family].to_checkpoint(inner)
         weights[f"base_model.model.{inner}"] = tensor.detach().cpu().contiguous()
     save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
     ends = {

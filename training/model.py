@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
 from training.attention import as_argument
 from training.config import LoraSection, ModelSection
 from training.tokenizer import build_tokenizer, padded_vocab_size
-from vllm_d2f.models import register_configs
-from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
-from vllm_d2f.models.olmo_names import to_llama, to_olmo
+from vllm_d2f.models import FAMILIES, register_configs
 
-CONFIGS: dict[str, Any] = {"dream": DreamConfig, "llada": LLaDAConfig}
-MODELS: dict[str, Any] = {"dream": Qwen2ForCausalLM, "llada": LlamaForCausalLM}
+BY_NAME = {family.name: family for family in FAMILIES.values()}
+CONFIGS: dict[str, Any] = {name: family.config for name, family in BY_NAME.items()}
+MODELS: dict[str, Any] = {name: getattr(transformers, f.hf) for name, f in BY_NAME.items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,7 +45,7 @@ class Base:
     @property
     def shift(self) -> bool:
         """Whether the output at i - 1 predicts position i."""
-        return CONFIGS[self.family].logits_shift
+        return BY_NAME[self.family].logits_shift == "previous"
 
     @property
     def end(self) -> int:
@@ -179,7 +179,8 @@ def load_weights(folder: Path, config: Any, section: ModelSection, attention: st
         model = MODELS[section.family](config)
     missing = set(model.state_dict())
     for file in files:
-        weights = {to_llama(name): tensor.to(dtype) for name, tensor in load_file(file).items()}
+        to_stack = BY_NAME[section.family].to_stack
+        weights = {to_stack(name): tensor.to(dtype) for name, tensor in load_file(file).items()}
         if unknown := sorted(set(weights) - missing):
             raise ValueError(f"model.base: {file} has tensors the model has not: {unknown[:3]}")
         missing -= set(weights)
@@ -276,22 +277,18 @@ def add_lora(loaded: Loaded, section: LoraSection, seed: int) -> Any:
     return get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
 
 
-def lora_modules(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the targets. LLaDA's own names (`attn_out`, `ff_proj`) are understood."""
+def lora_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the targets. The checkpoint's own names (LLaDA: `attn_out`) are understood."""
+    own = model.config.family.to_checkpoint
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen: list[str] = []
     for target in targets:
-        found = [n for n in linear if target in (n.rsplit(".", 1)[-1], _olmo_end(n))]
+        found = [n for n in linear if target in (n.rsplit(".", 1)[-1], own(n).rsplit(".", 1)[-1])]
         if not found:
             ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
             raise ValueError(f"lora.targets: the model has no {target!r}; it has {ends}")
         chosen += found
     return chosen
-
-
-def _olmo_end(name: str) -> str:
-    renamed = to_olmo(name)
-    return renamed.rsplit(".", 1)[-1] if renamed != name else ""
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from vllm_d2f.hub import HubError
 from vllm_d2f.hub.command import USAGE, add_commands, overview
-from vllm_d2f.hub.errors import HubError
+from vllm_d2f.models import FAMILIES, PRESETS
+from vllm_d2f.settings import settings_from_dict
 
 PACKAGES = (
     "vllm",
@@ -62,9 +64,7 @@ def report() -> dict[str, Any]:
 
     from vllm.platforms import current_platform
 
-    from vllm_d2f.models import ARCHITECTURES
     from vllm_d2f.patches import applied
-    from vllm_d2f.settings import PRESETS, settings_from_dict
 
     return {
         "vllm-d2f": vllm_d2f.__version__,
@@ -73,7 +73,7 @@ def report() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "device": current_platform.get_device_name(),
         "versions": versions(),
-        "architectures": list(ARCHITECTURES),
+        "architectures": list(FAMILIES),
         "models": {row["name"]: row["state"] for row in overview()},
         "patches": applied(),
         "settings": {"defaults": settings_from_dict({}).as_dict(), "presets": list(PRESETS)},
@@ -82,7 +82,7 @@ def report() -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a report for people."""
+    """Print a report as text."""
     print(f"vllm-d2f {found['vllm-d2f']}, Python {found['python']}")
     print(f"{found['platform']}, {found['cpus']} CPUs")
     for name, installed in found["versions"].items():

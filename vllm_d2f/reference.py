@@ -59,7 +59,7 @@ class Frame:
 
 
 def hf_forward(model: torch.nn.Module) -> Forward:
-    """A transformers causal LM (Qwen2 for Dream, Llama for LLaDA) as a `Forward`."""
+    """A transformers causal LM (see `vllm_d2f.models.hf`) as a `Forward`."""
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -100,7 +100,7 @@ def decode(
         max_tokens: most tokens of the answer.
         mask_id: the mask token.
         ends: end tokens; the answer stops after the first one. Empty: ignore them all.
-        shift: the output at position i - 1 predicts position i (Dream); else the one at i (LLaDA).
+        shift: the output at position i - 1 predicts position i; else the one at i.
         max_len: the model's longest sequence; a last block that does not fit is cut short.
         run_on: decode on behind an end token to the end of the blocks opened so far, as the
             authors' loop does.

@@ -9,10 +9,12 @@ the allowed ones.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_d2f.d2f import D2FParams
+from vllm_d2f.models import FAMILIES, PRESETS
+from vllm_d2f.models.family import BlockOrigin, Family, PromptAttention
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -20,29 +22,11 @@ if TYPE_CHECKING:
 MAX_WINDOW = 4096
 """Widest window a server may be started with, in positions: bounds the state kept per request."""
 
-PROMPT_ATTENTION = ("bidirectional", "block_causal")
-BLOCK_ORIGIN = ("prompt_end", "zero")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The published settings, ALGORITHM of the paper's table 8. `max_blocks` is the engine's limit;
-    # the values cover the published answer lengths' usual pipeline depth.
-    "dream-gsm8k": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "dream-mbpp": dict(block_size=48, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "dream-math": dict(block_size=64, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "dream-humaneval": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.95),
-    "llada-gsm8k": dict(block_size=64, tau_add=0.7, tau_act=0.95, tau_conf=0.90),
-    "llada-mbpp": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.90),
-    "llada-math": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
-    "llada-humaneval": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+# Setting -> its default without a family, and its values.
+_ATTENTION_RULES = {
+    "prompt_attention": ("bidirectional", get_args(PromptAttention)),
+    "block_origin": ("prompt_end", get_args(BlockOrigin)),
 }
-"""Published settings by name, for `{"d2f": {"preset": NAME}}` and a request's `d2f_preset`."""
-
-HINT = (
-    "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it decodes, "
-    'for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' or '
-    '--additional-config \'{"d2f": {"preset": "dream-gsm8k"}}\' '
-    f"(presets: {', '.join(PRESETS)})"
-)
 
 _PRESET, _TRACE = "d2f_preset", "d2f_trace"
 SIMULATE = "simulate_tokens_per_forward"
@@ -90,7 +74,7 @@ class Settings:
 
 
 def settings_from_dict(
-    *sections: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
+    *sections: Mapping[str, Any] | None, family: Family | None = None
 ) -> Settings:
     """Make settings of `d2f` sections, the weakest first.
 
@@ -98,21 +82,25 @@ def settings_from_dict(
         sections: at least one is not None. Their keys are `block_size`, `max_blocks`, `tau_add`,
             `tau_act`, `tau_conf`, `window` (block_size * max_blocks where no section gives it),
             `prompt_attention`, `block_origin`, `preset` and `simulate_tokens_per_forward`.
-        defaults: a section of the model's family, weaker than all others. It does not count as one
-            of them: a checkpoint without any D2F settings is refused.
+        family: the model's family, whose `prompt_attention` and `block_origin` are the defaults.
 
     Raises:
         ValueError: no section at all, an unknown key, or a value out of range.
     """
     if all(section is None for section in sections):
-        raise ValueError(HINT)
+        raise ValueError(_hint())
     merged: dict[str, Any] = {}
-    for section in (defaults, *sections):
+    for section in sections:
         if section is not None:
             merged |= _with_preset(section)
     window = merged.pop("window", None)
-    prompt_attention = merged.pop("prompt_attention", PROMPT_ATTENTION[0])
-    block_origin = merged.pop("block_origin", BLOCK_ORIGIN[0])
+    rules: dict[str, Any] = {}
+    for name, (default, allowed) in _ATTENTION_RULES.items():
+        rules[name] = merged.pop(name, getattr(family, name, default))
+        if rules[name] not in allowed:
+            raise ValueError(
+                f"d2f: {name} must be one of {', '.join(allowed)}, got {rules[name]!r:.80}"
+            )
     simulate = merged.pop(SIMULATE, None)
     try:
         params = D2FParams(**merged)
@@ -127,17 +115,11 @@ def settings_from_dict(
             f"d2f: window {window} must be between block_size * max_blocks = {params.window} and "
             f"{MAX_WINDOW}"
         )
-    for name, value, allowed in (
-        ("prompt_attention", prompt_attention, PROMPT_ATTENTION),
-        ("block_origin", block_origin, BLOCK_ORIGIN),
-    ):
-        if value not in allowed:
-            raise ValueError(f"d2f: {name} must be one of {', '.join(allowed)}, got {value!r:.80}")
-    if block_origin == "zero" and prompt_attention != "block_causal":
+    if rules["block_origin"] == "zero" and rules["prompt_attention"] != "block_causal":
         raise ValueError(
             "d2f: block_origin zero cuts prompt and answer into the same blocks, so it needs "
-            f"prompt_attention block_causal, got {prompt_attention}; set both, or set block_origin "
-            "to prompt_end"
+            f"prompt_attention block_causal, got {rules['prompt_attention']}; set both, or set "
+            "block_origin to prompt_end"
         )
     if simulate is not None:
         number = isinstance(simulate, (int, float)) and not isinstance(simulate, bool)
@@ -145,7 +127,13 @@ def settings_from_dict(
             raise ValueError(
                 f"d2f: {SIMULATE} must be a number in [1, {window}], got {simulate!r:.80}"
             )
-    return Settings(params, window, prompt_attention, block_origin, simulate)
+    return Settings(
+        params,
+        window,
+        **rules,
+        simulate_tokens_per_forward=simulate,
+        family=family.name if family else "",
+    )
 
 
 def _with_preset(section: Any) -> dict[str, Any]:
@@ -163,6 +151,15 @@ def _with_preset(section: Any) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"d2f: unknown preset {preset!r:.80}; known are {', '.join(PRESETS)}")
     return PRESETS[preset] | section
+
+
+def _hint() -> str:
+    return (
+        "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it "
+        'decodes, for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' '
+        f'or --additional-config \'{{"d2f": {{"preset": "{next(iter(PRESETS))}"}}}}\' '
+        f"(presets: {', '.join(PRESETS)})"
+    )
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
@@ -258,12 +255,10 @@ def _number(name: str, value: Any) -> int | float:
 
 def is_d2f(model_config: "ModelConfig") -> bool:
     """Whether vLLM serves this model through vllm-d2f."""
-    from vllm_d2f.models import ARCHITECTURES
-
-    return any(name in ARCHITECTURES for name in model_config.architectures)
+    return any(name in FAMILIES for name in model_config.architectures)
 
 
 def served_settings(model_config: "ModelConfig") -> Settings:
     """The settings that `vllm_d2f.startup` resolved and left in the model's config."""
     config = model_config.hf_config
-    return replace(settings_from_dict(config.d2f), family=config.model_type.lower())
+    return settings_from_dict(config.d2f, family=config.family)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up: turn a Dream or LLaDA checkpoint into a D2F deployment, or refuse with the remedy."""
+"""Start-up: turn a checkpoint of a D2F family into a deployment, or refuse with the remedy."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import vllm.envs as envs
 from vllm.config import CUDAGraphMode
@@ -13,9 +13,8 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.selection import prepare as prepare_attention
-from vllm_d2f.hub.weight_files import check_weight_files
-from vllm_d2f.models import ARCHITECTURES
-from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
+from vllm_d2f.hub.checkpoint import check_weight_files
+from vllm_d2f.models import FAMILIES
 from vllm_d2f.settings import Settings, settings_from_dict
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 logger = init_logger(__name__)
+
+SCHEDULER = "vllm_d2f.scheduler.D2FScheduler"
 
 
 class D2FConfigHook(VerifyAndUpdateConfig):
@@ -45,7 +46,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         scheduler_config = vllm_config.scheduler_config
         # Both travel to the engine and worker processes inside the model's config.
         model_config.hf_config.d2f = settings.as_dict()
-        scheduler_config.scheduler_cls = "vllm_d2f.scheduler.D2FScheduler"
+        scheduler_config.scheduler_cls = SCHEDULER
         _set_async(vllm_config)
         # vLLM takes a model with a canvas for a diffusion model; ours is the widest query.
         canvas = widest_query(settings, scheduler_config)
@@ -73,7 +74,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
 
 def register_hook() -> None:
     """Make vLLM call the hook for every D2F architecture."""
-    for architecture in ARCHITECTURES:
+    for architecture in FAMILIES:
         MODELS_CONFIG_MAP[architecture] = D2FConfigHook
 
 
@@ -87,24 +88,26 @@ def widest_query(settings: Settings, scheduler_config: "SchedulerConfig") -> int
 
 
 def _set_async(vllm_config: "VllmConfig") -> None:
-    """Whether a step is scheduled while the one before it runs.
+    """Decide whether a step is scheduled while the one before it runs.
 
     Raises:
-        ValueError: asked for where it cannot be had.
+        ValueError: the user asked for it where it is not possible.
     """
     scheduler_config = vllm_config.scheduler_config
-    reason = ""
-    if envs.VLLM_RAISE_ON_LOGIT_NANS:
-        reason = "VLLM_RAISE_ON_LOGIT_NANS takes the place in which widths come back; unset it"
-    if reason and scheduler_config.async_scheduling:
-        raise ValueError(f"--async-scheduling: {reason}, or give --no-async-scheduling")
+    if envs.VLLM_RAISE_ON_LOGIT_NANS and scheduler_config.async_scheduling:
+        raise ValueError(
+            "--async-scheduling: VLLM_RAISE_ON_LOGIT_NANS takes the place in which widths come "
+            "back; unset it, or give --no-async-scheduling"
+        )
     if scheduler_config.async_scheduling is None:
-        scheduler_config.async_scheduling = not reason and async_by_default()
+        scheduler_config.async_scheduling = not envs.VLLM_RAISE_ON_LOGIT_NANS and async_by_default()
 
 
 def async_by_default() -> bool:
-    """Off until a device has shown that it wins there: it hides the host's work of a step and pays
-    for it with wider queries. A CPU has nothing to overlap that work with.
+    """Off until a device has shown that it wins there.
+
+    Asynchronous scheduling hides the host's work of a step and costs wider queries. A CPU has
+    nothing to overlap that work with.
     """
     return False
 
@@ -112,7 +115,7 @@ def async_by_default() -> bool:
 def _set_prefill(
     settings: Settings, max_model_len: int, scheduler_config: "SchedulerConfig"
 ) -> None:
-    """Prompts are prefilled whole, unless they may be cut between their attention blocks."""
+    """Have prompts prefilled in one step, unless they may be cut between their attention blocks."""
     budget = scheduler_config.max_num_batched_tokens
     if settings.prompt_attention == "block_causal":
         least = min(widest_query(settings, scheduler_config), max_model_len)
@@ -134,18 +137,18 @@ def _set_prefill(
 
 
 def _refuse_on_cpu(vllm_config: "VllmConfig") -> None:
-    """What needs CUDA, which vLLM's CPU platform would drop without a word."""
+    """Refuse options that need CUDA, which vLLM's CPU platform would drop without a message."""
     backend = vllm_config.attention_config.backend
-    if backend not in (None, AttentionBackendEnum.CPU_ATTN):
-        raise ValueError(
-            f"--attention-backend {backend.name} needs CUDA, and this is vLLM for CPUs; remove it, "
-            "or install the build for CUDA: pip install 'vllm-d2f[gpu]'"
-        )
     mode = vllm_config.compilation_config.cudagraph_mode
+    found = []
+    if backend not in (None, AttentionBackendEnum.CPU_ATTN):
+        found.append(f"--attention-backend {backend.name}")
     if mode not in (None, CUDAGraphMode.NONE):
+        found.append(f"cudagraph_mode {mode.name} in --compilation-config")
+    if found:
         raise ValueError(
-            f"cudagraph_mode {mode.name} in --compilation-config needs CUDA, and this is vLLM for "
-            "CPUs; remove it, or install the build for CUDA: pip install 'vllm-d2f[gpu]'"
+            f"{found[0]} needs CUDA, and this is vLLM for CPUs; remove it, or install the build "
+            "for CUDA: pip install 'vllm-d2f[gpu]'"
         )
 
 
@@ -179,7 +182,7 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
         * model.get_head_size()
         * cast("torch.dtype", model.dtype).itemsize
     )
-    # One page more: the last one of a request is seldom full, and one of all is nobody's.
+    # A page more per request, whose last is seldom full; a request more for vLLM's null page.
     tokens = (-(-model.max_model_len // page) + 1) * page * (scheduler.max_num_seqs + 1)
     enough = max(tokens * bytes_per_token, LEAST_CPU_CACHE)
     if enough < default * current_platform.get_device_total_memory():
@@ -194,37 +197,42 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
 
 
 def _check_model_type(model_config: "ModelConfig") -> None:
-    """A config of another class would not have had its values checked."""
-    config = model_config.hf_config
-    if not isinstance(config, (DreamConfig, LLaDAConfig)):
+    """Refuse a config of another class, whose values have not been checked."""
+    config, architecture = model_config.hf_config, model_config.architecture
+    if getattr(config, "family", None) is not FAMILIES[architecture]:
+        known = (f"{name} with {family.model_type!r}" for name, family in FAMILIES.items())
         raise ValueError(
-            f"{model_config.model}: config.json says architecture {model_config.architecture} with "
-            f"model_type {config.model_type!r:.80}; D2F models have DreamModel with 'Dream' or "
-            "LLaDAModelLM with 'llada'"
+            f"{model_config.model}: config.json says architecture {architecture} with "
+            f"model_type {config.model_type!r:.80}; D2F models have {' or '.join(known)}"
         )
 
 
 def _resolve(vllm_config: "VllmConfig") -> Settings:
+    """Merge the places that may hold D2F settings, see `vllm_d2f.settings`."""
     model_config = vllm_config.model_config
     additional = vllm_config.additional_config
     given = additional.get("d2f") if isinstance(additional, dict) else None
+    # Read as a file: transformers' class drops sections it does not know.
+    name, config = "generation_config.json", model_config.hf_config
+    generation = get_hf_file_to_dict(name, model_config.model, model_config.revision) or {}
     try:
-        return settings_from_dict(
-            _generation_config(model_config).get("d2f"), model_config.hf_config.d2f, given
-        )
+        return settings_from_dict(generation.get("d2f"), config.d2f, given, family=config.family)
     except ValueError as error:
         raise ValueError(f"{model_config.model}: {error}") from None
 
 
-def _generation_config(model_config: "ModelConfig") -> dict[str, Any]:
-    """The file as it is: transformers' class drops sections it does not know."""
-    found = get_hf_file_to_dict("generation_config.json", model_config.model, model_config.revision)
-    return found or {}
-
-
 def _refuse(vllm_config: "VllmConfig") -> None:
-    """Options that D2F decoding cannot honour, by the flag to change."""
-    parallel = vllm_config.parallel_config
+    """Refuse options that D2F decoding cannot honour, by the flag to change."""
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    scheduler_config = vllm_config.scheduler_config
+    unsupported = {
+        "--enable-dbo": parallel.enable_dbo,
+        "--logits-processors": model_config.logits_processors,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
+        "--watermark-config": vllm_config.watermark_config is not None,
+        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+    }
     cases = {
         "--speculative-config: D2F already decodes several tokens per step; remove it": (
             vllm_config.speculative_config is not None
@@ -234,36 +242,23 @@ def _refuse(vllm_config: "VllmConfig") -> None:
         "--prefill-context-parallel-size and --decode-context-parallel-size must be 1": (
             parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
         ),
-        "--enable-dbo: not supported; remove it": parallel.enable_dbo,
-        "--logits-processors: not supported; remove it": bool(
-            vllm_config.model_config.logits_processors
-        ),
         "--scheduler-cls: D2F brings its own; remove it": (
-            vllm_config.scheduler_config.scheduler_cls
-            not in (None, "vllm_d2f.scheduler.D2FScheduler")
+            scheduler_config.scheduler_cls not in (None, SCHEDULER)
         ),
         "--long-prefill-token-threshold must be 0: it would cut prompts and windows": (
-            vllm_config.scheduler_config.long_prefill_token_threshold > 0
+            scheduler_config.long_prefill_token_threshold > 0
         ),
         "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
-        f"--base {vllm_config.model_config.model} --adapter DIR --out FOLDER`, then `vllm serve "
-        "FOLDER`": vllm_config.lora_config is not None,
+        f"--base {model_config.model} --adapter DIR --out FOLDER`, then `vllm serve FOLDER`": (
+            vllm_config.lora_config is not None
+        ),
         "--enable-prompt-embeds: a prompt is token ids; remove it": (
-            vllm_config.model_config.enable_prompt_embeds
-        ),
-        "--kv-transfer-config: not supported; remove it": (
-            vllm_config.kv_transfer_config is not None
-        ),
-        "--ec-transfer-config: not supported; remove it": (
-            vllm_config.ec_transfer_config is not None
-        ),
-        "--watermark-config: not supported; remove it": vllm_config.watermark_config is not None,
-        "--kv-sharing-fast-prefill: not supported; remove it": (
-            vllm_config.cache_config.kv_sharing_fast_prefill
+            model_config.enable_prompt_embeds
         ),
         "--runner pooling: D2F models generate text; remove it": (
-            vllm_config.model_config.runner_type != "generate"
+            model_config.runner_type != "generate"
         ),
+        **{f"{flag}: not supported; remove it": bool(hit) for flag, hit in unsupported.items()},
     }
     if refused := [message for message, hit in cases.items() if hit]:
         raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(refused))

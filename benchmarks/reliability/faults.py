@@ -79,10 +79,10 @@ def fastest(work: Callable[[], object], runs: int = 3) -> float:
 def kill_merges(kills: int, folder: Path) -> dict[str, Any]:
     """Kill a merge `kills` times while it runs; whatever is in its place must be whole."""
     from vllm_d2f.hub import cache
-    from vllm_d2f.hub.prepare import Plan, merge
+    from vllm_d2f.hub.prepare import MergePlan, merge
 
     base, adapter = write_pair(folder)
-    own = Plan(str(base), str(adapter), d2f={"block_size": 8, "max_blocks": 2})
+    own = MergePlan(str(base), str(adapter), d2f={"block_size": 8, "max_blocks": 2})
     out = folder / "merged"
 
     def work() -> None:

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from vllm_d2f.hub import HubError
-from vllm_d2f.hub.folder import open_checkpoint, plain_file, read_header, read_json
-from vllm_d2f.hub.prepare import Plan, merge
+from vllm_d2f.hub.checkpoint import open_checkpoint, plain_file, read_header, read_json
+from vllm_d2f.hub.prepare import MergePlan, merge
 
 INDEX = "model.safetensors.index.json"
 
@@ -53,7 +53,7 @@ def test_an_index_names_files_beside_it_only(dream, tmp_path, name):
     (tmp_path / "secret.safetensors").write_bytes(first_shard(dream).read_bytes())
     change_index(dream, lambda v: v | {"weight_map": v["weight_map"] | {"lm_head.weight": name}})
     with pytest.raises(HubError, match="names the file"):
-        merge(tmp_path / "out", Plan(str(dream.base), str(dream.adapter)))
+        merge(tmp_path / "out", MergePlan(str(dream.base), str(dream.adapter)))
     assert not (tmp_path / "out").exists()
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_index(dream, change, message):
 
 def test_a_claimed_total_size_is_not_believed(dream, tmp_path):
     change_index(dream, lambda v: v | {"metadata": {"total_size": 10**18}})
-    assert merge(tmp_path / "out", Plan(str(dream.base), str(dream.adapter))).is_dir()
+    assert merge(tmp_path / "out", MergePlan(str(dream.base), str(dream.adapter))).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_link_out_of_the_folder_is_not_followed(dream, tmp_path, name):
     (dream.base / name).rename(outside)
     (dream.base / name).symlink_to(outside)
     with pytest.raises(HubError, match="leads out of its folder"):
-        merge(tmp_path / "out", Plan(str(dream.base), str(dream.adapter)))
+        merge(tmp_path / "out", MergePlan(str(dream.base), str(dream.adapter)))
 
 
 def test_a_linked_shard_is_not_followed_out_of_the_folder(dream, tmp_path):

@@ -12,10 +12,10 @@ from hub_standin import Standin, commit_of, serve
 from safetensors.torch import load_file
 
 from vllm_d2f.hub import cache
-from vllm_d2f.hub.registry import MODELS
+from vllm_d2f.models import PUBLISHED
 
 NAME = "d2f-dream-7b"
-BASE, ADAPTER = MODELS[NAME].base, MODELS[NAME].adapter
+BASE, ADAPTER = PUBLISHED[NAME].base, PUBLISHED[NAME].adapter
 
 
 @pytest.fixture(scope="module")

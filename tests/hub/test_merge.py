@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vllm_d2f.hub import HubError
-from vllm_d2f.hub.adapter import read_adapter
-from vllm_d2f.hub.folder import open_checkpoint
-from vllm_d2f.hub.merge import merge_weights
-from vllm_d2f.hub.prepare import Plan, merge
+from vllm_d2f.hub.checkpoint import open_checkpoint
+from vllm_d2f.hub.merge import merge_weights, read_adapter
+from vllm_d2f.hub.prepare import MergePlan, merge
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -28,7 +27,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def merged(made, out: Path, **options) -> dict[str, torch.Tensor]:
-    merge(out, Plan(str(made.base), str(made.adapter), **options))
+    merge(out, MergePlan(str(made.base), str(made.adapter), **options))
     return weights_of(out)
 
 
@@ -112,7 +111,7 @@ def test_the_layout_is_the_bases(made_dream, tmp_path):
 def test_no_remote_code_comes_along(dream, tmp_path):
     for name in ("modeling_dream.py", "configuration_dream.py", "pytorch_model.bin", "run.sh"):
         (dream.base / name).write_text("raise SystemExit")
-    merge(tmp_path / "out", Plan(str(dream.base), str(dream.adapter)))
+    merge(tmp_path / "out", MergePlan(str(dream.base), str(dream.adapter)))
     out = tmp_path / "out"
     suffixes = {path.suffix for path in out.iterdir()}
     assert suffixes <= {".json", ".safetensors", ".txt", ".md", ".jinja"}
@@ -126,7 +125,7 @@ def test_no_remote_code_comes_along(dream, tmp_path):
 
 def refused(made, tmp_path, message: str) -> str:
     with pytest.raises(HubError, match=message) as error:
-        merge(tmp_path / "out", Plan(str(made.base), str(made.adapter)))
+        merge(tmp_path / "out", MergePlan(str(made.base), str(made.adapter)))
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
     assert left in ([], ["out.lock"]), "something was left behind"
     return str(error.value)
@@ -191,7 +190,7 @@ def test_refuses_another_family(made_dream, made_llada, tmp_path):
     with pytest.raises(HubError, match="which the base does not have"):
         merge(
             tmp_path / "out",
-            Plan(str(made_llada.base), str(made_dream.adapter), check_variant=False),
+            MergePlan(str(made_llada.base), str(made_dream.adapter), check_variant=False),
         )
 
 

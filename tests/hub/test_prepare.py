@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 
 from vllm_d2f.__main__ import main, show
 from vllm_d2f.hub import HubError, cache, download, names
-from vllm_d2f.hub.prepare import Plan, ensure, merge, plan_of, prepare
-from vllm_d2f.hub.registry import MODELS
-from vllm_d2f.settings import PRESETS, settings_from_dict
+from vllm_d2f.hub.prepare import MergePlan, ensure, merge, plan_of, prepare, variant_of
+from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
+from vllm_d2f.settings import settings_from_dict
 
 NAME = "d2f-dream-7b"
 KILLS = 20
 
 
-def plan(made, **options) -> Plan:
-    return plan_of(MODELS[NAME], str(made.base), str(made.adapter), **options)
+def plan(made, **options) -> MergePlan:
+    return plan_of(NAME, str(made.base), str(made.adapter), **options)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -38,13 +38,14 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_registry_is_consistent(name):
-    entry = MODELS[name]
-    assert settings_from_dict(entry.d2f).params.block_size >= 1
-    assert set(entry.presets) <= set(PRESETS) and entry.d2f["preset"] in entry.presets
-    assert entry.variant.lower() in entry.base.lower()
-    assert entry.variant.lower() in entry.adapter.lower()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_consistent(name):
+    published = PUBLISHED[name]
+    (family,) = (family for family in FAMILIES.values() if name in family.published)
+    assert settings_from_dict(published.d2f).params.block_size >= 1
+    assert published.d2f["preset"] in family.preset_names
+    assert set(family.preset_names) <= set(PRESETS)
+    assert variant_of(published.base) == variant_of(published.adapter) == published.variant
 
 
 def test_the_folder_and_its_record(dream, cache_folder):
@@ -103,9 +104,9 @@ def test_a_second_use_writes_nothing_and_reads_no_weights(dream, monkeypatch):
 def test_other_sources_are_not_answered_by_the_old_ones(dream, llada):
     folder = prepare(NAME, plan(dream))
     with pytest.raises(HubError, match="already prepared.*--force"):
-        prepare(NAME, plan_of(MODELS[NAME]))
+        prepare(NAME, plan_of(NAME))
     with pytest.raises(HubError, match="already prepared, with the base"):
-        prepare(NAME, plan_of(MODELS[NAME], str(llada.base), str(dream.adapter)))
+        prepare(NAME, plan_of(NAME, str(llada.base), str(dream.adapter)))
     path = dream.adapter / "adapter_model.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
     with pytest.raises(HubError, match="already prepared, with the adapter"):
@@ -190,7 +191,7 @@ def test_a_changed_byte_is_found_by_the_checksum(dream):
 
 def test_merge_to_a_folder_of_ones_own(dream, tmp_path):
     out = tmp_path / "own" / "model"
-    own = Plan(str(dream.base), str(dream.adapter), d2f={"block_size": 8, "max_blocks": 2})
+    own = MergePlan(str(dream.base), str(dream.adapter), d2f={"block_size": 8, "max_blocks": 2})
     assert merge(out, own) == out
     assert json.loads((out / "config.json").read_text())["d2f"] == own.d2f
     assert names.resolve(str(out)) == str(out)
@@ -201,7 +202,7 @@ def test_merge_to_a_folder_of_ones_own(dream, tmp_path):
     with pytest.raises(HubError, match="was not written by a merge"):
         merge(tmp_path / "precious", own, force=True)
     with pytest.raises(HubError, match="unknown setting 'blocks'"):
-        merge(tmp_path / "x", Plan(own.base, own.adapter, d2f={"blocks": 1}))
+        merge(tmp_path / "x", MergePlan(own.base, own.adapter, d2f={"blocks": 1}))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_merge_to_a_folder_of_ones_own(dream, tmp_path):
 def test_wrong_sources(dream, tmp_path, change, message):
     sources = dict(base=str(dream.base), adapter=str(dream.adapter)) | change
     with pytest.raises(HubError, match=message):
-        merge(tmp_path / "out", Plan(**sources))
+        merge(tmp_path / "out", MergePlan(**sources))
 
 
 # ---- full disks ----------------------------------------------------------------------------------
@@ -336,13 +337,13 @@ def test_offline_and_not_prepared_names_both_commands(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in MODELS:
+    for name in PUBLISHED:
         with pytest.raises(HubError, match="HF_HUB_OFFLINE is set") as error:
             names.resolve(name)
         text = str(error.value)
         assert f"python -m vllm_d2f prepare {name}\n" in text
         assert f"python -m vllm_d2f prepare {name} --base DIR --adapter DIR" in text
-        assert MODELS[name].base in text and MODELS[name].adapter in text
+        assert PUBLISHED[name].base in text and PUBLISHED[name].adapter in text
 
 
 def engine_config(model, **options):
@@ -356,7 +357,7 @@ def test_an_adapter_alone_is_refused_with_the_command(dream):
         engine_config(dream.adapter)
     assert str(dream.adapter) in str(error.value)
     with pytest.raises(names.UnknownModelError, match="vllm serve d2f-dream-7b"):
-        names.refuse_unservable(MODELS[NAME].adapter)
+        names.refuse_unservable(PUBLISHED[NAME].adapter)
     # As the tokenizer's folder of some other model it is none of our business.
     assert names.resolve(str(dream.adapter)) == str(dream.adapter)
 

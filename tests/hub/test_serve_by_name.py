@@ -13,7 +13,7 @@ from hub_standin import serve
 
 from benchmarks.parity import TIE
 from vllm_d2f.hub import cache
-from vllm_d2f.hub.registry import MODELS
+from vllm_d2f.models import PUBLISHED
 from vllm_d2f.reference import decode, hf_forward
 from vllm_d2f.settings import settings_from_dict
 
@@ -37,7 +37,7 @@ def expected(made, name: str, shift: bool) -> list[tuple[list[int], list[int]]]:
         frames = decode(
             hf_forward(made.model),
             prompt,
-            settings_from_dict(MODELS[name].d2f).params,
+            settings_from_dict(PUBLISHED[name].d2f).params,
             max_tokens=MAX_TOKENS,
             mask_id=vocab - 2,
             ends=(vocab - 1,),
@@ -56,8 +56,8 @@ def test_first_use_of_a_name(made_dream, tmp_path, cache_folder):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with serve() as hub, (tmp_path / "log").open("w+") as log:
-        hub.add(MODELS[name].base, made_dream.base)
-        hub.add(MODELS[name].adapter, made_dream.adapter)
+        hub.add(PUBLISHED[name].base, made_dream.base)
+        hub.add(PUBLISHED[name].adapter, made_dream.adapter)
         local = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
         process = subprocess.Popen(
             [
@@ -103,7 +103,7 @@ def test_prepared_from_folders(made_llada, cache_folder, monkeypatch):
     from vllm_d2f.hub.prepare import plan_of, prepare
 
     name = "d2f-llada-8b"
-    plan = plan_of(MODELS[name], str(made_llada.base), str(made_llada.adapter))
+    plan = plan_of(name, str(made_llada.base), str(made_llada.adapter))
     prepare(name, plan)
     llm = LLM(
         name,

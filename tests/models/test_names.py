@@ -7,7 +7,7 @@ import pytest
 
 from vllm_d2f.hub import names
 from vllm_d2f.hub.names import EMBEDDED, UnknownModelError, is_name, known_names, resolve
-from vllm_d2f.hub.registry import MODELS
+from vllm_d2f.models import PUBLISHED
 
 
 @pytest.fixture
@@ -64,10 +64,10 @@ def test_unknown(embedded):
         resolve("d2f-zzzzzzzzzzzz")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_name_is_ours_without_a_download(embedded, tmp_path, monkeypatch, name):
     monkeypatch.setenv("D2F_CACHE", str(tmp_path / "cache"))
-    assert is_name(name) and not is_name(MODELS[name].base)
+    assert is_name(name) and not is_name(PUBLISHED[name].base)
     assert not (tmp_path / "cache").exists()
 
 

@@ -54,9 +54,7 @@ def test_dream_layout_is_the_official_one(tmp_path):
     assert config["tokenizer_class"] == "DreamTokenizer"
     assert config["auto_map"] == {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
     assert not (tmp_path / "tokenizer.json").exists()
-    assert (
-        type(AutoTokenizer.from_pretrained(tmp_path)).__module__ == "vllm_d2f.models.tokenization"
-    )
+    assert type(AutoTokenizer.from_pretrained(tmp_path)).__module__ == "vllm_d2f.models.dream"
 
 
 def test_dream_tokenizer_survives_saving(tmp_path):

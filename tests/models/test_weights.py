@@ -5,25 +5,31 @@ The models run outside the engine: attention is replaced by a dense one with a g
 what is compared is the tensor names, the layers and the head.
 """
 
+import importlib
 import json
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import hf_twin, write_dream, write_llada
+from checkpoints import hf_twin, toy_family, write_adapted, write_dream, write_llada, write_toy
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 
 import vllm_d2f
-from vllm_d2f.models import ARCHITECTURES
+from vllm_d2f.models import FAMILIES
 
 # The start-up hook asks every checkpoint how it decodes.
 D2F = {"block_size": 8, "max_blocks": 4}
 WRITERS = {
     "DreamModel": partial(write_dream, d2f=D2F, tokenizer=False),
     "LLaDAModelLM": partial(write_llada, d2f=D2F, tokenizer=False),
+    "ToyQwen3ForCausalLM": partial(write_toy, d2f=D2F, tokenizer=False),
+    **{
+        f"D2F{stack}ForCausalLM": partial(write_adapted, stack=stack, d2f=D2F, tokenizer=False)
+        for stack in ("Llama", "Qwen2", "Qwen3")
+    },
 }
 PROMPT, BLOCK, LENGTH = 10, 8, 34
 
@@ -42,15 +48,21 @@ def one_rank(tmp_path_factory):
     vllm_d2f.register()
     vllm_d2f.register()  # safe to repeat
     if parallel_state.model_parallel_is_initialized():
-        yield
+        with toy_family():
+            yield
         return
     store = tmp_path_factory.mktemp("store") / "file"
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         parallel_state.initialize_model_parallel(1, 1)
-    yield
+    with toy_family():
+        yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
+
+
+def class_of(architecture: str) -> type:
+    return getattr(importlib.import_module("vllm_d2f.worker.model"), architecture)
 
 
 def load(path) -> SimpleNamespace:
@@ -115,7 +127,7 @@ def both_logits(path, ids, mask):
 
 @pytest.mark.parametrize("kind", ["block-causal", "full"])
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_logits_equal_transformers(tmp_path, architecture, shards, kind):
     path = WRITERS[architecture](tmp_path, shards=shards)
     assert len(list(tmp_path.glob("*.safetensors"))) == shards
@@ -127,21 +139,22 @@ def test_logits_equal_transformers(tmp_path, architecture, shards, kind):
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_tied_embeddings(tmp_path, architecture):
     path = WRITERS[architecture](tmp_path)
     weights = load_file(path / "model.safetensors")
-    head = "lm_head.weight" if architecture == "DreamModel" else "model.transformer.ff_out.weight"
+    olmo = architecture == "LLaDAModelLM"
+    head = "model.transformer.ff_out.weight" if olmo else "lm_head.weight"
     save_file({k: v for k, v in weights.items() if k != head}, path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())
-    config["tie_word_embeddings" if architecture == "DreamModel" else "weight_tying"] = True
+    config["weight_tying" if olmo else "tie_word_embeddings"] = True
     (path / "config.json").write_text(json.dumps(config))
     ids = torch.arange(LENGTH)
     ours, theirs = both_logits(path, ids, block_causal_mask())
     torch.testing.assert_close(ours, theirs, atol=3e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_missing_and_unknown_tensors_are_refused(tmp_path, architecture):
     path = WRITERS[architecture](tmp_path)
     weights = load_file(path / "model.safetensors")
@@ -155,7 +168,7 @@ def test_missing_and_unknown_tensors_are_refused(tmp_path, architecture):
         load(path)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WRITERS)
 def test_vllm_takes_it_for_a_text_generation_model(tmp_path, architecture):
     """A name that ends in "Model" is a pooling model to vLLM unless the class says otherwise."""
     path = WRITERS[architecture](tmp_path, hidden=8, layers=1)
@@ -163,6 +176,29 @@ def test_vllm_takes_it_for_a_text_generation_model(tmp_path, architecture):
     assert config.runner_type == "generate" and config.convert_type == "none"
     assert config.architecture == architecture
     assert config.get_hidden_size() == 8
+
+
+def test_every_family_has_a_class_that_is_made_once():
+    for architecture, family in FAMILIES.items():
+        cls = class_of(architecture)
+        assert cls is class_of(architecture) and cls.family is family
+        assert (cls.__name__, cls.__module__) == (architecture, "vllm_d2f.worker.model")
+    with pytest.raises(AttributeError, match="no attribute 'GPT2LMHeadModel'"):
+        class_of("GPT2LMHeadModel")
+
+
+def test_vllms_model_info_cache_takes_the_class(tmp_path, monkeypatch):
+    """vLLM looks at a class in a process of its own and keeps what it found under the file."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    registered = ModelRegistry.models["LLaDAModelLM"]
+    found = registered.inspect_model_cls()
+    assert found.architecture == "LLaDAModelLM" and found.is_text_generation_model
+    (file,) = (tmp_path / "modelinfos").iterdir()
+    assert file.name == "vllm_d2f-worker-model-LLaDAModelLM.json"
+    assert registered.inspect_model_cls().supports_pp == found.supports_pp  # from the file
+    assert registered.load_model_cls() is class_of("LLaDAModelLM")
 
 
 def test_batch_sharded_sampling_is_off(tmp_path):
@@ -185,9 +221,7 @@ def test_batch_sharded_sampling_is_off(tmp_path):
 )
 def test_llada_module_names(olmo, llama):
     """Quantization configs and LoRA adapters name modules, without the parameter."""
-    from vllm_d2f.models.llada import LLaDAForD2F
-
-    assert LLaDAForD2F.hf_to_vllm_mapper.get_rename_mapper().map_name(olmo) == llama
+    assert class_of("LLaDAModelLM").hf_to_vllm_mapper.get_rename_mapper().map_name(olmo) == llama
 
 
 @pytest.mark.parametrize(
@@ -208,10 +242,7 @@ def test_llada_module_names(olmo, llama):
 def test_published_adapter_names(architecture, tensor, module):
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    from vllm_d2f.models.dream import DreamForD2F
-    from vllm_d2f.models.llada import LLaDAForD2F
-
-    cls = DreamForD2F if architecture == "DreamModel" else LLaDAForD2F
+    cls = class_of(architecture)
     name, _ = parse_fine_tuned_lora_name(tensor, cls.hf_to_vllm_mapper.get_rename_mapper())
     assert name == module
     assert any(module.rsplit(".", 1)[1] in v for v in cls.packed_modules_mapping.values()) or (

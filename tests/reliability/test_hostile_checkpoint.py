@@ -82,7 +82,7 @@ def test_no_code_of_the_checkpoint_runs(dream, tmp_path, trust):
     for name in ("configuration_dream", "modeling_dream", "tokenization_dream"):
         (dream / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')\n")
     made = config(dream, trust_remote_code=trust).model_config
-    assert type(made.hf_config).__module__ == "vllm_d2f.models.configuration"
+    assert type(made.hf_config).__module__ == "vllm_d2f.models.dream"
     # As the engine and the server load it.
     tokenizer = get_tokenizer(made.tokenizer, trust_remote_code=made.trust_remote_code)
     assert tokenizer.encode("a pen")

@@ -28,7 +28,7 @@ from training.report import card
 from training.tokenizer import build_tokenizer
 from vllm_d2f.models import register_configs
 from vllm_d2f.models.hf import load_hf
-from vllm_d2f.models.olmo_names import to_llama, to_olmo
+from vllm_d2f.models.llada import FAMILY as LLADA
 
 SIZES = Sizes(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 NEW = ModelSection(sizes=SIZES)
@@ -186,14 +186,15 @@ def test_an_adapter_alone_has_the_official_names(base, tmp_path):
     name = f"base_model.model.model.{inner}{output}"
     a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
     plain = load(base, "eager").model.state_dict()
-    target = to_llama(f"model.{inner}{output}") + ".weight"
+    target = LLADA.to_stack(f"model.{inner}{output}") + ".weight"
     torch.testing.assert_close(plain[target] + 2.0 * b @ a, state[target], rtol=1e-5, atol=1e-6)
 
 
 def test_names_go_there_and_back():
     for name in ("lm_head.weight", "model.norm.weight", "model.layers.3.mlp.down_proj.weight"):
-        assert to_olmo(name) != name and to_llama(to_olmo(name)) == name
-    assert to_llama("model.transformer.ff_out.weight") == "lm_head.weight"
+        own = LLADA.to_checkpoint(name)
+        assert own != name and LLADA.to_stack(own) == name
+    assert LLADA.to_stack("model.transformer.ff_out.weight") == "lm_head.weight"
 
 
 def test_a_base_of_other_sizes_or_family_is_refused(base):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where merged models are kept, and how a folder appears there whole or not at all.
+"""Where merged models are kept. A folder appears there complete or not at all.
 
 A folder is written beside its place as `NAME.part-<pid>` and renamed when it is complete. Its
 record, written last, lists every file; a folder without one, or with a file missing or of another
-size, is never served. Nothing here imports torch or huggingface_hub: it runs at every start.
+size, is never served.
 """
 
 import errno
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.hub.errors import HubError
+from vllm_d2f.hub import HubError
 
 __all__ = ["RECORD", "State", "damaged_files", "folder_of", "inspect", "is_part", "locked", "root"]
 __all__ += ["remove_folder", "remove_parts", "write_whole"]
@@ -63,7 +63,7 @@ def folder_of(name: str) -> Path:
 
 
 def is_part(folder: Path) -> bool:
-    """Whether this is a folder that was never completed."""
+    """Whether the folder was never completed."""
     return _PART.fullmatch(folder.name) is not None
 
 
@@ -73,7 +73,7 @@ def inspect(folder: Path) -> State:
         if os.path.lexists(folder):
             return State("damaged", reason=f"{folder} is not a folder")
         return State("absent")
-    size = _size(folder)
+    size = size_of(folder)
     path = folder / RECORD
     try:
         if path.stat().st_size > _MAX_RECORD:
@@ -116,7 +116,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, announce: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock of a place: one process prepares it, others wait. A killed one lets go."""
+    """Hold the lock of a place: one process prepares it, others wait. It ends with its process."""
     from filelock import FileLock, Timeout
 
     try:
@@ -153,7 +153,7 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     try:
         part.mkdir(parents=True)
         record = write(part)
-        _write_synced(part / RECORD, json.dumps(record | {"format": FORMAT}, indent=2) + "\n")
+        write_json(part / RECORD, record | {"format": FORMAT})
         _sync_folder(part)
         if os.path.lexists(folder):
             remove_folder(folder)
@@ -172,16 +172,19 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object, and wait until it is on the disk."""
-    _write_synced(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, and wait until it is on the disk."""
-    _write_synced(path, text)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no half of it stands in its place at any moment."""
+    """Rename a folder, then delete it, so that no part of it stands in its place at any moment."""
     gone = folder.with_name(f"{folder.name}.part-{os.getpid()}0")
     os.rename(folder, gone)
     if gone.is_dir() and not gone.is_symlink():
@@ -198,7 +201,7 @@ def remove_parts(folder: Path) -> int:
     """
     freed = 0
     for path in parts_of(folder):
-        freed += _size(path)
+        freed += size_of(path)
         shutil.rmtree(path, ignore_errors=True)
     return freed
 
@@ -212,15 +215,9 @@ def parts_of(folder: Path) -> list[Path]:
     return sorted(path for path in found if is_part(path))
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

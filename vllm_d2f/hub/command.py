@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.hub import cache
-from vllm_d2f.hub.errors import HubError
-from vllm_d2f.hub.registry import MODELS
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from vllm_d2f.hub import HubError, cache
+from vllm_d2f.hub.names import EMBEDDED, resolve_embedded
+from vllm_d2f.hub.prepare import MergePlan, merge, plan_of, prepare
+from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
 
 __all__ = ["add_commands", "overview"]
 
@@ -18,7 +22,7 @@ models:
   models [--check] [--json]                list models by name, with state and size
   prepare NAME                             download and merge, so that serving starts at once
   prepare NAME --base DIR --adapter DIR    the same from folders, without a network
-  merge --base DIR --adapter DIR --out DIR merge any D2F adapter into any Dream or LLaDA base
+  merge --base DIR --adapter DIR --out DIR merge any D2F adapter into a base of its family
   rm NAME [--downloads]                    free the space that a name takes
 """
 
@@ -30,25 +34,27 @@ def add_commands(subparsers: Any) -> None:
     models.add_argument("--json", action="store_true", help="print JSON")
     models.set_defaults(run=_models)
 
-    prepare = subparsers.add_parser("prepare", help="download and merge a model by name")
-    prepare.add_argument("name", choices=list(MODELS), metavar="NAME", help=", ".join(MODELS))
-    _add_sources(prepare, required=False)
-    prepare.set_defaults(run=_prepare)
+    preparing = subparsers.add_parser("prepare", help="download and merge a model by name")
+    preparing.add_argument(
+        "name", choices=list(PUBLISHED), metavar="NAME", help=", ".join(PUBLISHED)
+    )
+    _add_sources(preparing, required=False)
+    preparing.set_defaults(run=_prepare)
 
-    merge = subparsers.add_parser("merge", help="merge a D2F adapter into its base")
-    _add_sources(merge, required=True)
-    merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    merge.add_argument(
+    merging = subparsers.add_parser("merge", help="merge a D2F adapter into its base")
+    _add_sources(merging, required=True)
+    merging.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    merging.add_argument(
         "--d2f",
         type=_json_object,
         metavar="JSON",
-        help='how the model decodes, for example \'{"preset": "dream-gsm8k"}\'; without it the '
-        "server is told with --additional-config",
+        help=f'how the model decodes, for example \'{{"preset": "{next(iter(PRESETS))}"}}\'; '
+        "without it the server is told with --additional-config",
     )
-    merge.set_defaults(run=_merge)
+    merging.set_defaults(run=_merge)
 
     remove = subparsers.add_parser("rm", help="free the space that a model takes")
-    remove.add_argument("name", metavar="NAME", help=", ".join(MODELS))
+    remove.add_argument("name", metavar="NAME", help=", ".join(PUBLISHED))
     remove.add_argument(
         "--downloads",
         action="store_true",
@@ -79,26 +85,23 @@ def _add_sources(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def overview() -> list[dict[str, Any]]:
     """Every model by name: what it is, its state, its size in bytes, where it is from."""
-    from vllm_d2f.hub.names import EMBEDDED, resolve_embedded
-
     rows: list[dict[str, Any]] = []
     for name, about in EMBEDDED.items():
         folder = resolve_embedded(name)
         size = sum(file.stat().st_size for file in folder.iterdir())
         rows.append(dict(name=name, state="embedded", size=size, about=about, folder=str(folder)))
-    for name, entry in MODELS.items():
-        folder = cache.folder_of(name)
+    for family, name in ((f, name) for f in FAMILIES.values() for name in f.published):
+        published, folder = family.published[name], cache.folder_of(name)
         state = cache.inspect(folder)
-        row: dict[str, Any] = dict(name=name, state=state.kind, size=state.size, about=entry.about)
-        row |= dict(folder=str(folder), presets=list(entry.presets))
-        row |= dict(base=entry.base, adapter=entry.adapter)
+        row: dict[str, Any] = dict(name=name, state=state.kind, size=state.size)
+        row |= dict(about=published.about, folder=str(folder), presets=family.preset_names)
+        row |= dict(base=published.base, adapter=published.adapter)
         if state.kind == "ready":
-            row["state"] = "ready"
             row |= {what: state.record[what]["source"] for what in ("base", "adapter")}
             row |= {f"{w}_revision": state.record[w]["revision"] for w in ("base", "adapter")}
         elif state.kind == "damaged":
             row["reason"] = state.reason
-        row["unfinished"] = sum(_size(part) for part in cache.parts_of(folder))
+        row["unfinished"] = sum(map(cache.size_of, cache.parts_of(folder)))
         rows.append(row)
     return rows
 
@@ -108,10 +111,11 @@ def _models(args: argparse.Namespace) -> int:
     downloads = _downloads()
     status = 0
     for row in rows:
-        if row["name"] not in MODELS:
+        if row["name"] not in PUBLISHED:
             continue
-        entry = MODELS[row["name"]]
-        row["downloads"] = sum(downloads.get(repo, 0) for repo in (entry.base, entry.adapter))
+        published = PUBLISHED[row["name"]]
+        repositories = (published.base, published.adapter)
+        row["downloads"] = sum(downloads.get(repository, 0) for repository in repositories)
         if args.check and row["state"] == "ready":
             folder = cache.folder_of(row["name"])
             if bad := cache.damaged_files(folder, cache.inspect(folder)):
@@ -138,16 +142,16 @@ def _models(args: argparse.Namespace) -> int:
             if row.get(key):
                 print(f"{'':<14}{human(row[key])} {text}")
         if row["state"] == "absent":
-            print(f"{'':<14}needs about {2 * MODELS[row['name']].gigabytes:.0f} GB of disk space")
+            print(
+                f"{'':<14}needs about {2 * PUBLISHED[row['name']].gigabytes:.0f} GB of disk space"
+            )
     print(f"\nmerged models are in {cache.root()} (D2F_CACHE, HF_HOME)")
     return status
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from vllm_d2f.hub.prepare import plan_of, prepare
-
     plan = plan_of(
-        MODELS[args.name],
+        args.name,
         args.base,
         args.adapter,
         args.base_revision,
@@ -160,9 +164,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from vllm_d2f.hub.prepare import Plan, merge
-
-    plan = Plan(
+    plan = MergePlan(
         base=args.base,
         adapter=args.adapter,
         base_revision=args.base_revision,
@@ -176,24 +178,22 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from vllm_d2f.hub.names import EMBEDDED
-
     if args.name in EMBEDDED:
         raise HubError(f"{args.name} ships with the package; there is nothing to free")
-    if args.name not in MODELS:
-        raise HubError(f"unknown model name {args.name!r:.80}; known are {', '.join(MODELS)}")
+    if args.name not in PUBLISHED:
+        raise HubError(f"unknown model name {args.name!r:.80}; known are {', '.join(PUBLISHED)}")
     folder = cache.folder_of(args.name)
     with cache.locked(folder, lambda message: print(message, file=sys.stderr)):
         freed = cache.inspect(folder).size
         freed += cache.remove_parts(folder)
         if folder.is_dir():
             cache.remove_folder(folder)
-    entry = MODELS[args.name]
+    repositories = [PUBLISHED[args.name].base, PUBLISHED[args.name].adapter]
     if args.downloads:
-        freed += _remove_downloads([entry.base, entry.adapter])
+        freed += _remove_downloads(repositories)
     print(f"freed {human(freed)}")
     if not args.downloads and (kept := _downloads()):
-        held = sum(kept.get(repo, 0) for repo in (entry.base, entry.adapter))
+        held = sum(kept.get(repository, 0) for repository in repositories)
         if held:
             print(f"{human(held)} of downloads are still in the Hub's cache: add --downloads")
     return 0
@@ -201,22 +201,12 @@ def _remove(args: argparse.Namespace) -> int:
 
 def _downloads() -> dict[str, int]:
     """Repository -> bytes in the Hub's cache."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        return {repo.repo_id: repo.size_on_disk for repo in scan_cache_dir().repos}
-    except CacheNotFound:
-        return {}
+    found = _scanned()
+    return {repo.repo_id: repo.size_on_disk for repo in found.repos} if found else {}
 
 
 def _remove_downloads(repositories: list[str]) -> int:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        found = scan_cache_dir()
-    except CacheNotFound:
+    if not (found := _scanned()):
         return 0
     commits = [
         revision.commit_hash
@@ -229,16 +219,20 @@ def _remove_downloads(repositories: list[str]) -> int:
     return strategy.expected_freed_size
 
 
+def _scanned() -> Any:
+    """What is in the Hub's cache; None without one."""
+    try:
+        return scan_cache_dir()
+    except CacheNotFound:
+        return None
+
+
 def human(size: int) -> str:
-    """A size in bytes for people."""
+    """A size in bytes, in the unit that fits."""
     for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= divisor:
             return f"{size / divisor:.1f} {unit}"
     return f"{size} B" if size else ""
-
-
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
 def _json_object(text: str) -> dict[str, Any]:

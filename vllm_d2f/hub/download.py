@@ -15,14 +15,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_d2f.hub.errors import HubError
-from vllm_d2f.hub.folder import refuse_pickle, shard_names
+from vllm_d2f.hub import HubError
+from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
 
 __all__ = ["Source", "Unreachable", "check_space", "fetch_adapter", "fetch_base", "local"]
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,13 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-BASE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "README.md",
-    *TOKENIZER_FILES,
-)
+BASE_FILES = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
 SPARE = 64 << 20
 
 _PIECE = 4 << 20
@@ -91,9 +85,9 @@ def fetch_adapter(repository: str, revision: str | None) -> Source:
 def fetch_base(repository: str, revision: str | None) -> Source:
     """Download a base's small files; `fetch_weights` gets the rest once they have been checked."""
     source = _fetch(repository, revision, BASE_FILES)
-    if not (source.folder / "model.safetensors.index.json").exists():
+    if not (source.folder / INDEX).exists():
         names = _listed(source)
-        if names is not None and "model.safetensors" not in names:
+        if names is not None and SINGLE not in names:
             refuse_pickle(source.folder, "model", names)
             raise HubError(f"{repository}: holds no safetensors weights")
     return source
@@ -105,10 +99,7 @@ def fetch_weights(source: Source, target: Path) -> None:
     Args:
         target: where as many bytes again will be written; both must fit on the disk.
     """
-    if (source.folder / "model.safetensors.index.json").exists():
-        names = shard_names(source.folder)
-    else:
-        names = ["model.safetensors"]
+    names = shard_names(source.folder) if (source.folder / INDEX).exists() else [SINGLE]
     _check_download_space(source, names, target)
     _fetch(source.origin, source.revision, names)
     missing = [name for name in names if not (source.folder / name).exists()]
@@ -164,9 +155,8 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_exactly(names))
-        )
+        # The names hold no wildcards: `checkpoint.index_of` refuses others.
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
     except HFValidationError as error:
         raise HubError(f"{repository!r:.100}: neither a folder nor a Hub id ({error})") from None
     except RevisionNotFoundError:
@@ -184,27 +174,22 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
         raise Unreachable(
             f"{repository}{at} is not in the cache, and {_why_offline(error)}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not _is_network(error):
+    except Exception as error:
+        # Beside huggingface_hub's errors those of its HTTP client, which are not its interface.
+        client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
+        if not client and not isinstance(error, (HfHubHTTPError, OSError)):
+            raise
+        network = (HfHubHTTPError, ConnectionError, TimeoutError)
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, network)
+        ):
             raise HubError(f"{repository}: cannot be written to the cache ({error})") from error
         raise Unreachable(
             f"{repository}{at}: the download was interrupted ({_first_line(error)}); run the same "
             "command again, finished files are kept"
         ) from error
-    except Exception as error:
-        # The HTTP client's own errors, which are not part of huggingface_hub's interface.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
-            raise
-        raise Unreachable(
-            f"{repository}{at}: the download was interrupted ({_first_line(error)}); run the same "
-            "command again, finished files are kept"
-        ) from error
-
-
-def _is_network(error: OSError) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(error, (HfHubHTTPError, ConnectionError, TimeoutError))
 
 
 def _why_offline(error: BaseException) -> str:
@@ -218,11 +203,6 @@ def _why_offline(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]:.200}" if text else type(error).__name__
-
-
-def _exactly(names: Iterable[str]) -> list[str]:
-    """Patterns that match these files and no others."""
-    return [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
 
 
 def _listed(source: Source) -> list[str] | None:
@@ -241,10 +221,7 @@ def _check_download_space(source: Source, names: Sequence[str], target: Path) ->
 
     try:
         plan = snapshot_download(
-            source.origin,
-            revision=source.revision,
-            allow_patterns=_exactly(names),
-            dry_run=True,
+            source.origin, revision=source.revision, allow_patterns=list(names), dry_run=True
         )
     except (DryRunError, OSError):
         return  # no connection: what is in the cache is used, or `_snapshot` says what is missing

@@ -1,27 +1,254 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge an adapter into a base, file by file, in memory for a few matrices.
+"""Merging a PEFT LoRA adapter into its base, file by file, in the memory of a few matrices.
 
 A merged file has the header of its base file, since names, types and shapes stay. What the adapter
 does not touch is copied in pieces; a tensor that it touches is summed in float32 and rounded once.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from vllm_d2f.hub.adapter import Adapter, Pair, check_shapes, delta, match
-from vllm_d2f.hub.errors import HubError
-from vllm_d2f.hub.folder import Checkpoint, Shard
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from vllm_d2f.hub import HubError
+from vllm_d2f.hub.checkpoint import (
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    plain_file,
+    read_header,
+    read_json,
+    refuse_pickle,
+)
 
-__all__ = ["Written", "merge_weights"]
+__all__ = ["Adapter", "Pair", "Written", "match", "merge_weights", "read_adapter"]
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MAX_RANK = 4096
 PIECE = 4 << 20
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+# Entries of adapter_config.json that this merge follows, and those that only concern training.
+# Any other entry must be off (null, false, 0, empty), so that a kind of adapter that was invented
+# later is refused instead of merged wrongly.
+_FOLLOWED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
+_FOLLOWED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_TRAINING = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+_TRAINING |= {"lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size"}
+_TRAINING |= {"peft_version", "eva_config"}
+# Initialisations that leave the base as it is; the others store a difference to a changed base.
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """W += scaling * B @ A, for one module. Shapes: A (rank, inputs), B (outputs, rank)."""
+
+    module: str
+    key_a: str
+    key_b: str
+    info_a: TensorInfo
+    info_b: TensorInfo
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A readable adapter: its config and a pair for each module it changes."""
+
+    folder: Path
+    config: dict[str, Any]
+    shard: Shard
+    pairs: dict[str, Pair]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read and check an adapter in PEFT's layout; only its header is read.
+
+    Raises:
+        HubError: names the entry or tensor that cannot be merged.
+    """
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such folder")
+    if not (folder / CONFIG).exists():
+        raise HubError(f"{folder}: no {CONFIG}; is it a PEFT adapter's folder?")
+    config = read_json(plain_file(folder, CONFIG))
+    _check_config(folder / CONFIG, config)
+    if not (folder / WEIGHTS).exists():
+        refuse_pickle(folder, "adapter")
+    shard = read_header(plain_file(folder, WEIGHTS))
+    sides: dict[str, dict[str, str]] = {}
+    for key in shard.tensors:
+        found = _KEY.fullmatch(key.removeprefix(_PREFIX))
+        if found is None or not key.startswith(_PREFIX):
+            raise HubError(
+                f"{shard.path}: {key!r:.150} is not a LoRA tensor "
+                f"({_PREFIX}MODULE.lora_A.weight or lora_B); this kind of adapter is not supported"
+            )
+        sides.setdefault(found["module"], {})[found["side"]] = key
+    if not sides:
+        raise HubError(f"{shard.path}: holds no tensors")
+    pairs = {module: _pair(shard, config, module, keys) for module, keys in sides.items()}
+    return Adapter(folder, config, shard, pairs)
+
+
+def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
+    """Base tensor -> the pair added to it.
+
+    Args:
+        base: names of the base's tensors.
+
+    Raises:
+        HubError: a module or target without a tensor in the base, or a target without a pair.
+    """
+    modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
+    for module in adapter.pairs:
+        if module not in modules:
+            raise HubError(
+                f"{adapter.folder}: adds to {module}, which the base does not have. The adapter "
+                f"belongs to another model; the base has for example {min(modules, default='none')}"
+            )
+    for target in _targets(adapter.config):
+        wanted = sorted(m for m in modules if m == target or m.endswith(f".{target}"))
+        if not wanted:
+            raise HubError(
+                f"{adapter.folder / CONFIG}: target_modules names {target!r:.100}, which matches "
+                "no tensor of the base"
+            )
+        some_layers = adapter.config.get("layers_to_transform") is not None
+        some_layers = some_layers or bool(adapter.config.get("exclude_modules"))
+        missing = [module for module in wanted if module not in adapter.pairs]
+        # A head may be called like a module of the layers, so outside the layers one may miss.
+        in_layers = [module for module in missing if re.search(r"\.\d+\.", module)]
+        if len(missing) == len(wanted) or (in_layers and not some_layers):
+            raise HubError(
+                f"{adapter.folder}: target_modules names {target}, but there is no lora_A and "
+                f"lora_B for {(in_layers or missing)[0]}; the adapter is incomplete"
+            )
+    return {f"{module}.weight": pair for module, pair in adapter.pairs.items()}
+
+
+def check_shapes(matched: Mapping[str, Pair], base: Mapping[str, TensorInfo]) -> None:
+    """Refuse a pair whose product has not the shape of its base tensor."""
+    for name, pair in matched.items():
+        product = (pair.info_b.shape[0], pair.info_a.shape[1])
+        if base[name].shape != product:
+            raise HubError(
+                f"{pair.module}: the adapter adds a matrix of shape {product} to a base tensor of "
+                f"shape {base[name].shape}; the adapter belongs to a model of another size"
+            )
+        if base[name].dtype not in ("F32", "BF16", "F16"):
+            raise HubError(
+                f"{name}: stored as {base[name].dtype}. Merge into the base in bfloat16 or float32 "
+                "and quantize the result, for example with --quantization when serving"
+            )
+
+
+def delta(pair: Pair, weights: Any) -> Tensor:
+    """scaling * B @ A in float32, shape (outputs, inputs).
+
+    Args:
+        weights: the adapter's file, opened with `safetensors.safe_open(..., framework="pt")`.
+
+    Raises:
+        HubError: the adapter holds infinities or NaN.
+    """
+    a_RI = weights.get_tensor(pair.key_a).float()
+    b_OR = weights.get_tensor(pair.key_b).float()
+    if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
+        raise HubError(f"{pair.module}: the adapter holds infinite or undefined values")
+    return (b_OR @ a_RI).mul_(pair.scaling)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    def refuse(name: str, why: str) -> None:
+        raise HubError(f"{path}: {name} = {config.get(name)!r:.100} cannot be merged: {why}")
+
+    if config.get("peft_type") != "LORA":
+        refuse("peft_type", "only LORA adapters are supported")
+    rank = config.get("r")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        refuse("r", f"must be an integer from 1 to {MAX_RANK}")
+    if not _is_number(config.get("lora_alpha")):
+        refuse("lora_alpha", "must be a finite number")
+    for name, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        pattern = config.get(name)
+        if pattern and not (isinstance(pattern, dict) and all(map(good, pattern.values()))):
+            refuse(name, "must map module names to numbers")
+    if not isinstance(config.get("use_rslora", False), bool):
+        refuse("use_rslora", "must be true or false")
+    if config.get("bias", "none") != "none":
+        refuse("bias", "only 'none' is supported; the adapter changes biases too")
+    if not any(
+        config.get("init_lora_weights", True) is value for value in (True, False, None)
+    ) and (config.get("init_lora_weights") not in _PLAIN_INIT):
+        refuse("init_lora_weights", "it stores a difference to a base that was changed in training")
+    for name, value in config.items():
+        if name not in _FOLLOWED | _TRAINING and value:
+            refuse(name, "plain LoRA only; merge this adapter with the peft that wrote it")
+
+
+def _pair(shard: Shard, config: Mapping[str, Any], module: str, keys: Mapping[str, str]) -> Pair:
+    for side in "AB":
+        if side not in keys:
+            raise HubError(f"{shard.path}: {module} has no lora_{side}; the adapter is incomplete")
+    info_a, info_b = shard.tensors[keys["A"]], shard.tensors[keys["B"]]
+    rank = _pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    if len(info_a.shape) != 2 or len(info_b.shape) != 2:
+        raise HubError(f"{shard.path}: {module}: only linear layers are supported")
+    if info_a.shape[0] != rank or info_b.shape[1] != rank:
+        raise HubError(
+            f"{shard.path}: {module} has lora_A {info_a.shape} and lora_B {info_b.shape}, but "
+            f"{CONFIG} says rank {rank}"
+        )
+    for info in (info_a, info_b):
+        if info.dtype not in ("F32", "BF16", "F16"):
+            raise HubError(f"{shard.path}: {module} is stored as {info.dtype}, not as floats")
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Pair(module, keys["A"], keys["B"], info_a, info_b, scaling)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    for pattern, value in (patterns or {}).items():
+        # In PEFT a pattern is a regular expression. Here, from a stranger, it may hold nothing
+        # that can take exponential time.
+        if len(pattern) > 200 or re.search(r"[+*{(?]", pattern.replace(".*", "", 1)):
+            raise HubError(f"{CONFIG}: the pattern {pattern!r:.100} is not supported")
+        try:
+            hit = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise HubError(f"{CONFIG}: bad pattern {pattern!r:.100} ({error})") from None
+        if hit:
+            return value
+    return default
+
+
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    """Module names that are listed; a regular expression, or "all-linear", lists none."""
+    targets = config.get("target_modules")
+    return [str(target) for target in targets] if isinstance(targets, list) else []
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +279,6 @@ def merge_weights(
         HubError: the adapter does not fit the base, or a sum leaves the range of its type.
         OSError: the disk is full.
     """
-    from safetensors import safe_open
-
     tensors = base.tensors
     matched = match(adapter, tensors)
     check_shapes(matched, tensors)
@@ -100,8 +325,6 @@ def _add(
     raw: bytearray, dtype: str, shape: tuple[int, ...], pair: Pair, weights: Any
 ) -> memoryview:
     """The bytes of a base tensor plus its pair's product."""
-    import torch
-
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
     base_OI = torch.frombuffer(raw, dtype=stored).view(shape)
     sum_OI: Tensor = delta(pair, weights).add_(base_OI).to(stored)

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from vllm_d2f.hub.cache import is_part
-from vllm_d2f.hub.registry import MODELS
+from vllm_d2f.models import PUBLISHED
 
 __all__ = ["EMBEDDED", "UnknownModelError", "is_name", "known_names", "refuse_unservable"]
 __all__ += ["resolve"]
@@ -23,16 +23,14 @@ EMBEDDED: dict[str, str] = {
     "dream-tiny": "its diffusion teacher, before distillation",
 }
 
-_PREFIXES = ("d2f-", "ar-", "dream-")
-
 
 class UnknownModelError(ValueError):
-    """A name of this package's kind that stands for nothing servable."""
+    """A name like those of this package that no model can be served under."""
 
 
 def known_names() -> list[str]:
     """Every name that `resolve` turns into a folder."""
-    return [*EMBEDDED, *MODELS]
+    return [*EMBEDDED, *PUBLISHED]
 
 
 def is_name(name: str) -> bool:
@@ -44,13 +42,14 @@ def is_name(name: str) -> bool:
     Raises:
         UnknownModelError: the name looks like one of ours but is none.
     """
-    if not isinstance(name, str) or not name.startswith(_PREFIXES) or "/" in name:
+    known = known_names()
+    beginnings = tuple({f"{own.partition('-')[0]}-" for own in known})
+    if not isinstance(name, str) or not name.startswith(beginnings) or "/" in name:
         return False
     if os.sep in name or os.path.exists(name):
         return False
-    if name in EMBEDDED or name in MODELS:
+    if name in known:
         return True
-    known = known_names()
     close = difflib.get_close_matches(name, known, n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise UnknownModelError(
@@ -94,8 +93,8 @@ def refuse_unservable(name: str) -> None:
     Raises:
         UnknownModelError: with what to do.
     """
-    for ours, entry in MODELS.items():
-        if name.lower() == entry.adapter.lower() and not os.path.exists(name):
+    for ours, published in PUBLISHED.items():
+        if name.lower() == published.adapter.lower() and not os.path.exists(name):
             raise UnknownModelError(
                 f"{name} is an adapter. Serve it merged into its base: vllm serve {ours}"
             )

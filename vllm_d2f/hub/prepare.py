@@ -2,6 +2,7 @@
 """From a name, or a base and an adapter, to a merged folder that vLLM serves."""
 
 import logging
+import re
 import shutil
 import sys
 import time
@@ -9,19 +10,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_d2f.hub import cache
-from vllm_d2f.hub.errors import HubError
-from vllm_d2f.hub.registry import MODELS, Entry
+from huggingface_hub.utils import tqdm
 
-__all__ = ["Plan", "ensure", "merge", "prepare"]
+from vllm_d2f.hub import HubError, cache, download
+from vllm_d2f.hub.checkpoint import INDEX, index_of, open_checkpoint, plain_file, read_json
+from vllm_d2f.hub.download import Unreachable, local
+from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
+from vllm_d2f.models import FAMILIES, PUBLISHED
+from vllm_d2f.settings import settings_from_dict
+
+__all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
+OVERRIDE = "--allow-other-base"
+
+_VARIANTS = {"base": "base", "instruct": "instruct", "chat": "instruct"}
+
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MergePlan:
     """What to merge, and how the result decodes.
 
     Attributes:
@@ -30,7 +40,7 @@ class Plan:
         architecture: the base must have this one; None: any that D2F serves.
         variant: "base" or "instruct": the base must be this one; None: what the adapter says.
         d2f: the `d2f` section of the merged config.json; None keeps the base's.
-        context: see `Entry.context`.
+        context: see `Published.context`.
         check_variant: False trusts the user that base and adapter belong together.
     """
 
@@ -46,29 +56,31 @@ class Plan:
 
 
 def plan_of(
-    entry: Entry,
+    name: str,
     base: str | None = None,
     adapter: str | None = None,
     base_revision: str | None = None,
     adapter_revision: str | None = None,
     check_variant: bool = True,
-) -> Plan:
-    """The plan of a registered model, with other sources where they are given."""
-    return Plan(
-        base=base or entry.base,
-        adapter=adapter or entry.adapter,
-        base_revision=base_revision or (None if base else entry.base_revision),
-        adapter_revision=adapter_revision or (None if adapter else entry.adapter_revision),
-        architecture=entry.architecture,
-        variant=entry.variant,
-        d2f=entry.d2f,
-        context=entry.context,
+) -> MergePlan:
+    """The plan of the published model `name`, with other sources where they are given."""
+    published = PUBLISHED[name]
+    (family,) = (family for family in FAMILIES.values() if name in family.published)
+    return MergePlan(
+        base=base or published.base,
+        adapter=adapter or published.adapter,
+        base_revision=base_revision or (None if base else published.base_revision),
+        adapter_revision=adapter_revision or (None if adapter else published.adapter_revision),
+        architecture=family.architecture,
+        variant=published.variant,
+        d2f=published.d2f,
+        context=published.context,
         check_variant=check_variant,
     )
 
 
 def ensure(name: str) -> Path:
-    """The folder of a registered model, prepared now if this is its first use.
+    """The folder of a published model, prepared now if this is its first use.
 
     Raises:
         HubError: it cannot be prepared, or what is in its place is damaged.
@@ -78,15 +90,15 @@ def ensure(name: str) -> Path:
     if state.kind == "ready":
         return folder
     _refuse_damaged(name, folder, state)
-    entry = MODELS[name]
+    published = PUBLISHED[name]
     _say(
-        f"{name}: first use. Downloading {entry.base} and {entry.adapter} "
-        f"({entry.gigabytes:.0f} GB) and merging them into {folder}"
+        f"{name}: first use. Downloading {published.base} and {published.adapter} "
+        f"({published.gigabytes:.0f} GB) and merging them into {folder}"
     )
-    return prepare(name, plan_of(entry))
+    return prepare(name, plan_of(name))
 
 
-def prepare(name: str, plan: Plan, force: bool = False) -> Path:
+def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
     """Download and merge what `plan` says into the place of `name`.
 
     A model that is ready stays as it is, if it was made from the same sources.
@@ -112,7 +124,7 @@ def prepare(name: str, plan: Plan, force: bool = False) -> Path:
     return folder
 
 
-def merge(folder: Path, plan: Plan, force: bool = False) -> Path:
+def merge(folder: Path, plan: MergePlan, force: bool = False) -> Path:
     """Merge any base and adapter into a folder of the user's choice.
 
     Raises:
@@ -130,41 +142,31 @@ def merge(folder: Path, plan: Plan, force: bool = False) -> Path:
     return folder
 
 
-def _merge(folder: Path, plan: Plan, name: str) -> None:
-    from vllm_d2f.hub import adapter as adapters
-    from vllm_d2f.hub import download
-    from vllm_d2f.hub import folder as folders
-    from vllm_d2f.hub.merge import merge_weights
-
+def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     if plan.d2f is not None:
-        from vllm_d2f.settings import settings_from_dict
-
         try:
             settings_from_dict(plan.d2f)
         except ValueError as error:
             raise HubError(str(error)) from None
 
     adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter", download.fetch_adapter)
-    adapter = adapters.read_adapter(adapter_source.folder)
+    adapter = read_adapter(adapter_source.folder)
     base_source = _source(plan.base, plan.base_revision, "base", download.fetch_base)
-    config_file = folders.plain_file(base_source.folder, "config.json")
-    if not config_file.exists():
-        raise HubError(f"{plan.base}: holds no config.json")
-    config = folders.read_json(config_file)
+    config = read_json(plain_file(base_source.folder, "config.json"))
     # What can be refused is refused before the weights are downloaded.
     _check_architecture(plan, config)
     evidence = _check_variant(plan, adapter_source, adapter.config, base_source, config)
-    index = folders.index_of(base_source.folder)
+    index = index_of(base_source.folder)
     if index is not None:
-        adapters.match(adapter, index)
+        match(adapter, index)
     if base_source.revision is not None and not Path(plan.base).expanduser().is_dir():
         download.fetch_weights(base_source, folder.parent)
 
-    base = folders.open_checkpoint(base_source.folder)
+    base = open_checkpoint(base_source.folder)
     download.check_space(folder.parent, base.size, "the merged model")
 
     def write(part: Path) -> dict[str, Any]:
-        with _progress(name, base.size) as bar:
+        with tqdm(total=base.size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
             written = merge_weights(base, adapter, part, bar.update)
         files = {file: {"size": w.size, "sha256": w.sha256} for file, w in written.items()}
         _write_small_files(base_source.folder, part)
@@ -188,7 +190,7 @@ def _merge(folder: Path, plan: Plan, name: str) -> None:
                 "revision": adapter_source.revision,
                 "sha256": cache.sha256_of(adapter.shard.path),
             },
-            "base_or_instruct": [f"{e.where}: {e.text}" for e in evidence],
+            "base_or_instruct": [f"{item.where}: {item.text}" for item in evidence],
             "merged_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {name: version(name) for name in ("vllm-d2f", "torch", "safetensors")},
             "files": dict(sorted(files.items())),
@@ -199,8 +201,6 @@ def _merge(folder: Path, plan: Plan, name: str) -> None:
 
 def _source(given: str, revision: str | None, what: str, fetch: Callable[..., Any]) -> Any:
     """A folder if there is one of that name, else a Hub id."""
-    from vllm_d2f.hub.download import local
-
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -213,12 +213,10 @@ def _source(given: str, revision: str | None, what: str, fetch: Callable[..., An
     return fetch(given, revision)
 
 
-def _check_architecture(plan: Plan, config: Mapping[str, Any]) -> None:
-    from vllm_d2f.models import ARCHITECTURES
-
+def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
     listed = config.get("architectures")
     found = listed[0] if isinstance(listed, list) and listed else None
-    allowed = [plan.architecture] if plan.architecture else list(ARCHITECTURES)
+    allowed = [plan.architecture] if plan.architecture else list(FAMILIES)
     if found not in allowed:
         raise HubError(
             f"{plan.base}: config.json says architecture {found!r:.80}, expected "
@@ -226,24 +224,65 @@ def _check_architecture(plan: Plan, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_variant(
-    plan: Plan, adapter_source: Any, adapter_config: Any, base_source: Any, config: Any
-) -> list[Any]:
-    """Refuse Base for Instruct and the other way round; return what spoke for the base."""
-    from vllm_d2f.hub import provenance
+class _Evidence(NamedTuple):
+    """A name that says which variant a folder is, or was trained on."""
 
-    of_base = provenance.of_base(base_source.folder, base_source.origin, config)
+    where: str
+    text: str
+    variant: str
+
+
+def variant_of(name: str) -> str | None:
+    """ "base" or "instruct", from a model's name or path; None if it does not say.
+
+    Only the last part of a path counts, or the repository in a path of the Hub's cache, and only
+    if it names a family: a folder that is just called `base` says nothing.
+    """
+    cached = re.search(r"models--([^/\\]+)", name)
+    last = cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    words = re.split(r"[^a-z0-9]+", last.lower())
+    families = {known for family in FAMILIES.values() for known in (family.name, *family.aliases)}
+    if not any(family in word for family in families for word in words):
+        return None
+    found = {_VARIANTS[word] for word in words if word in _VARIANTS}
+    return found.pop() if len(found) == 1 else None
+
+
+def _evidence(names: Mapping[str, Any]) -> list[_Evidence]:
+    """Those of the names, by where they stand, that tell a variant."""
+    texts = {where: str(text or "") for where, text in names.items()}
+    return [
+        _Evidence(w, text, variant) for w, text in texts.items() if (variant := variant_of(text))
+    ]
+
+
+def _check_variant(
+    plan: MergePlan, adapter_source: Any, adapter_config: Any, base_source: Any, config: Any
+) -> list[_Evidence]:
+    """Refuse Base for Instruct and the other way round; return what spoke for the base.
+
+    Both checkpoints of a family have the same tensors, so the wrong one merges without an error and
+    answers much worse. What tells them apart is their names.
+    """
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_source.origin) is not None
+    where = "its name on the Hub" if on_hub else "the folder's name"
+    of_base = _evidence({where: base_source.origin})
+    if not (on_hub and of_base):  # a Hub id that tells decides alone
+        of_base += _evidence({"config.json, _name_or_path": config.get("_name_or_path")})
     if not plan.check_variant:
         return of_base
-    of_adapter = []
+    origin = adapter_source.origin
     # The published pairs are known to belong together, whatever path their author trained with.
-    if adapter_source.origin not in {entry.adapter for entry in MODELS.values()}:
-        of_adapter = provenance.of_adapter(
-            adapter_source.folder, adapter_source.origin, adapter_config
-        )
-    else:
-        known = [e.variant for e in MODELS.values() if e.adapter == adapter_source.origin]
-        of_adapter = [provenance.Evidence("its name on the Hub", adapter_source.origin, known[0])]
+    known = [p.variant for p in PUBLISHED.values() if p.adapter == origin]
+    of_adapter = [_Evidence("its name on the Hub", origin, variant) for variant in known[:1]]
+    of_adapter = of_adapter or _evidence(
+        {
+            "adapter_config.json, base_model_name_or_path": adapter_config.get(
+                "base_model_name_or_path"
+            ),
+            "the adapter's name": origin,
+        }
+    )
     expected = plan.variant or (of_adapter[0].variant if of_adapter else None)
     if expected is None:
         logger.warning(
@@ -253,10 +292,22 @@ def _check_variant(
             plan.base,
         )
         return of_base
-    right = f"Give the {expected} model as --base"
-    adapter_remedy = f"Give the adapter for the {expected} model as --adapter"
-    provenance.check_variant(expected, of_adapter, f"the adapter {plan.adapter}", adapter_remedy)
-    provenance.check_variant(expected, of_base, f"the base {plan.base}", right)
+    for what, found, remedy in (
+        (
+            f"the adapter {plan.adapter}",
+            of_adapter,
+            f"adapter for the {expected} model as --adapter",
+        ),
+        (f"the base {plan.base}", of_base, f"{expected} model as --base"),
+    ):
+        for item in found:
+            if item.variant != expected:
+                raise HubError(
+                    f"wrong base: {what} is for {item.variant!r} by {item.where} "
+                    f"({item.text!r:.150}), but {expected!r} is needed. The two have the same "
+                    f"tensors and very different answers. Give the {remedy}, or, if you know "
+                    f"better, add {OVERRIDE}"
+                )
     if not of_base:
         logger.warning(
             "nothing in %s says whether it is the Base or the Instruct model; the adapter needs "
@@ -267,7 +318,7 @@ def _check_variant(
     return of_base
 
 
-def _merged_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
     """The base's config without remote code, with the decoding settings."""
     merged = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
     if plan.d2f is not None:
@@ -280,10 +331,7 @@ def _merged_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def _write_small_files(source: Path, part: Path) -> None:
     """Tokenizer, generation settings and index. Never code."""
-    from vllm_d2f.hub.download import TOKENIZER_FILES
-    from vllm_d2f.hub.folder import INDEX, plain_file, read_json
-
-    for name in ("generation_config.json", INDEX, *TOKENIZER_FILES):
+    for name in ("generation_config.json", INDEX, *download.TOKENIZER_FILES):
         if not (source / name).exists():
             continue
         path = plain_file(source, name)
@@ -295,7 +343,7 @@ def _write_small_files(source: Path, part: Path) -> None:
             shutil.copyfile(path, part / name)
 
 
-def _write_card(part: Path, name: str, plan: Plan, base: Any, adapter: Any) -> None:
+def _write_card(part: Path, name: str, plan: MergePlan, base: Any, adapter: Any) -> None:
     def named(source: Any) -> str:
         return source.origin + (f" at {source.revision}" if source.revision else "")
 
@@ -315,11 +363,8 @@ def _refuse_damaged(name: str, folder: Path, state: cache.State) -> None:
         )
 
 
-def _refuse_other_sources(name: str, plan: Plan, state: cache.State) -> None:
+def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> None:
     """A request for other weights than those in place must not be answered by these."""
-    from vllm_d2f.hub.adapter import WEIGHTS
-    from vllm_d2f.hub.download import local
-
     for what, given, requested in (
         ("base", plan.base, plan.base_revision),
         ("adapter", plan.adapter, plan.adapter_revision),
@@ -345,24 +390,17 @@ def _refuse_other_sources(name: str, plan: Plan, state: cache.State) -> None:
 
 def _with_commands(name: str, error: HubError) -> HubError:
     """Add to an unreachable Hub the two ways of preparing a model."""
-    from vllm_d2f.hub.download import Unreachable
-
     if not isinstance(error, Unreachable):
         return error
-    entry = MODELS[name]
+    published = PUBLISHED[name]
     return Unreachable(
         f"{name} is not prepared on this machine: {error}.\n"
-        f"With a connection to the Hub, run once (it downloads {entry.gigabytes:.0f} GB):\n"
+        f"With a connection to the Hub, run once (it downloads {published.gigabytes:.0f} GB):\n"
         f"  python -m vllm_d2f prepare {name}\n"
-        f"From folders that were brought here (downloads of {entry.base} and {entry.adapter}):\n"
+        f"From folders that were brought here (downloads of {published.base} and "
+        f"{published.adapter}):\n"
         f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
     )
-
-
-def _progress(name: str, size: int) -> Any:
-    from huggingface_hub.utils import tqdm
-
-    return tqdm(total=size, unit="B", unit_scale=True, desc=f"merging {name}")
 
 
 def _say(message: str) -> None:

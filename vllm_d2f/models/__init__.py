@@ -1,41 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models D2F serves: names, configs and classes.
+"""The model families that D2F serves, and their registration with transformers and vLLM.
 
-Importing this package loads neither vLLM nor transformers; both are loaded inside the functions.
+Importing this package imports no vLLM. A family is one file here and one entry in the loop at the
+end; another package brings its own with `vllm_d2f.register(FAMILY)`.
 """
 
-__all__ = ["ARCHITECTURES", "register_configs", "register_models"]
+from typing import Any
 
-# The `architectures` entry of a checkpoint's config.json -> the class that runs it.
-ARCHITECTURES: dict[str, str] = {
-    "DreamModel": "vllm_d2f.models.dream:DreamForD2F",
-    "LLaDAModelLM": "vllm_d2f.models.llada:LLaDAForD2F",
-}
+from transformers import AutoConfig, AutoTokenizer
+
+from vllm_d2f.models import adapted, dream, llada
+from vllm_d2f.models.family import Family, Published
+
+__all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "register_configs", "register_models"]
+
+FAMILIES: dict[str, Family] = {}
+"""The `architectures` entry of a checkpoint's config.json -> its family."""
+
+PRESETS: dict[str, dict[str, Any]] = {}
+"""Published settings by name, for `{"d2f": {"preset": NAME}}` and a request's `d2f_preset`."""
+
+PUBLISHED: dict[str, Published] = {}
+"""Published models by the name that `vllm serve` takes."""
+
+
+def add_family(family: Family) -> None:
+    """Add a family to the tables above, or replace the one of the same architecture."""
+    FAMILIES[family.architecture] = family
+    PRESETS.update(zip(family.preset_names, map(dict, family.presets.values()), strict=True))
+    PUBLISHED.update(family.published)
 
 
 def register_configs() -> None:
-    """Teach transformers the two model types, so that no checkpoint needs `trust_remote_code`.
+    """Register every `model_type` with transformers, so that none needs `trust_remote_code`.
 
     Safe to call more than once.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
-    from vllm_d2f.models.tokenization import DreamTokenizer
-
-    for config_cls in (DreamConfig, LLaDAConfig):
-        AutoConfig.register(config_cls.model_type, config_cls, exist_ok=True)
-    AutoTokenizer.register(DreamConfig, fast_tokenizer_class=DreamTokenizer, exist_ok=True)
+    for family in FAMILIES.values():
+        AutoConfig.register(family.model_type, family.config, exist_ok=True)
+        if family.tokenizer is not None:
+            AutoTokenizer.register(
+                family.config, fast_tokenizer_class=family.tokenizer, exist_ok=True
+            )
 
 
 def register_models() -> None:
     """Register configs, tokenizers and model classes with transformers and vLLM.
 
-    Safe to call more than once; the model classes are imported when one is first used.
+    Safe to call more than once; vLLM makes a model's class when it is first used.
     """
     from vllm import ModelRegistry
 
     register_configs()
-    for architecture, location in ARCHITECTURES.items():
+    for architecture in FAMILIES:
         # Registering again replaces the entry by an equal one.
-        ModelRegistry.register_model(architecture, location)
+        ModelRegistry.register_model(architecture, f"vllm_d2f.worker.model:{architecture}")
+
+
+for _family in (dream.FAMILY, llada.FAMILY, *adapted.FAMILIES):
+    add_family(_family)

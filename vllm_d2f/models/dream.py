@@ -1,12 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dream: vLLM's Qwen2 stack. Tensor names and layers are Qwen2's, so nothing is added."""
+"""Dream: Qwen2's layers and tensor names, with a mask token and shifted logits."""
 
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen2Config, Qwen2Tokenizer
 
-from vllm_d2f.worker.model import D2FModel
+from vllm_d2f.models.config import D2FConfig
+from vllm_d2f.models.family import Family, Published
 
-__all__ = ["DreamForD2F"]
+__all__ = ["FAMILY", "DreamConfig", "DreamTokenizer"]
 
 
-class DreamForD2F(D2FModel, Qwen2ForCausalLM):
-    """Architecture `DreamModel`. Position i is predicted by the output at i - 1."""
+@strict
+class DreamConfig(D2FConfig, Qwen2Config):
+    """`model_type: "Dream"`."""
+
+    model_type = "Dream"
+
+    vocab_size: int = 152064
+    max_position_embeddings: int = 131072
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Qwen2's byte-level BPE, under the class name that Dream's checkpoints ask for.
+
+    Dream's own `DreamTokenizer` is a copy of Qwen2's slow tokenizer published as remote code; its
+    two extra tokens (begin of text, mask) are listed in `added_tokens_decoder` and need no code.
+    """
+
+
+FAMILY = Family(
+    name="dream",
+    architecture="DreamModel",
+    config=DreamConfig,
+    stack="vllm.model_executor.models.qwen2:Qwen2ForCausalLM",
+    hf="Qwen2ForCausalLM",
+    tokenizer=DreamTokenizer,
+    mask_token_id=151666,
+    # As in the autoregressive model that Dream was made from.
+    logits_shift="previous",
+    aliases=("diffucoder",),
+    # The published settings, the paper's table 8.
+    presets={
+        "gsm8k": dict(block_size=32, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+        "mbpp": dict(block_size=48, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+        "math": dict(block_size=64, tau_add=0.1, tau_act=0.95, tau_conf=0.90),
+        "humaneval": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.95),
+    },
+    published={
+        "d2f-dream-7b": Published(
+            about="D2F-Dream-Base-7B",
+            base="Dream-org/Dream-v0-Base-7B",
+            adapter="SJTU-Deng-Lab/D2F_Dream_Base_7B_Lora",
+            variant="base",
+            gigabytes=15.3,
+            d2f={"preset": "dream-gsm8k"},
+            # Dream was adapted from Qwen2.5 at this length; its config.json still says 131072,
+            # which would size a server for prompts that the model cannot answer.
+            context=2048,
+        ),
+    },
+)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Dream or LLaDA folder as transformers' own Qwen2 or Llama: what the reference loop runs on."""
+"""A D2F checkpoint as transformers' own model: what the reference and the tests run on."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from vllm_d2f.models.olmo_names import to_llama
+from vllm_d2f.models import register_configs
 
 __all__ = ["load_hf"]
 
@@ -18,23 +19,17 @@ def load_hf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     Returns:
         The model in eval mode, and its config (`mask_token_id`, `end_token_ids`, `logits_shift`).
     """
-    from transformers import AutoConfig, LlamaForCausalLM, Qwen2ForCausalLM
-
-    from vllm_d2f.models import register_configs
-
     register_configs()
     path = Path(path)
-    config = AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path)
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        weights |= load_file(file)
+        weights |= {
+            config.family.to_stack(name): tensor for name, tensor in load_file(file).items()
+        }
     if not weights:
         raise FileNotFoundError(f"{path}: no .safetensors files")
-    if config.model_type == "Dream":
-        model: Any = Qwen2ForCausalLM(config)
-    else:
-        model = LlamaForCausalLM(config)
-        weights = {to_llama(name): tensor for name, tensor in weights.items()}
+    model: Any = getattr(transformers, config.family.hf)(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_d2f.hub.names import resolve
+from vllm_d2f.models import FAMILIES, register_configs
 from vllm_d2f.models.hf import load_hf
 from vllm_d2f.reference import decode, hf_forward
 from vllm_d2f.settings import MAX_WINDOW, Settings, settings_from_dict
@@ -30,8 +31,6 @@ class _Decoder:
 
     def __init__(self, model: str, raw: bool) -> None:
         from transformers import AutoConfig, AutoTokenizer
-
-        from vllm_d2f.models import register_configs
 
         self.name = model if not Path(model).is_dir() else Path(model).resolve().name
         self.folder = Path(resolve(model))
@@ -90,10 +89,11 @@ class D2FDecoder(_Decoder):
 
     def __init__(self, model: str, given: Mapping[str, Any], raw: bool = False) -> None:
         super().__init__(model, raw)
-        if not hasattr(self.config, "logits_shift"):
+        if not hasattr(self.config, "family"):
+            known = ", ".join(family.model_type for family in FAMILIES.values())
             raise WatchError(
-                f"{model} is a {self.config.model_type} model, not Dream or LLaDA; watch it with "
-                "--ar, or give a D2F model"
+                f"{model} is a {self.config.model_type} model, not one of D2F's ({known}); watch "
+                "it with --ar, or give a D2F model"
             )
         self.settings = self._settings(given)
         # The picture names the settings that differ from the model's.
@@ -111,7 +111,8 @@ class D2FDecoder(_Decoder):
                 f"{self.name} does not say how it decodes; add --preset NAME or --block-size N"
             )
         # There is no engine here, and no window that the blocks must fit into.
-        return settings_from_dict(generation, self.config.d2f, {**given, "window": MAX_WINDOW})
+        sections = (generation, self.config.d2f, {**given, "window": MAX_WINDOW})
+        return settings_from_dict(*sections, family=self.config.family)
 
     def run(self, question: str, max_tokens: int) -> Iterator[Picture]:
         """Yield one picture per forward."""
@@ -127,6 +128,7 @@ class D2FDecoder(_Decoder):
             shift=self.config.logits_shift,
             max_len=self.config.max_position_embeddings,
             prompt_block=None if whole else params.block_size,
+            block_origin=self.settings.block_origin,
         )
         return pictures(self.name, frames, self.show, self.text)
 
@@ -143,7 +145,7 @@ class ARDecoder(_Decoder):
         from transformers import AutoModelForCausalLM
 
         super().__init__(model, raw)
-        if hasattr(self.config, "logits_shift"):
+        if hasattr(self.config, "family"):
             raise WatchError(f"--ar {model} is a diffusion model; give a plain one, or --no-ar")
         loaded = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         self.model: Any = loaded.eval()

@@ -50,8 +50,9 @@ class GrammarConstraint:
             min_tokens, stops: no stop token before so many tokens.
 
         Special and early stop tokens are allowed where the grammar allows nothing else. Where it
-        allows nothing at all (a rule that `admission.check_grammar` has missed), a stop token is sampled. The
-        scheduler's grammar rejects it, and vLLM ends this request with an error, and no other.
+        allows nothing at all (a rule that `admission.check_grammar` has missed), a stop token is
+        sampled. The scheduler's grammar rejects it, and vLLM ends this request with an error, and
+        no other.
         """
         self.grammar, self.bitmask_1B, self.mask_id = grammar, bitmask_1B, mask_id
         self.lost = False

@@ -2,21 +2,28 @@
 """Reading a checkpoint folder that may come from a stranger.
 
 Only JSON and safetensors are read, never pickle. Names found in an index are taken as names of
-files directly in the folder, and sizes are those of the files, not those that a file claims.
+files directly in the folder, and sizes are those of the files, not those that a file claims. At
+start-up what config.json makes vLLM allocate is compared with what the files hold, so sizes that a
+few bytes of JSON claim cannot exhaust the machine.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.hub.errors import HubError
+from safetensors import SafetensorError, safe_open
 
-__all__ = ["Checkpoint", "Shard", "TensorInfo", "index_of", "open_checkpoint", "plain_file"]
-__all__ += ["read_header", "read_json"]
+from vllm_d2f.hub import HubError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "check_weight_files", "index_of"]
+__all__ += ["open_checkpoint", "plain_file", "read_header", "read_json"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,7 +33,11 @@ MAX_HEADER = 100 << 20  # safetensors' own limit
 MAX_SHARDS = 1000
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_PLAIN = ("F64", "F32", "BF16", "F16")
+
+PICKLED_FORMATS = ("pt", "npcache")
+"""vLLM's `--load-format` values that read pickle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +52,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A safetensors file: its size in bytes, where its data starts, tensors in the data's order."""
+    """A safetensors file: its size in bytes, tensors in the data's order."""
 
     path: Path
     size: int
-    data_start: int
     tensors: dict[str, TensorInfo]
 
 
@@ -139,13 +149,10 @@ def shard_names(folder: Path) -> list[str]:
 
 
 def refuse_pickle(folder: Path, what: str, names: Iterable[str] | None = None) -> None:
-    """Say why weights in pickle form are not read, if there are any."""
+    """Refuse weights in pickle form, if there are any, with the way to convert them."""
     if names is None:
-        names = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
-    pickled = sorted(
-        name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
-    if pickled:
+        names = [path.name for path in folder.iterdir()]
+    if pickled := sorted(name for name in names if Path(name).suffix in _PICKLED):
         raise HubError(
             f"{folder}: its {what} weights are pickle ({pickled[0]}), which can run any code when "
             "it is loaded, so only safetensors are read. Convert it where you trust it: load it "
@@ -159,8 +166,6 @@ def read_header(path: Path) -> Shard:
     Raises:
         HubError: damaged, truncated, or too large a header.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="numpy"):
             pass  # offsets without holes or overlaps, shapes that fit, a file of exactly that size
@@ -185,7 +190,7 @@ def read_header(path: Path) -> Shard:
         )
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     }
-    return Shard(path, size, start, tensors)
+    return Shard(path, size, tensors)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -214,3 +219,64 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 "the folder mixes two downloads, download it again"
             )
     return Checkpoint(folder, config, shards)
+
+
+def check_weight_files(vllm_config: "VllmConfig") -> None:
+    """Refuse weights that are not safetensors, and local files that are not what they say.
+
+    A Hub id is left to vLLM's download, with nothing but safetensors to load.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    load_config, model_config = vllm_config.load_config, vllm_config.model_config
+    load_format = str(load_config.load_format)
+    if load_format in PICKLED_FORMATS:
+        raise ValueError(
+            f"--load-format {load_format}: it reads pickle, which can run any code; D2F models are "
+            "read from safetensors only. Remove it"
+        )
+    if load_format in ("auto", "hf"):
+        # Both fall back to pickle where there are no safetensors.
+        load_config.load_format = "safetensors"
+    folder = Path(model_config.model)
+    if load_format == "dummy" or not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        refuse_pickle(folder, "model")
+        if load_format in ("auto", "hf", "safetensors"):
+            raise HubError(f"{folder}: no .safetensors files; is it a checkpoint's folder?")
+        return
+    index_of(folder)
+    config = model_config.hf_config
+    tensors: dict[str, TensorInfo] = {}
+    for name in names:
+        header = read_header(plain_file(folder, name))
+        tensors |= {config.family.to_stack(key): info for key, info in header.tensors.items()}
+    _check_sizes(folder, config, tensors)
+
+
+def _check_sizes(folder: Path, config: Any, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a config.json that says other sizes than the tensors have."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    for layer in (0, config.num_hidden_layers - 1):
+        if not any(name.startswith(f"model.layers.{layer}.") for name in tensors):
+            raise HubError(
+                f"{folder}: config.json says {config.num_hidden_layers} layers, but the weight "
+                f"files hold nothing of layer {layer}; they do not belong together"
+            )
+    expected = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.layers.0.mlp.gate_proj.weight": (config.intermediate_size, hidden),
+        "model.layers.0.self_attn.q_proj.weight": (heads * head_dim, hidden),
+    }
+    for name, shape in expected.items():
+        info = tensors.get(name)
+        # Quantized weights are packed in their own ways.
+        if info is not None and info.dtype in _PLAIN and info.shape != shape:
+            raise HubError(
+                f"{folder}: {name} has the shape {info.shape}, config.json says {shape}; they do "
+                "not belong together"
+            )

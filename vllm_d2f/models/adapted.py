@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autoregressive models adapted to D2F by training: Llama, Qwen2 and Qwen3 with a mask token.
+
+Tensor names, field names and tokenizers are those of the model that training began with. As in that
+model the output at i - 1 predicts position i.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from vllm_d2f.models.config import D2FConfig
+from vllm_d2f.models.family import Family
+
+__all__ = ["FAMILIES", "D2FLlamaConfig", "D2FQwen2Config", "D2FQwen3Config"]
+
+
+@strict
+class D2FLlamaConfig(D2FConfig, LlamaConfig):
+    """`model_type: "d2f_llama"`."""
+
+    model_type = "d2f_llama"
+    free_head_dim = True
+
+
+@strict
+class D2FQwen2Config(D2FConfig, Qwen2Config):
+    """`model_type: "d2f_qwen2"`."""
+
+    model_type = "d2f_qwen2"
+
+
+@strict
+class D2FQwen3Config(D2FConfig, Qwen3Config):
+    """`model_type: "d2f_qwen3"`."""
+
+    model_type = "d2f_qwen3"
+    free_head_dim = True
+
+
+def _family(name: str, config: type[D2FConfig]) -> Family:
+    return Family(
+        name=f"d2f_{name.lower()}",
+        architecture=f"D2F{name}ForCausalLM",
+        config=config,
+        stack=f"vllm.model_executor.models.{name.lower()}:{name}ForCausalLM",
+        hf=f"{name}ForCausalLM",
+        logits_shift="previous",
+        prompt_attention="block_causal",
+    )
+
+
+FAMILIES = (
+    _family("Llama", D2FLlamaConfig),
+    _family("Qwen2", D2FQwen2Config),
+    _family("Qwen3", D2FQwen3Config),
+)

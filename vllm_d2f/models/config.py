@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family's config.json passes before anything is allocated or looped over.
+
+A checkpoint is input from strangers: sizes are bounded, token ids index the vocabulary, and what a
+stock stack does not implement is refused by the field's name instead of ignored.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm_d2f.models.family import Family
+
+__all__ = ["D2FConfig", "check_int", "take"]
+
+# Generous beside the largest published models, small enough that a wrong number cannot exhaust
+# the machine before the first weight is read (the rotary cache alone is positions x head size).
+MAX_SIZES = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "max_position_embeddings": 1 << 20,
+}
+MAX_HEAD_DIM = 1024
+MAX_END_TOKENS = 64
+
+# Fields that one of the stacks would act on -> the values that change nothing, and why.
+_SWITCHES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "partial_rotary_factor": ((None, 1, 1.0), "every channel is rotated"),
+    "sliding_window": ((None,), "attention is full"),
+    "use_sliding_window": ((None, False), "attention is full"),
+    "dual_chunk_attention_config": ((None,), "attention is full"),
+    "qk_norm": ((None, False), "queries and keys are not normalised"),
+    "bias": ((None, False), "no layer has a bias"),
+    "qkv_bias": ((None, False), "no layer has a bias"),
+    "logit_scale": ((None, 1, 1.0), "logits are not scaled"),
+}
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> int:
+    """Return `value` if it is an integer in [low, high]; booleans are not integers here."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(
+            f"config.json: {name} must be an integer from {low} to {high}, got {value!r:.80}"
+        )
+    return value
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Refuse a `value` that is no finite number in (low, high]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low < value <= high:
+        raise ValueError(
+            f"config.json: {name} must be a number above {low:g} and at most {high:g}, "
+            f"got {value!r:.80}"
+        )
+
+
+def check_equal(name: str, value: Any, expected: Any, why: str) -> None:
+    """Refuse a `value` other than `expected`: the stack does not implement it."""
+    if type(value) is not type(expected) or value != expected:
+        raise ValueError(
+            f"config.json: {name} = {value!r:.80} is not supported ({why}); expected {expected!r}"
+        )
+
+
+def take(extra: dict[str, Any], name: str, allowed: tuple[Any, ...], why: str) -> None:
+    """Drop field `name` if it has a value that changes nothing; refuse any other value."""
+    if name not in extra:
+        return
+    value = extra.pop(name)
+    if not any(type(value) is type(item) and value == item for item in allowed):
+        raise ValueError(f"config.json: {name} = {value!r:.80} is not supported ({why})")
+
+
+@dataclass(repr=False, kw_only=True)
+class D2FConfig:
+    """Comes before a stack's transformers config in the bases of a family's config.
+
+    Attributes:
+        mask_token_id: null takes the family's published one.
+        logits_shift: whether the output at i - 1 predicts position i; null takes the family's.
+        d2f: how the model decodes; `vllm_d2f.settings` checks it.
+    """
+
+    # Set by the Family that names the class.
+    family: ClassVar[Family]
+    # Whether `head_dim` may differ from hidden_size / num_attention_heads.
+    free_head_dim: ClassVar[bool] = False
+
+    mask_token_id: int | None = None
+    logits_shift: bool | None = None
+    d2f: Any = None
+
+    if TYPE_CHECKING:  # fields of the transformers config that follows in the bases
+        attribute_map: ClassVar[dict[str, str]]
+        vocab_size: int
+        hidden_size: int
+        num_hidden_layers: int
+        num_attention_heads: int
+        num_key_value_heads: int | None
+        rms_norm_eps: float
+        rope_parameters: Any
+        hidden_act: str
+        eos_token_id: int | list[int] | None
+
+    def __post_init__(self, **extra: Any) -> None:
+        # Before transformers' own set-up, which loops over the layers.
+        self.check_layout(extra)
+        super().__post_init__(**extra)  # type: ignore[misc]
+        self._check_tokens()
+        if self.logits_shift is None:
+            self.logits_shift = self.family.logits_shift == "previous"
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Every token id that ends an output, without repetition."""
+        eos = self.eos_token_id
+        listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        extra = [token for token in self.family.extra_end_token_ids if token < self.vocab_size]
+        return tuple(dict.fromkeys([*listed, *extra]))
+
+    def check_layout(self, extra: dict[str, Any]) -> None:
+        """Refuse what the stack does not implement.
+
+        Args:
+            extra: fields of config.json that the transformers config does not declare; what changes
+                nothing is taken out.
+
+        Raises:
+            ValueError: with the field's name in config.json.
+        """
+        self._check_sizes(extra)
+        self._check_rope(extra)
+        # The remote classes this names must not be reachable from a config of ours.
+        extra.pop("auto_map", None)
+        # vLLM reads `is_causal: false` as "encoder without a KV cache". Here every batch says
+        # what each of its sequences may see, so the field has nothing left to decide.
+        extra.pop("is_causal", None)
+        for name, (allowed, why) in _SWITCHES.items():
+            take(extra, name, allowed, why)
+        for name, why in (
+            ("use_sliding_window", "attention is full"),
+            ("attention_bias", "no layer has a bias"),
+            ("mlp_bias", "no layer has a bias"),
+        ):
+            check_equal(name, getattr(self, name, False), False, why)
+        if (layer_types := getattr(self, "layer_types", None)) is None:
+            layer_types = extra.pop("layer_types", None)
+        full = ["full_attention"] * self.num_hidden_layers
+        if layer_types is not None and layer_types != full:
+            raise ValueError(
+                "config.json: layer_types must be 'full_attention' for each of the "
+                f"{self.num_hidden_layers} layers"
+            )
+
+    def _name(self, field: str) -> str:
+        """The name under which the family's config.json carries `field`, for messages."""
+        return next((own for own, name in self.attribute_map.items() if name == field), field)
+
+    def _check_sizes(self, extra: dict[str, Any]) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for field, high in MAX_SIZES.items():
+            low = 2 if field == "vocab_size" else 1
+            check_int(self._name(field), getattr(self, field), low, high)
+        check_number(self._name("rms_norm_eps"), self.rms_norm_eps, 0.0, 1.0)
+        check_equal(self._name("hidden_act"), self.hidden_act, "silu", "the MLP is SwiGLU")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"config.json: {self._name('num_attention_heads')} {heads} must be a multiple of "
+                f"{self._name('num_key_value_heads')} {kv_heads}"
+            )
+        head_dim = extra.pop("head_dim", None) or getattr(self, "head_dim", None)
+        if self.free_head_dim and head_dim is not None:
+            if check_int("head_dim", head_dim, 2, MAX_HEAD_DIM) % 2:
+                raise ValueError(f"config.json: head_dim {head_dim} must be even")
+            return
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"config.json: {self._name('hidden_size')} {self.hidden_size} must be an even "
+                f"multiple of {self._name('num_attention_heads')} {heads} (rotary embedding pairs "
+                f"the channels of a head)"
+            )
+        if head_dim is not None:
+            derived = self.hidden_size // heads
+            check_equal("head_dim", head_dim, derived, "derived from the other sizes")
+
+    def _check_rope(self, extra: dict[str, Any]) -> None:
+        """Only plain rotary embedding: no published checkpoint scales it."""
+        section = "rope_scaling" if extra.get("rope_scaling") is not None else "rope_parameters"
+        parameters = extra.get("rope_scaling")
+        parameters = self.rope_parameters if parameters is None else parameters
+        if parameters is not None:
+            if not isinstance(parameters, dict):
+                raise ValueError(f"config.json: {section} must be an object or null")
+            kind = parameters.get("rope_type", parameters.get("type", "default"))
+            check_equal(f"{section}.rope_type", kind, "default", "rotary embedding is not scaled")
+            unknown = parameters.keys() - {"rope_type", "type", "rope_theta"}
+            if unknown:
+                raise ValueError(
+                    f"config.json: {section} has entries that are not supported: "
+                    f"{', '.join(sorted(map(str, unknown)))[:200]}"
+                )
+            if "rope_theta" in parameters:
+                check_number(f"{section}.rope_theta", parameters["rope_theta"], 0.0, 1e12)
+        if "rope_theta" in extra:
+            check_number("rope_theta", extra["rope_theta"], 0.0, 1e12)
+
+    def _check_tokens(self) -> None:
+        """Token ids must index the vocabulary; a missing mask token takes the published id."""
+        if self.mask_token_id is None:
+            published = self.family.mask_token_id
+            if published is None or published >= self.vocab_size:
+                raise ValueError(
+                    "config.json: mask_token_id is missing"
+                    if published is None
+                    else f"config.json: mask_token_id is missing and the published id {published} "
+                    f"is outside vocab_size {self.vocab_size}"
+                )
+            self.mask_token_id = published
+        for name in ("mask_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = value if isinstance(value, list) else [] if value is None else [value]
+            if len(several) > MAX_END_TOKENS:
+                raise ValueError(f"config.json: {name} lists more than {MAX_END_TOKENS} tokens")
+            for token in several:
+                check_int(name, token, 0, self.vocab_size - 1)
+        if self.mask_token_id in self.end_token_ids:
+            raise ValueError(
+                f"config.json: mask_token_id {self.mask_token_id} is also an end token"
+            )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What D2F must know of a model family beside its layers: pure data.
+
+A family runs on a stack of layers that vLLM and transformers both have. This file says what one
+such description holds; `dream.py` and `llada.py` are two of them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+__all__ = ["BlockOrigin", "Family", "LogitsShift", "PromptAttention", "Published"]
+
+LogitsShift = Literal["none", "previous", "in_block"]
+PromptAttention = Literal["bidirectional", "block_causal"]
+BlockOrigin = Literal["prompt_end", "zero"]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A D2F model on the Hub, which `vllm serve NAME` downloads and merges.
+
+    Attributes:
+        about: one line for the list of models.
+        base, adapter: repositories on the Hub.
+        variant: "base" or "instruct": which of the family's checkpoints the adapter was trained on.
+        gigabytes: size of base and adapter, for messages.
+        d2f: the `d2f` section that the merged config.json gets.
+        context: tokens a server takes unless `--max-model-len` says more; None leaves it to the
+            base's config.json.
+        base_revision, adapter_revision: branch, tag or commit; None is the main branch.
+    """
+
+    about: str
+    base: str
+    adapter: str
+    variant: str
+    gigabytes: float
+    d2f: Mapping[str, Any] = field(default_factory=dict)
+    context: int | None = None
+    base_revision: str | None = None
+    adapter_revision: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A model family: which layers run it, how it reads its output, how it was published.
+
+    Attributes:
+        name: in lower case; the family's presets are called `NAME-TASK`.
+        architecture: the entry in `architectures` of config.json.
+        config: a `D2FConfig` that is also the stack's transformers config; its `family` is set to
+            this object.
+        stack: vLLM's class that runs it, as `module:class`.
+        hf: the class of transformers that runs it, for the reference and for training.
+        tensor_names: the checkpoint's name of a module -> the stack's, where they differ. `*`
+            stands for a number and occurs as often in both. vLLM's stack and transformers' class
+            share their names.
+        tokenizer: the class behind a tokenizer that checkpoints name as remote code.
+        mask_token_id: the published one, for a config.json that names none.
+        extra_end_token_ids: end tokens that config.json does not list; each counts if the
+            vocabulary holds it.
+        logits_shift: which output predicts position i: the one at i ("none"), at i - 1
+            ("previous"), or at i - 1 except for a block's first position ("in_block").
+        prompt_attention: how a prompt sees itself unless the `d2f` section says otherwise: as one
+            block, or in blocks of which each sees those before it.
+        block_origin: where blocks begin unless the `d2f` section says otherwise: behind the prompt,
+            or at multiples of the block size from position 0 on.
+        aliases: other names of the family in the names of its repositories.
+        presets: task -> published D2F settings.
+        published: name -> model on the Hub.
+    """
+
+    name: str
+    architecture: str
+    config: type[Any]
+    stack: str
+    hf: str
+    tensor_names: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: type[Any] | None = None
+    mask_token_id: int | None = None
+    extra_end_token_ids: tuple[int, ...] = ()
+    logits_shift: LogitsShift = "none"
+    prompt_attention: PromptAttention = "bidirectional"
+    block_origin: BlockOrigin = "prompt_end"
+    aliases: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published: Mapping[str, Published] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config.family = self
+        # For transformers, which compares a config with one made from nothing.
+        self.config.has_no_defaults_at_init = self.mask_token_id is None
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of config.json."""
+        return self.config.model_type
+
+    @property
+    def preset_names(self) -> list[str]:
+        """The names of `presets`, as `{"d2f": {"preset": NAME}}` takes them."""
+        return [f"{self.name}-{task}" for task in self.presets]
+
+    @cached_property
+    def patterns(self) -> dict[re.Pattern[str], str]:
+        """`tensor_names` as regular expressions and replacements, for vLLM's WeightsMapper."""
+        return _patterns(self.tensor_names.items())
+
+    @cached_property
+    def _checkpoint_patterns(self) -> dict[re.Pattern[str], str]:
+        return _patterns((stack, own) for own, stack in self.tensor_names.items())
+
+    def to_stack(self, name: str) -> str:
+        """The stack's name of a checkpoint's tensor or module; other names pass unchanged."""
+        return _renamed(name, self.patterns)
+
+    def to_checkpoint(self, name: str) -> str:
+        """The checkpoint's name of a stack's tensor or module; other names pass unchanged."""
+        return _renamed(name, self._checkpoint_patterns)
+
+
+def _patterns(names: Iterable[tuple[str, str]]) -> dict[re.Pattern[str], str]:
+    """A match ends where a module's name ends: before the parameter's name or with the string,
+    because quantization configs and LoRA adapters name modules.
+    """
+    found = {}
+    for old, new in names:
+        number = iter(range(1, new.count("*") + 1))
+        pattern = re.escape(old).replace(r"\*", r"(\d+)")
+        replacement = re.sub(r"\*", lambda star: rf"\{next(number)}", new)  # noqa: B023
+        found[re.compile(rf"^{pattern}(?=\.|$)")] = replacement
+    return found
+
+
+def _renamed(name: str, patterns: Mapping[re.Pattern[str], str]) -> str:
+    for pattern, replacement in patterns.items():
+        renamed, count = pattern.subn(replacement, name)
+        if count:
+            return renamed
+    return name
