@@ -41,7 +41,7 @@ def test_nothing_at_all_is_refused_with_the_remedy():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"blocksize": 3}, "unknown setting 'blocksize'; known are block_size"),
+        ({"blocksize": 3}, "unknown setting 'blocksize'; known are block_origin, block_size"),
         ({"preset": "gsm"}, "unknown preset 'gsm'; known are dream-gsm8k"),
         ({"block_size": "16"}, "block_size must be an integer"),
         ({"tau_act": 7}, r"tau_act must be a number in \[0, 1\]"),
