@@ -13,6 +13,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.selection import prepare as prepare_attention
+from vllm_d2f.engine_args import SCHEDULER, check_engine_args
 from vllm_d2f.hub.weight_files import check_weight_files
 from vllm_d2f.models import ARCHITECTURES
 from vllm_d2f.models.configuration import DreamConfig, LLaDAConfig
@@ -32,7 +33,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         _check_model_type(vllm_config.model_config)
         settings = _resolve(vllm_config)
-        _refuse(vllm_config)
+        check_engine_args(vllm_config, settings)
         check_weight_files(vllm_config)
 
         model_config = vllm_config.model_config
@@ -45,7 +46,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         scheduler_config = vllm_config.scheduler_config
         # Both travel to the engine and worker processes inside the model's config.
         model_config.hf_config.d2f = settings.as_dict()
-        scheduler_config.scheduler_cls = "vllm_d2f.scheduler.D2FScheduler"
+        scheduler_config.scheduler_cls = SCHEDULER
         _set_async(vllm_config)
         # vLLM takes a model with a canvas for a diffusion model; ours is the widest query.
         canvas = widest_query(settings, scheduler_config)
@@ -220,50 +221,3 @@ def _generation_config(model_config: "ModelConfig") -> dict[str, Any]:
     """The file as it is: transformers' class drops sections it does not know."""
     found = get_hf_file_to_dict("generation_config.json", model_config.model, model_config.revision)
     return found or {}
-
-
-def _refuse(vllm_config: "VllmConfig") -> None:
-    """Options that D2F decoding cannot honour, by the flag to change."""
-    parallel = vllm_config.parallel_config
-    cases = {
-        "--speculative-config: D2F already decodes several tokens per step; remove it": (
-            vllm_config.speculative_config is not None
-        ),
-        "--pipeline-parallel-size must be 1: the window lives on one rank; use "
-        "--tensor-parallel-size": parallel.pipeline_parallel_size > 1,
-        "--prefill-context-parallel-size and --decode-context-parallel-size must be 1": (
-            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
-        ),
-        "--enable-dbo: not supported; remove it": parallel.enable_dbo,
-        "--logits-processors: not supported; remove it": bool(
-            vllm_config.model_config.logits_processors
-        ),
-        "--scheduler-cls: D2F brings its own; remove it": (
-            vllm_config.scheduler_config.scheduler_cls
-            not in (None, "vllm_d2f.scheduler.D2FScheduler")
-        ),
-        "--long-prefill-token-threshold must be 0: it would cut prompts and windows": (
-            vllm_config.scheduler_config.long_prefill_token_threshold > 0
-        ),
-        "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
-        f"--base {vllm_config.model_config.model} --adapter DIR --out FOLDER`, then `vllm serve "
-        "FOLDER`": vllm_config.lora_config is not None,
-        "--enable-prompt-embeds: a prompt is token ids; remove it": (
-            vllm_config.model_config.enable_prompt_embeds
-        ),
-        "--kv-transfer-config: not supported; remove it": (
-            vllm_config.kv_transfer_config is not None
-        ),
-        "--ec-transfer-config: not supported; remove it": (
-            vllm_config.ec_transfer_config is not None
-        ),
-        "--watermark-config: not supported; remove it": vllm_config.watermark_config is not None,
-        "--kv-sharing-fast-prefill: not supported; remove it": (
-            vllm_config.cache_config.kv_sharing_fast_prefill
-        ),
-        "--runner pooling: D2F models generate text; remove it": (
-            vllm_config.model_config.runner_type != "generate"
-        ),
-    }
-    if refused := [message for message, hit in cases.items() if hit]:
-        raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(refused))
