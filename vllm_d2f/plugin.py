@@ -53,7 +53,7 @@ def register_all(*families: "Family") -> None:
     apply("process")
     register_configs()
     for architecture in FAMILIES:
-        # vLLM makes the class when it is first used. An entry that is there is replaced by its equal.
+        # vLLM makes the class when it is first used. Registering again changes nothing.
         vllm.ModelRegistry.register_model(architecture, f"vllm_d2f.worker.model:{architecture}")
 
     from vllm_d2f.attention.selection import register as register_attention
