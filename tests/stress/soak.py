@@ -28,6 +28,7 @@ OPTIONS = (
 async def soak(server: Any, asks: Sequence[Ask], seconds: float) -> dict[str, Any]:
     """Traffic on a server that is ready, in stretches with a quiet moment after each."""
     started = time.monotonic()
+    warm_up = max(seconds / 4, min(seconds / 2, 180))
     quiet: list[dict[str, Any]] = []
     before = read_metrics(server.url)
     async with Client(server.url, CLIENTS) as client:
@@ -50,7 +51,7 @@ async def soak(server: Any, asks: Sequence[Ask], seconds: float) -> dict[str, An
     grown = {}
     for name in sorted(quiet[0]["mib"]):
         samples = [(moment["at"], moment["mib"].get(name, 0.0)) for moment in quiet]
-        grown[name] = growth(samples, seconds / 4)
+        grown[name] = growth(samples, warm_up)
         grown[name]["allowed"] = round(grown[name]["first"] * (1 + GROWTH) + SLACK_MIB, 1)
     return {
         "seconds": round(time.monotonic() - started, 1),
@@ -60,7 +61,7 @@ async def soak(server: Any, asks: Sequence[Ask], seconds: float) -> dict[str, An
         "preemptions": read_metrics(server.url)["preemptions"] - before["preemptions"],
         "quiet_moments": len(quiet),
         "left_at_quiet_moments": [moment["left"] for moment in quiet if moment["left"]],
-        "warm_up_seconds": seconds / 4,
+        "warm_up_seconds": warm_up,
         "memory_mib": grown,
         "memory_samples": [[m["at"], {n: round(v, 1) for n, v in m["mib"].items()}] for m in quiet],
         "log_errors": log_errors(server.read_log())[:20],

@@ -395,7 +395,12 @@ class Client:
 
     def __init__(self, url: str, connections: int) -> None:
         self.tally = Tally()
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        # Uvicorn closes a connection that was idle for 5 s; the client must be the first to do so.
+        limits = httpx.Limits(
+            max_connections=connections,
+            max_keepalive_connections=connections,
+            keepalive_expiry=2,
+        )
         # A proxy of the environment is not between us and our own server.
         self.http = httpx.AsyncClient(
             base_url=url, limits=limits, timeout=ANSWER_SECONDS, trust_env=False
