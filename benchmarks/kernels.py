@@ -69,7 +69,7 @@ def confidence(size: int, rows: int, rule: str, machine: Mapping[str, float]) ->
         for name, value in RULES[rule].items():
             getattr(how, name)[:] = value
         extra = (how, counters, counters % 7)
-    runs = [lambda x=x: confidence_kernel.propose(x, size - 5, *extra) for x in inputs]
+    runs = [lambda x=x: confidence_kernel.sample(x, size - 5, *extra) for x in inputs]
     times = timing.measure({"": runs}, device)[""]
     floor_ms = floor(2 * size * rows, 0, machine)[0]
     ratio = round(times["ms"] / floor_ms, 2)

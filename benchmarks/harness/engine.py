@@ -371,9 +371,9 @@ class DummyEngine:
         """Accept so many positions per forward and request from now on."""
         if not self.diffusion:
             return
-        if not hasattr(self.runner.sampler, "simulate"):
-            raise RuntimeError("D2FSampler.simulate is gone: how is acceptance simulated now?")
-        self.runner.sampler.simulate = tokens_per_forward
+        if not hasattr(self.runner.sampler.proposals, "simulate"):
+            raise RuntimeError("Proposals.simulate is gone: how is acceptance simulated now?")
+        self.runner.sampler.proposals.simulate = tokens_per_forward
 
     def prompts(self, requests: int, length: int) -> list[Any]:
         """Token ids, different for every request."""

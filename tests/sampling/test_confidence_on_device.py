@@ -7,7 +7,7 @@ Shape suffixes: N rows, V vocabulary.
 import pytest
 import torch
 
-from vllm_d2f.sampling.sample import Sampling, propose_drawn, propose_greedy
+from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
 
 RULES = {"greedy": 2e-5, "temperature": 2e-5, "top_k": 2e-5, "top_p": 1e-3, "min_p": 1e-3}
 """Allowed relative error of a confidence. Where a limit is a sum or a quotient, its rounding
@@ -44,9 +44,9 @@ def confidence_error(
     """
     plain_NV = logits_NV.float()
     if how is None:
-        want_N, _ = propose_greedy(plain_NV.clone(), mask_id)
+        want_N, _ = sample_greedy(plain_NV.clone(), mask_id)
     else:
-        want_N, _ = propose_drawn(plain_NV, mask_id, how, counters_N, counters_N % 7)
+        want_N, _ = sample_drawn(plain_NV, mask_id, how, counters_N, counters_N % 7)
     exact_NV = plain_NV.double()
     exact_NV[:, mask_id] = -torch.inf
     if how is not None:
@@ -84,7 +84,7 @@ def test_the_kernel_agrees_with_float64(size, rows, rule):
     logits = (3 * torch.randn(rows, size, generator=generator, device="cuda")).to(torch.bfloat16)
     how, counters = sampling(rule, rows, "cuda"), torch.arange(rows, device="cuda")
     extra = () if how is None else (how, counters, counters % 7)
-    token, confidence = confidence_kernel.propose(logits, size - 5, *extra)
+    token, confidence = confidence_kernel.sample(logits, size - 5, *extra)
     same, error = confidence_error(logits, size - 5, token, confidence, how, counters)
     assert same and error <= RULES[rule]
 
@@ -97,9 +97,9 @@ def test_confidences_are_compared_with_float64(rule):
     how = sampling(rule, rows, "cpu")
     counters = torch.arange(rows)
     if how is None:
-        token, value = propose_greedy(logits.float(), mask_id)
+        token, value = sample_greedy(logits.float(), mask_id)
     else:
-        token, value = propose_drawn(logits.float(), mask_id, how, counters, counters % 7)
+        token, value = sample_drawn(logits.float(), mask_id, how, counters, counters % 7)
     same, error = confidence_error(logits, mask_id, token, value, how, counters)
     assert same and error <= RULES[rule]
     same, error = confidence_error(logits, mask_id, token, value * 1.01, how, counters)

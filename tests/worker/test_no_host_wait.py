@@ -31,12 +31,14 @@ RULES = {
 """What the requests in these slots ask for beside their temperature."""
 
 
-def make_base(device, lagging):
+def make_base(device, async_scheduling):
     def staged(*shape):
         return SimpleNamespace(gpu=torch.zeros(shape, dtype=torch.int32, device=device))
 
     states = SimpleNamespace(
-        draft_tokens=torch.zeros(SLOTS, WIDTH * (1 + lagging), dtype=torch.int64, device=device),
+        draft_tokens=torch.zeros(
+            SLOTS, WIDTH * (1 + async_scheduling), dtype=torch.int64, device=device
+        ),
         all_token_ids=staged(SLOTS, LENGTH),
         total_len=staged(SLOTS),
     )
@@ -46,7 +48,9 @@ def make_base(device, lagging):
 class Run:
     """One sampler with states of its own, fed as vLLM's runner feeds it."""
 
-    def __init__(self, cuda, device, lagging, shift, drawing, rules=(), origin="prompt_end"):
+    def __init__(
+        self, cuda, device, async_scheduling, shift, drawing, rules=(), origin="prompt_end"
+    ):
         generator = torch.Generator().manual_seed(7)
         head = Head((3 * torch.randn(HIDDEN, VOCABULARY, generator=generator)).to(device))
         self.states = make_states(
@@ -58,11 +62,11 @@ class Run:
             mask=MASK,
             length=LENGTH,
             shift=shift,
-            ahead=lagging,
+            ahead=async_scheduling,
             origin=origin,
         )
         self.drawing, self.rules = drawing, dict(rules)
-        self.sampler = D2FSampler(self.states, head, make_base(device, lagging), cuda=cuda)
+        self.sampler = D2FSampler(self.states, head, make_base(device, async_scheduling), cuda=cuda)
 
     def admit(self, slot, params, max_tokens, prompt_len):
         asked = self.rules.get(slot, dict(temperature=0.7 if slot in self.drawing else 0))
@@ -98,10 +102,10 @@ def make_batch(slots, lengths, widths, device):
     )
 
 
-def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", steps=40):
+def play(device, async_scheduling, shift, drawing, guard, rules=(), origin="prompt_end", steps=40):
     """Random requests through both compositions; the calls of CUDA's are made under `guard`."""
     rng = np.random.default_rng(3)
-    setting = (device, lagging, shift, drawing, rules, origin)
+    setting = (device, async_scheduling, shift, drawing, rules, origin)
     plain, cuda = (Run(cuda, *setting) for cuda in (False, True))
     generator = torch.Generator().manual_seed(1)
     free, fresh, rows = set(range(SLOTS)), set(), 0
@@ -129,7 +133,7 @@ def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", 
         open_S = window.open_R.tolist()
         lag_S = plain.sampler.lag_S.tolist()
         # Behind the window some positions that the scheduler adds in case.
-        spare = int(rng.integers(0, 4)) if lagging else 0
+        spare = int(rng.integers(0, 4)) if async_scheduling else 0
         # What is left of the prompt's tail in the query, which is no draft.
         start_S = window.start_R.tolist()
         tails = [max(lag_S[s] - start_S[s], 0) for s in busy]
@@ -137,7 +141,7 @@ def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", 
         widths = [lag_S[s] + open_S[s] + spare - t for s, t in zip(busy, tails, strict=True)]
         drafts = plain.sampler.req_states.draft_tokens
         for s, tail, width in zip(busy, tails, widths, strict=True):
-            if not lagging:
+            if not async_scheduling:
                 assert torch.equal(drafts[s, :width], window.tokens_RW[s, tail : open_S[s]])
                 assert (drafts[s, width:] == -1).all()
         prompts = [
@@ -153,7 +157,7 @@ def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", 
             got = cuda.step(batch, hidden)
         for name in ("num_sampled", "num_rejected", "num_nans"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
-        if not lagging:  # the next query begins where the window does
+        if not async_scheduling:  # the next query begins where the window does
             moved = plain.states.window.start_R[busy] - torch.tensor(start_S)[busy]
             here = torch.tensor(tails) + torch.tensor(widths)
             assert torch.equal(here - want.num_rejected.cpu(), moved.cpu())
@@ -171,11 +175,11 @@ def play(device, lagging, shift, drawing, guard, rules=(), origin="prompt_end", 
         masked = window.masked_RW
         bound = cuda.sampler.proposals.bounds.bound(busy, np.full(len(busy), WIDTH))
         exact = masked.sum(1).cpu().numpy()[busy]
-        assert (bound >= exact).all() and (lagging or (bound == exact).all())
-        # A lagging engine learns one step late that a request is done.
-        done = (window.open_R == 0) if lagging else (window.lead_R >= window.goal_R)
-        free |= {slot for slot in busy if done[slot]} if lagging else set()
-        if not lagging:
+        assert (bound >= exact).all() and (async_scheduling or (bound == exact).all())
+        # With asynchronous scheduling the engine learns one step late that a request is done.
+        done = (window.open_R == 0) if async_scheduling else (window.lead_R >= window.goal_R)
+        free |= {slot for slot in busy if done[slot]} if async_scheduling else set()
+        if not async_scheduling:
             ended = [s for s, d in zip(busy, finished(want, plain, busy), strict=True) if d]
             free |= set(ended)
     assert rows > 100
@@ -216,22 +220,24 @@ def finished(output, run, busy):
     ]
 
 
-@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
 @pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
-def test_a_step_waits_for_nothing(monkeypatch, lagging, shift, drawing, rules):
+def test_a_step_waits_for_nothing(monkeypatch, async_scheduling, shift, drawing, rules):
     composed_as_on_cuda(monkeypatch)
     allowed = ("vllm_d2f.worker.masked_bounds",)
-    play("cpu", lagging, shift, drawing, lambda: no_host_waits(allowed), rules)
+    play("cpu", async_scheduling, shift, drawing, lambda: no_host_waits(allowed), rules)
 
 
-@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
-def test_with_a_tail_of_the_prompt_in_the_window(monkeypatch, lagging, rules):
+def test_with_a_tail_of_the_prompt_in_the_window(monkeypatch, async_scheduling, rules):
     composed_as_on_cuda(monkeypatch)
     allowed = ("vllm_d2f.worker.masked_bounds",)
-    play("cpu", lagging, True, (1, 4), lambda: no_host_waits(allowed), rules, origin="zero")
+    play(
+        "cpu", async_scheduling, True, (1, 4), lambda: no_host_waits(allowed), rules, origin="zero"
+    )
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -276,10 +282,10 @@ def test_bounds_of_masked_positions():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
 @pytest.mark.parametrize("rules", [{}, RULES], ids=["", "rules"])
-def test_a_step_waits_for_nothing_on_a_device(lagging, drawing, rules):
+def test_a_step_waits_for_nothing_on_a_device(async_scheduling, drawing, rules):
     from contextlib import contextmanager
 
     @contextmanager
@@ -290,4 +296,4 @@ def test_a_step_waits_for_nothing_on_a_device(lagging, drawing, rules):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    play("cuda", lagging, True, drawing, guard, rules)
+    play("cuda", async_scheduling, True, drawing, guard, rules)
