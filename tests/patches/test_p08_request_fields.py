@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm_d2f.patches.p08_request_fields import p08_request_fields as PATCH
-from vllm_d2f.patches.patch import configs, function_of, source_hash
+from vllm_d2f.patches.patch import configs, find, function_of, source_hash
 
 METHOD = "to_sampling_params"
 REQUESTS = {
@@ -51,8 +51,8 @@ def params_of(kind, **fields):
 
 
 def test_it_was_written_against_this_vllm():
-    for target, kind in zip(PATCH.replacements, REQUESTS, strict=True):
-        assert source_hash(vars(kind)[METHOD]) == PATCH.written_against[target], target
+    for target, expected in PATCH.written_against.items():
+        assert source_hash(find(PATCH.name, target)[2]) == expected, target
 
 
 @CLASSES
