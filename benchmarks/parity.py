@@ -104,6 +104,7 @@ def reference_answers(
             shift=config.logits_shift,
             max_len=max_model_len,
             prompt_block=prompt_block,
+            block_origin=config.family.block_origin,
         ):
             margin = min(margin, frame.margin)
         answers.append(Expected(Answer(tuple(frame.tokens), frame.forward), margin))
