@@ -21,6 +21,7 @@ from vllm_d2f.patches import (
     p10_exit_status,
     p12_cuda_graphs,
     p13_warm_up,
+    p14_engine_args,
 )
 from vllm_d2f.patches.patch import (
     POINTS,
@@ -47,6 +48,7 @@ PATCHES: tuple[Patch, ...] = (
     p07_refusals.p11_streamed_input,
     p12_cuda_graphs.p12_cuda_graphs,
     p13_warm_up.p13_warm_up,
+    p14_engine_args.p14_engine_args,
 )
 
 _applied: dict[str, str] = {}

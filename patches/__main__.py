@@ -19,7 +19,7 @@ vllm-d2f is a plugin for stock vLLM. Each patch is a hook that vLLM lacks: where
 model's configuration could decide, the patch asks it, and `vllm_d2f` answers like any other model
 could. The table is therefore also the list of what this project asks of vLLM.
 
-- A patch is one file in [patches/](../patches) (p07 and p11 share one), declared with the decorator
+- A patch is one file in `patches/` (p07 and p11 share one), declared with the decorator
   `@patch`, and ships in the package as `vllm_d2f.patches`.
 - A patch changes nothing for models that are not D2F: it calls vLLM's original function for them.
 - Each patch is applied in one place: `vllm_d2f.register()` in every vLLM process, `D2FModelState`

@@ -45,13 +45,16 @@ def register_all(*families: "Family") -> None:
         ) from None
     check_version(getattr(vllm, "__version__", None))
 
-    from vllm_d2f.models import add_family, register_models
+    from vllm_d2f.models import FAMILIES, add_family, register_configs
     from vllm_d2f.patches import apply
 
     for family in families:
         add_family(family)
     apply("process")
-    register_models()
+    register_configs()
+    for architecture in FAMILIES:
+        # vLLM makes the class when it is first used. Registering again changes nothing.
+        vllm.ModelRegistry.register_model(architecture, f"vllm_d2f.worker.model:{architecture}")
 
     from vllm_d2f.attention.selection import register as register_attention
     from vllm_d2f.startup import register_hook

@@ -13,6 +13,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.selection import prepare as prepare_attention
+from vllm_d2f.engine_args import SCHEDULER, check_engine_args
 from vllm_d2f.hub.checkpoint import check_weight_files
 from vllm_d2f.models import FAMILIES
 from vllm_d2f.settings import Settings, settings_from_dict
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-SCHEDULER = "vllm_d2f.scheduler.D2FScheduler"
-
 
 class D2FConfigHook(VerifyAndUpdateConfig):
     """vLLM calls this for the architectures of `register_hook` when it builds its configuration."""
@@ -33,7 +32,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         _check_model_type(vllm_config.model_config)
         settings = _resolve(vllm_config)
-        _refuse(vllm_config)
+        check_engine_args(vllm_config, settings)
         check_weight_files(vllm_config)
 
         model_config = vllm_config.model_config
@@ -219,46 +218,3 @@ def _resolve(vllm_config: "VllmConfig") -> Settings:
         return settings_from_dict(generation.get("d2f"), config.d2f, given, family=config.family)
     except ValueError as error:
         raise ValueError(f"{model_config.model}: {error}") from None
-
-
-def _refuse(vllm_config: "VllmConfig") -> None:
-    """Refuse options that D2F decoding cannot honour, by the flag to change."""
-    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    scheduler_config = vllm_config.scheduler_config
-    unsupported = {
-        "--enable-dbo": parallel.enable_dbo,
-        "--logits-processors": model_config.logits_processors,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
-        "--watermark-config": vllm_config.watermark_config is not None,
-        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-    }
-    cases = {
-        "--speculative-config: D2F already decodes several tokens per step; remove it": (
-            vllm_config.speculative_config is not None
-        ),
-        "--pipeline-parallel-size must be 1: the window lives on one rank; use "
-        "--tensor-parallel-size": parallel.pipeline_parallel_size > 1,
-        "--prefill-context-parallel-size and --decode-context-parallel-size must be 1": (
-            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1
-        ),
-        "--scheduler-cls: D2F brings its own; remove it": (
-            scheduler_config.scheduler_cls not in (None, SCHEDULER)
-        ),
-        "--long-prefill-token-threshold must be 0: it would cut prompts and windows": (
-            scheduler_config.long_prefill_token_threshold > 0
-        ),
-        "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
-        f"--base {model_config.model} --adapter DIR --out FOLDER`, then `vllm serve FOLDER`": (
-            vllm_config.lora_config is not None
-        ),
-        "--enable-prompt-embeds: a prompt is token ids; remove it": (
-            model_config.enable_prompt_embeds
-        ),
-        "--runner pooling: D2F models generate text; remove it": (
-            model_config.runner_type != "generate"
-        ),
-        **{f"{flag}: not supported; remove it": bool(hit) for flag, hit in unsupported.items()},
-    }
-    if refused := [message for message, hit in cases.items() if hit]:
-        raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(refused))

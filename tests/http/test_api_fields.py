@@ -254,6 +254,20 @@ def test_scores_of_the_next_token_are_its_logprobs(post):
     assert math.log(result["score"]) == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/generative_scoring"])
+def test_endpoints_that_know_nothing_of_d2f_obey_its_rules(post, path):
+    """Options reach the engine, or are refused as everywhere (tests/test_request_fields.py)."""
+    messages = [{"role": "user", "content": QUESTION}]
+    fields = dict(messages=messages, max_tokens=32)
+    if path == "/generative_scoring":
+        fields = dict(query=QUESTION, items=["73"], label_token_ids=[26, 22])
+    assert post(path, **fields, d2f_block_size=8).status_code == 200
+    refused(post(path, **fields, d2f_block_size=0), "d2f_block_size must be an integer in [1, ")
+    refused(post(path, **fields, d2f_speed=1), "unknown option 'd2f_speed'")
+    refused(post(path, **fields, vllm_xargs={"d2f_speed": 1}), "unknown option 'd2f_speed'")
+    refused(post(path, **fields, guided_json={"type": "object"}), "use structured_outputs")
+
+
 # Grammars
 
 

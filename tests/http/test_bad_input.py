@@ -43,6 +43,10 @@ REFUSED = {
         ["d2f_block_size * d2f_max_blocks", "2048", "--additional-config"],
     ),
     "two greedy answers": ({"n": 2}, ["n must be 1", "greedy"]),
+    "two answers by default": (
+        {"n": 2, "temperature": openai.omit},
+        ["n must be 1", "default temperature of this model is 0", "0.7"],
+    ),
     "prompt logprobs": (
         {"extra_body": {"prompt_logprobs": 1}},
         ["prompt_logprobs", " not "],

@@ -6,6 +6,7 @@ That a server installs it is tested over HTTP (tests/http/test_api_fields.py).
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -33,6 +34,8 @@ def served():
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own methods, and afterwards what was there before."""
     monkeypatch.delitem(configs, "server", raising=False)
+    middleware = function_of(launcher.init_entrypoints_middleware)
+    monkeypatch.setattr(launcher, "init_entrypoints_middleware", middleware)
     for kind in REQUESTS:
         monkeypatch.setattr(kind, METHOD, function_of(vars(kind)[METHOD]))
 
@@ -46,13 +49,16 @@ def install(served, monkeypatch):
     return install_for_the_server
 
 
-def params_of(kind, **fields):
-    return kind(**REQUESTS[kind], **fields).to_sampling_params(16, {})
+def params_of(kind, defaults=None, **fields):
+    return kind(**REQUESTS[kind], **fields).to_sampling_params(16, defaults or {})
 
 
 def test_it_was_written_against_this_vllm():
-    for target, kind in zip(PATCH.replacements, REQUESTS, strict=True):
+    *methods, middleware = PATCH.replacements
+    for target, kind in zip(methods, REQUESTS, strict=True):
         assert source_hash(vars(kind)[METHOD]) == PATCH.written_against[target], target
+    found = source_hash(launcher.init_entrypoints_middleware)
+    assert found == PATCH.written_against[middleware]
 
 
 @CLASSES
@@ -84,6 +90,16 @@ def test_everything_else_goes_the_stock_way(kind, install):
     before = params_of(kind, **fields)
     install()
     assert params_of(kind, **fields) == before
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatCompletionRequest])
+def test_several_answers_need_a_temperature_and_the_message_says_so(kind, install):
+    """vLLM's own message does not say that greedy is the default of the model."""
+    install()
+    with pytest.raises(VLLMValidationError, match='default temperature .* is 0.*"temperature"'):
+        params_of(kind, {"temperature": 0.0}, n=2)
+    assert params_of(kind, {"temperature": 0.0}, n=2, temperature=0.7).n == 2
+    assert params_of(kind, {"temperature": 0.7}, n=2).n == 2
 
 
 BAD = {

@@ -153,7 +153,7 @@ def aborts(report: Report) -> str:
     return (
         "## Aborts and slots\n\n"
         "Stages as in `tests/stress/engine_state.py`. Counted when drained: pages, slots, "
-        "streams, traces, preempted windows and samplers, grammars, all queues, and live objects of "
+        "streams, traces, preempted windows and samplers, grammars, queues, and live objects of "
         "the classes that belong to a request.\n\n"
         + _table("| aborted at | " + " | ".join(engines) + " |", rows)
         + f"\n\nOver HTTP {sum(closed.values())} connections were closed "

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from vllm_d2f.models import adapted, dream, llada
 from vllm_d2f.models.family import Family, Published
 
-__all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "register_configs", "register_models"]
+__all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "register_configs"]
 
 FAMILIES: dict[str, Family] = {}
 """The `architectures` entry of a checkpoint's config.json -> its family."""
@@ -42,19 +42,6 @@ def register_configs() -> None:
             AutoTokenizer.register(
                 family.config, fast_tokenizer_class=family.tokenizer, exist_ok=True
             )
-
-
-def register_models() -> None:
-    """Register configs, tokenizers and model classes with transformers and vLLM.
-
-    Safe to call more than once; vLLM makes a model's class when it is first used.
-    """
-    from vllm import ModelRegistry
-
-    register_configs()
-    for architecture in FAMILIES:
-        # Registering again replaces the entry by an equal one.
-        ModelRegistry.register_model(architecture, f"vllm_d2f.worker.model:{architecture}")
 
 
 for _family in (dream.FAMILY, llada.FAMILY, *adapted.FAMILIES):

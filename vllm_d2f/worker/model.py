@@ -85,7 +85,8 @@ def __getattr__(architecture: str) -> Any:
     module, _, name = family.stack.partition(":")
     stack = getattr(import_module(module), name)
     # vLLM reads the mapper for quantization configs, which name modules of the checkpoint.
-    mapper = WeightsMapper(orig_to_new_regex=dict(family.patterns)) | stack.hf_to_vllm_mapper
+    own = getattr(stack, "hf_to_vllm_mapper", None) or WeightsMapper()
+    mapper = WeightsMapper(orig_to_new_regex=dict(family.patterns)) | own
     members = {"family": family, "hf_to_vllm_mapper": mapper, "__module__": __name__}
     made = type(architecture, (D2FModel, stack), members)
     globals()[architecture] = made
