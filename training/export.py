@@ -219,7 +219,7 @@ def _write_tokenizer(part: Path, loaded: Loaded) -> None:
     _write_json(settings_file, settings)
 
 
-def save_weights(net: torch.nn.Module, path: Path) -> None:
+def save_weights(net: Any, path: Path) -> None:
     """The trained weights of a finished stage: all of them, or an adapter's."""
     from safetensors.torch import save_file
 
