@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_d2f.hub import HubError
-from vllm_d2f.hub.command import USAGE, add_commands, overview
+from vllm_d2f.hub.command import add_commands, overview
 from vllm_d2f.models import FAMILIES, PRESETS
 from vllm_d2f.settings import settings_from_dict
 
@@ -104,8 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_d2f",
         description=__doc__,
-        epilog=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     add_commands(parser.add_subparsers(title="models by name", metavar="COMMAND"))

@@ -8,7 +8,6 @@ only. Every file is then compared with the hash that the Hub names it by.
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by a short name: `vllm serve d2f-tiny` runs a model that ships with this package.
 
-`vllm serve d2f-dream-7b` runs a published one, which `vllm_d2f.hub` downloads and merges when the
-name is first used.
+`vllm serve d2f-dream-7b` runs a published one. The first use of its name downloads and merges it.
 """
 
 import difflib
@@ -34,13 +33,12 @@ def known_names() -> list[str]:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` is one of ours: True without preparing the model, False for all others.
+    """Whether `name` is one of this package's names; this prepares no model.
 
-    Anything that exists as a path wins over a name, and so does anything with a slash: those are
-    folders and Hub ids, which are vLLM's business.
+    What exists as a path or contains a slash is a folder or a Hub id, and vLLM handles those.
 
     Raises:
-        UnknownModelError: the name looks like one of ours but is none.
+        UnknownModelError: the name begins like one of this package's, but is none.
     """
     known = known_names()
     beginnings = tuple({f"{own.partition('-')[0]}-" for own in known})
@@ -59,7 +57,7 @@ def is_name(name: str) -> bool:
 
 
 def resolve(name: str) -> str:
-    """Return the folder that `name` stands for, or `name` unchanged if it is not one of ours.
+    """Return the folder that `name` stands for, or `name` unchanged if it is not one of the names.
 
     The first use of a published model downloads and merges it, which takes a while.
 
@@ -88,13 +86,14 @@ def resolve_embedded(name: str) -> Path:
 
 
 def refuse_unservable(name: str) -> None:
-    """Refuse to serve an adapter alone or an unfinished merge, which could only fail to load.
+    """Refuse to serve an adapter alone, or a folder that a merge has not completed.
 
     Raises:
         UnknownModelError: with what to do.
     """
     for ours, published in PUBLISHED.items():
-        if name.lower() == published.adapter.lower() and not os.path.exists(name):
+        adapter = published.adapter
+        if adapter and name.lower() == adapter.lower() and not os.path.exists(name):
             raise UnknownModelError(
                 f"{name} is an adapter. Serve it merged into its base: vllm serve {ours}"
             )

@@ -4,9 +4,8 @@
 import logging
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any, NamedTuple
 
 from huggingface_hub.utils import tqdm
 
-from vllm_d2f.hub import HubError, cache, download
+from vllm_d2f.hub import HubError, cache, download, say
 from vllm_d2f.hub.checkpoint import INDEX, index_of, open_checkpoint, plain_file, read_json
-from vllm_d2f.hub.download import Unreachable, local
-from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
+from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
+from vllm_d2f.hub.merge import WEIGHTS, Adapter, match, merge_weights, read_adapter
 from vllm_d2f.models import FAMILIES, PUBLISHED
 from vllm_d2f.settings import settings_from_dict
 
@@ -35,17 +34,17 @@ class MergePlan:
     """What to merge, and how the result decodes.
 
     Attributes:
-        base, adapter: a folder or a Hub id each.
-        base_revision, adapter_revision: for Hub ids: branch, tag or commit.
-        architecture: the base must have this one; None: any that D2F serves.
-        variant: "base" or "instruct": the base must be this one; None: what the adapter says.
+        base, adapter: a folder or a Hub id each. Without an adapter the base is copied.
+        base_revision, adapter_revision: branch, tag or commit of a Hub id.
+        architecture: the one that the base must have; None allows all that D2F serves.
+        variant: "base" or "instruct", which the base must be; None takes it from the adapter.
         d2f: the `d2f` section of the merged config.json; None keeps the base's.
         context: see `Published.context`.
         check_variant: False trusts the user that base and adapter belong together.
     """
 
     base: str
-    adapter: str
+    adapter: str | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
     architecture: str | None = None
@@ -80,10 +79,10 @@ def plan_of(
 
 
 def ensure(name: str) -> Path:
-    """The folder of a published model, prepared now if this is its first use.
+    """Return the folder of a published model; its first use prepares it.
 
     Raises:
-        HubError: it cannot be prepared, or what is in its place is damaged.
+        HubError: the model cannot be prepared, or its folder is damaged.
     """
     folder = cache.folder_of(name)
     state = cache.inspect(folder)
@@ -91,8 +90,8 @@ def ensure(name: str) -> Path:
         return folder
     _refuse_damaged(name, folder, state)
     published = PUBLISHED[name]
-    _say(
-        f"{name}: first use. Downloading {published.base} and {published.adapter} "
+    say(
+        f"{name}: first use. Downloading {' and '.join(published.repositories)} "
         f"({published.gigabytes:.0f} GB) and merging them into {folder}"
     )
     return prepare(name, plan_of(name))
@@ -101,16 +100,16 @@ def ensure(name: str) -> Path:
 def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
     """Download and merge what `plan` says into the place of `name`.
 
-    A model that is ready stays as it is, if it was made from the same sources.
+    A model that is ready stays as it is if it was made from the same sources.
 
     Args:
-        force: merge again whatever is there.
+        force: replace whatever is there.
 
     Raises:
-        HubError: says what to do.
+        HubError: the model cannot be prepared; the message says what to do.
     """
     folder = cache.folder_of(name)
-    with cache.locked(folder, _say):
+    with cache.locked(folder):
         state = cache.inspect(folder)
         if not force:
             if state.kind == "ready":
@@ -133,7 +132,7 @@ def merge(folder: Path, plan: MergePlan, force: bool = False) -> Path:
     folder = folder.expanduser().absolute()
     if cache.is_part(folder):
         raise HubError(f"{folder}: names ending in .part-NUMBER are for unfinished merges")
-    with cache.locked(folder, _say):
+    with cache.locked(folder):
         if cache.inspect(folder).kind != "absent" and not force:
             raise HubError(f"{folder}: exists; name another folder, or add --force to replace it")
         if force and folder.exists() and not (folder / cache.RECORD).exists():
@@ -149,47 +148,42 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         except ValueError as error:
             raise HubError(str(error)) from None
 
-    adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter", download.fetch_adapter)
-    adapter = read_adapter(adapter_source.folder)
-    base_source = _source(plan.base, plan.base_revision, "base", download.fetch_base)
-    config = read_json(plain_file(base_source.folder, "config.json"))
     # What can be refused is refused before the weights are downloaded.
+    adapter_source: Source | None = None
+    adapter: Adapter | None = None
+    if plan.adapter is not None:
+        adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
+        adapter = read_adapter(adapter_source.folder)
+    base_source = _source(plan.base, plan.base_revision, "base")
+    config = read_json(plain_file(base_source.folder, "config.json"))
     _check_architecture(plan, config)
-    evidence = _check_variant(plan, adapter_source, adapter.config, base_source, config)
+    evidence = _check_variant(plan, base_source, config, adapter_source, adapter)
     index = index_of(base_source.folder)
-    if index is not None:
+    if adapter is not None and index is not None:
         match(adapter, index)
     if base_source.revision is not None and not Path(plan.base).expanduser().is_dir():
         download.fetch_weights(base_source, folder.parent)
 
     base = open_checkpoint(base_source.folder)
     download.check_space(folder.parent, base.size, "the merged model")
+    sources = {"base": _source_record(base_source, plan.base_revision)}
+    if adapter_source is not None:
+        weights = {"sha256": cache.sha256_of(adapter_source.folder / WEIGHTS)}
+        sources["adapter"] = _source_record(adapter_source, plan.adapter_revision) | weights
 
     def write(part: Path) -> dict[str, Any]:
         with tqdm(total=base.size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
-            written = merge_weights(base, adapter, part, bar.update)
-        files = {file: {"size": w.size, "sha256": w.sha256} for file, w in written.items()}
+            files = merge_weights(base, adapter, part, bar.update)
         _write_small_files(base_source.folder, part)
-        _write_card(part, name, plan, base_source, adapter_source)
+        _write_card(part, name, sources)
         # config.json is the last file that makes this a checkpoint.
         cache.write_json(part / "config.json", _merged_config(config, plan))
         for path in part.iterdir():
             if path.name not in files:
-                digest = cache.sha256_of(path)
-                files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+                files[path.name] = {"size": path.stat().st_size, "sha256": cache.sha256_of(path)}
         return {
             "name": name,
-            "base": {
-                "source": base_source.origin,
-                "requested": plan.base_revision,
-                "revision": base_source.revision,
-            },
-            "adapter": {
-                "source": adapter_source.origin,
-                "requested": plan.adapter_revision,
-                "revision": adapter_source.revision,
-                "sha256": cache.sha256_of(adapter.shard.path),
-            },
+            **sources,
             "base_or_instruct": [f"{item.where}: {item.text}" for item in evidence],
             "merged_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {name: version(name) for name in ("vllm-d2f", "torch", "safetensors")},
@@ -199,8 +193,12 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     cache.write_whole(folder, write)
 
 
-def _source(given: str, revision: str | None, what: str, fetch: Callable[..., Any]) -> Any:
-    """A folder if there is one of that name, else a Hub id."""
+def _source_record(source: Source, requested: str | None) -> dict[str, str | None]:
+    return {"source": source.origin, "requested": requested, "revision": source.revision}
+
+
+def _source(given: str, revision: str | None, what: str) -> Source:
+    """The folder of that name if there is one, else what the Hub has under that id."""
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -210,7 +208,7 @@ def _source(given: str, revision: str | None, what: str, fetch: Callable[..., An
         raise HubError(f"{given}: give the folder that the {what} is in")
     if path.is_absolute() or given.startswith(".") or given.count("/") != 1:
         raise HubError(f"{given}: no such folder, and not a Hub id (owner/name)")
-    return fetch(given, revision)
+    return download.fetch(given, revision, what)
 
 
 def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
@@ -225,7 +223,7 @@ def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
 
 
 class _Evidence(NamedTuple):
-    """A name that says which variant a folder is, or was trained on."""
+    """A name that says which variant a base is, or an adapter was trained on."""
 
     where: str
     text: str
@@ -236,7 +234,7 @@ def variant_of(name: str) -> str | None:
     """ "base" or "instruct", from a model's name or path; None if it does not say.
 
     Only the last part of a path counts, or the repository in a path of the Hub's cache, and only
-    if it names a family: a folder that is just called `base` says nothing.
+    if it names a family: a folder with the name `base` alone says nothing.
     """
     cached = re.search(r"models--([^/\\]+)", name)
     last = cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -248,41 +246,41 @@ def variant_of(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _evidence(names: Mapping[str, Any]) -> list[_Evidence]:
-    """Those of the names, by where they stand, that tell a variant."""
-    texts = {where: str(text or "") for where, text in names.items()}
-    return [
-        _Evidence(w, text, variant) for w, text in texts.items() if (variant := variant_of(text))
-    ]
+def _evidence(where: str, name: Any) -> list[_Evidence]:
+    """What a name says, if anything; `where` is the place of the name."""
+    text = str(name or "")
+    variant = variant_of(text)
+    return [] if variant is None else [_Evidence(where, text, variant)]
 
 
 def _check_variant(
-    plan: MergePlan, adapter_source: Any, adapter_config: Any, base_source: Any, config: Any
+    plan: MergePlan,
+    base: Source,
+    config: Mapping[str, Any],
+    adapter: Source | None,
+    read: Adapter | None,
 ) -> list[_Evidence]:
-    """Refuse Base for Instruct and the other way round; return what spoke for the base.
+    """Refuse Base for Instruct and the other way round; return what the base's names say.
 
     Both checkpoints of a family have the same tensors, so the wrong one merges without an error and
-    answers much worse. What tells them apart is their names.
+    answers much worse. Only their names tell them apart.
     """
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_source.origin) is not None
-    where = "its name on the Hub" if on_hub else "the folder's name"
-    of_base = _evidence({where: base_source.origin})
-    if not (on_hub and of_base):  # a Hub id that tells decides alone
-        of_base += _evidence({"config.json, _name_or_path": config.get("_name_or_path")})
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base.origin) is not None
+    of_base = _evidence("its name on the Hub" if on_hub else "the folder's name", base.origin)
+    if not (on_hub and of_base):  # A Hub id that names a variant decides alone.
+        of_base += _evidence("config.json, _name_or_path", config.get("_name_or_path"))
     if not plan.check_variant:
         return of_base
-    origin = adapter_source.origin
-    # The published pairs are known to belong together, whatever path their author trained with.
-    known = [p.variant for p in PUBLISHED.values() if p.adapter == origin]
-    of_adapter = [_Evidence("its name on the Hub", origin, variant) for variant in known[:1]]
-    of_adapter = of_adapter or _evidence(
-        {
-            "adapter_config.json, base_model_name_or_path": adapter_config.get(
-                "base_model_name_or_path"
-            ),
-            "the adapter's name": origin,
-        }
-    )
+    of_adapter: list[_Evidence] = []
+    if adapter is not None and read is not None:
+        # A published adapter belongs to its base, whatever path its author trained with.
+        for known in (p for p in PUBLISHED.values() if p.adapter == adapter.origin):
+            of_adapter = [_Evidence("its name on the Hub", adapter.origin, known.variant)]
+        key = "base_model_name_or_path"
+        of_adapter = of_adapter or [
+            *_evidence(f"adapter_config.json, {key}", read.config.get(key)),
+            *_evidence("the adapter's name", adapter.origin),
+        ]
     expected = plan.variant or (of_adapter[0].variant if of_adapter else None)
     if expected is None:
         logger.warning(
@@ -292,22 +290,16 @@ def _check_variant(
             plan.base,
         )
         return of_base
-    for what, found, remedy in (
-        (
-            f"the adapter {plan.adapter}",
-            of_adapter,
-            f"adapter for the {expected} model as --adapter",
-        ),
-        (f"the base {plan.base}", of_base, f"{expected} model as --base"),
-    ):
-        for item in found:
-            if item.variant != expected:
-                raise HubError(
-                    f"wrong base: {what} is for {item.variant!r} by {item.where} "
-                    f"({item.text!r:.150}), but {expected!r} is needed. The two have the same "
-                    f"tensors and very different answers. Give the {remedy}, or, if you know "
-                    f"better, add {OVERRIDE}"
-                )
+    of_both = [(f"the adapter {plan.adapter}", item) for item in of_adapter]
+    of_both += [(f"the base {plan.base}", item) for item in of_base]
+    for what, item in of_both:
+        if item.variant != expected:
+            raise HubError(
+                f"wrong base: {what} is for {item.variant!r} by {item.where} ({item.text!r:.150}), "
+                f"but {expected!r} is needed. The two have the same tensors and very different "
+                f"answers. Give the {expected} model as --base and an adapter for it as --adapter, "
+                f"or, if you know better, add {OVERRIDE}"
+            )
     if not of_base:
         logger.warning(
             "nothing in %s says whether it is the Base or the Instruct model; the adapter needs "
@@ -343,16 +335,14 @@ def _write_small_files(source: Path, part: Path) -> None:
             shutil.copyfile(path, part / name)
 
 
-def _write_card(part: Path, name: str, plan: MergePlan, base: Any, adapter: Any) -> None:
-    def named(source: Any) -> str:
-        return source.origin + (f" at {source.revision}" if source.revision else "")
-
-    cache.write_text(
-        part / "README.md",
-        f"# {name}\n\n{named(base)} with the D2F adapter {named(adapter)} merged into it by "
-        f"vllm-d2f {version('vllm-d2f')}, in float32 and rounded once. The licences of both "
-        f"apply. {cache.RECORD} lists the files.\n",
+def _write_card(part: Path, name: str, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    named = (at_revision(source["source"], source["revision"]) for source in sources.values())
+    text = (
+        f"# {name}\n\n{' with the D2F adapter '.join(named)}, written by vllm-d2f "
+        f"{version('vllm-d2f')}. An adapter is merged in float32 and rounded once. The licences "
+        f"of all sources apply. {cache.RECORD} lists the files.\n"
     )
+    (part / "README.md").write_text(text, encoding="utf-8")
 
 
 def _refuse_damaged(name: str, folder: Path, state: cache.State) -> None:
@@ -364,14 +354,14 @@ def _refuse_damaged(name: str, folder: Path, state: cache.State) -> None:
 
 
 def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> None:
-    """A request for other weights than those in place must not be answered by these."""
+    """Refuse a request for other weights than those that the place holds."""
     for what, given, requested in (
         ("base", plan.base, plan.base_revision),
         ("adapter", plan.adapter, plan.adapter_revision),
     ):
         record = state.record.get(what, {})
         source, same = given, True
-        if Path(given).expanduser().is_dir():
+        if given is not None and Path(given).expanduser().is_dir():
             found = local(given)
             source, requested = found.origin, found.revision
             weights = found.folder / WEIGHTS
@@ -380,28 +370,24 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
         if requested is not None:
             same = same and requested in (record.get("revision"), record.get("requested"))
         if record.get("source") != source or not same:
-            commit = record.get("revision")
+            old = at_revision(record.get("source"), record.get("revision"))
             raise HubError(
-                f"{name} was already prepared, with the {what} {record.get('source')}"
-                f"{f' at {commit}' if commit else ''}, not with this {what}: {source}"
-                f"{f' at {requested}' if requested else ''}. Add --force to prepare it again"
+                f"{name} was already prepared, with the {what} {old}, not with this {what}: "
+                f"{at_revision(source, requested)}. Add --force to prepare it again"
             )
 
 
 def _with_commands(name: str, error: HubError) -> HubError:
-    """Add to an unreachable Hub the two ways of preparing a model."""
+    """Add the two ways of preparing a model to the message that the Hub cannot be reached."""
     if not isinstance(error, Unreachable):
         return error
     published = PUBLISHED[name]
+    folders = "--base DIR" if published.adapter is None else "--base DIR --adapter DIR"
     return Unreachable(
         f"{name} is not prepared on this machine: {error}.\n"
         f"With a connection to the Hub, run once (it downloads {published.gigabytes:.0f} GB):\n"
         f"  python -m vllm_d2f prepare {name}\n"
-        f"From folders that were brought here (downloads of {published.base} and "
-        f"{published.adapter}):\n"
-        f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
+        f"From folders that were brought here (downloads of "
+        f"{' and '.join(published.repositories)}):\n"
+        f"  python -m vllm_d2f prepare {name} {folders}"
     )
-
-
-def _say(message: str) -> None:
-    print(f"vllm-d2f: {message}", file=sys.stderr, flush=True)

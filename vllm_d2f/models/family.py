@@ -20,28 +20,33 @@ BlockOrigin = Literal["prompt_end", "zero"]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A D2F model on the Hub, which `vllm serve NAME` downloads and merges.
+    """A D2F model on the Hub, which `vllm serve NAME` downloads, merges and serves.
 
     Attributes:
         about: one line for the list of models.
-        base, adapter: repositories on the Hub.
-        variant: "base" or "instruct": which of the family's checkpoints the adapter was trained on.
-        gigabytes: size of base and adapter, for messages.
-        d2f: the `d2f` section that the merged config.json gets.
-        context: tokens a server takes unless `--max-model-len` says more; None leaves it to the
-            base's config.json.
+        base, adapter: repositories on the Hub. The adapter is None if the base decodes with D2F by
+            itself.
+        variant: "base" or "instruct": which of the family's checkpoints the base is.
+        gigabytes: size of the downloads, for messages.
+        d2f: the `d2f` section of the merged config.json.
+        context: `max_model_len` unless the user gives it; None leaves it to the base's config.json.
         base_revision, adapter_revision: branch, tag or commit; None is the main branch.
     """
 
     about: str
     base: str
-    adapter: str
+    adapter: str | None
     variant: str
     gigabytes: float
     d2f: Mapping[str, Any] = field(default_factory=dict)
     context: int | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
+
+    @property
+    def repositories(self) -> list[str]:
+        """What is downloaded: the base, and the adapter if there is one."""
+        return [self.base] if self.adapter is None else [self.base, self.adapter]
 
 
 @dataclass(frozen=True, eq=False)
