@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_d2f`: what is installed and what the plugin did. Paste it into a bug report."""
+"""`python -m vllm_d2f`: a report for a bug (versions, patches, settings), and models by name."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ PACKAGES = (
     "flashinfer-python",
 )
 
-# Shown if set. Only what decides how the plugin behaves: no keys, no tokens.
+# The report shows those that are set. They decide how the plugin behaves; no key is among them.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "D2F_CACHE",

@@ -102,7 +102,8 @@ def overview() -> list[dict[str, Any]]:
         if state.reason:
             row["reason"] = state.reason
         row["unfinished"] = sum(map(cache.size_of, cache.parts_of(folder)))
-        row["downloads"] = sum(repo.size_on_disk for repo in _downloads(name))
+        downloads = _downloads(published.base, published.adapter)
+        row["downloads"] = sum(repo.size_on_disk for repo in downloads)
         rows.append(row)
     return rows
 
@@ -166,25 +167,25 @@ def _remove(args: argparse.Namespace) -> int:
         freed = cache.inspect(folder).size
         freed += cache.remove_parts(folder)
         cache.remove_folder(folder)
-    downloads = _downloads(args.name)
+    downloads = _downloads(PUBLISHED[args.name].base, PUBLISHED[args.name].adapter)
     if args.downloads and downloads:
         commits = [revision.commit_hash for repo in downloads for revision in repo.revisions]
         strategy = scan_cache_dir().delete_revisions(*commits)
         strategy.execute()
         freed += strategy.expected_freed_size
     print(f"freed {human(freed)}")
-    if not args.downloads and (kept := sum(repo.size_on_disk for repo in downloads)):
+    if not args.downloads and downloads:
+        kept = sum(repo.size_on_disk for repo in downloads)
         print(f"{human(kept)} of downloads are still in the Hub's cache: add --downloads")
     return 0
 
 
-def _downloads(name: str) -> list[Any]:
-    """The repositories of a published model that are in the Hub's cache."""
+def _downloads(*repositories: str) -> list[Any]:
+    """Those of the repositories that are in the Hub's cache."""
     try:
-        found = scan_cache_dir().repos
+        return [repo for repo in scan_cache_dir().repos if repo.repo_id in repositories]
     except CacheNotFound:
         return []
-    return [repo for repo in found if repo.repo_id in PUBLISHED[name].repositories]
 
 
 def _json_object(text: str) -> dict[str, Any]:

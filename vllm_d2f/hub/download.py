@@ -114,19 +114,20 @@ def fetch_weights(source: Source, target: Path) -> None:
     """Download the weights of a base whose small files are there.
 
     Args:
-        target: where as many bytes again will be written; both must fit on the disk.
+        target: the existing folder for the merged copy; both must fit on the disk.
+
+    Raises:
+        HubError: a disk is too small, the download fails, or the repository is incomplete.
     """
     names = shard_names(source.folder)
     _check_download_space(source, names, target)
     _fetch(source.origin, source.revision, names)
-    missing = [name for name in names if not (source.folder / name).exists()]
-    if missing:
+    if missing := [name for name in names if not (source.folder / name).exists()]:
         raise HubError(f"{source.origin}: its index names {missing[0]}, which it does not hold")
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Refuse to begin what the disk of `folder` cannot hold."""
-    folder = _existing(folder)
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
         raise HubError(
@@ -146,17 +147,11 @@ def _check_download_space(source: Source, names: Sequence[str], target: Path) ->
         return  # Without a connection the cache is used, or `_snapshot` says what is missing.
     missing = sum(file.file_size or 0 for file in files if file.will_download)
     merged = sum(file.file_size or 0 for file in files)
-    cache = Path(constants.HF_HUB_CACHE)
-    if _existing(cache).stat().st_dev == _existing(target).stat().st_dev:
-        check_space(cache, missing + merged, f"{source.origin} and its merged copy")
+    if source.folder.stat().st_dev == target.stat().st_dev:
+        check_space(target, missing + merged, f"{source.origin} and its merged copy")
     else:
-        check_space(cache, missing, source.origin)
+        check_space(source.folder, missing, source.origin)
         check_space(target, merged, "the merged copy")
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(above for above in (path, *path.absolute().parents) if above.exists())
 
 
 def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Source:
@@ -202,13 +197,13 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
             why = "HF_HUB_OFFLINE is set"
         raise Unreachable(f"{wanted} is not in the cache, and {why}") from error
     except Exception as error:
-        network = isinstance(error, (HfHubHTTPError, ConnectionError, TimeoutError))
         # huggingface_hub lets the errors of its HTTP client through.
-        network = network or type(error).__module__.split(".")[0] in _HTTP_CLIENTS
-        if not network and not isinstance(error, OSError):
-            raise
-        if not network and error.errno is not None:
-            raise HubError(f"{repository}: cannot be written to the cache ({error})") from error
+        network = isinstance(error, (HfHubHTTPError, ConnectionError, TimeoutError))
+        if not network and type(error).__module__.split(".")[0] not in _HTTP_CLIENTS:
+            if not isinstance(error, OSError):
+                raise
+            if error.errno is not None:
+                raise HubError(f"{repository}: cannot be written to the cache ({error})") from error
         raise Unreachable(
             f"{wanted}: the download was interrupted ({_first_line(error)}); run the same "
             "command again, finished files are kept"
@@ -216,8 +211,7 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]:.200}" if text else type(error).__name__
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:200]
 
 
 def _remove_damaged(folder: Path, names: Iterable[str]) -> list[str]:
@@ -238,11 +232,11 @@ def _remove_damaged(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _is_intact(blob: Path) -> bool:
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        digest = hashlib.sha256()
-    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):
-        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
-    else:
+    if not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name):
         return True
+    git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
     with blob.open("rb") as file:
-        return hashlib.file_digest(file, lambda: digest).hexdigest() == blob.name
+        digest = hashlib.file_digest(
+            file, lambda: git if len(blob.name) == 40 else hashlib.sha256()
+        )
+    return digest.hexdigest() == blob.name

@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -227,7 +226,7 @@ def _is_rank(value: Any) -> bool:
 
 def merge_weights(
     base: Checkpoint,
-    adapter: Adapter | None,
+    adapter: Adapter,
     folder: Path,
     progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
@@ -236,7 +235,6 @@ def merge_weights(
     All names and shapes are checked before the first byte is written.
 
     Args:
-        adapter: None copies the base.
         progress: called with the number of bytes just written.
 
     Returns:
@@ -246,11 +244,10 @@ def merge_weights(
         HubError: the adapter does not fit the base, or a sum leaves the range of its type.
         OSError: the disk is full.
     """
-    matched = match(adapter, base.tensors) if adapter else {}
+    matched = match(adapter, base.tensors)
     check_shapes(matched, base.tensors)
     written = {}
-    opened = safe_open(adapter.folder / WEIGHTS, framework="pt") if adapter else nullcontext()
-    with opened as weights:
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as weights:
         for shard in base.shards:
             target = folder / shard.path.name
             written[target.name] = _merge_file(shard, matched, weights, target, progress)

@@ -92,8 +92,7 @@ def refuse_unservable(name: str) -> None:
         UnknownModelError: with what to do.
     """
     for ours, published in PUBLISHED.items():
-        adapter = published.adapter
-        if adapter and name.lower() == adapter.lower() and not os.path.exists(name):
+        if name.lower() == published.adapter.lower() and not os.path.exists(name):
             raise UnknownModelError(
                 f"{name} is an adapter. Serve it merged into its base: vllm serve {ours}"
             )

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub.utils import tqdm
 
 from vllm_d2f.hub import HubError, cache, download, say
 from vllm_d2f.hub.checkpoint import INDEX, index_of, open_checkpoint, plain_file, read_json
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
-from vllm_d2f.hub.merge import WEIGHTS, Adapter, match, merge_weights, read_adapter
+from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
 from vllm_d2f.models import FAMILIES, PUBLISHED
 from vllm_d2f.settings import settings_from_dict
 
@@ -34,7 +34,7 @@ class MergePlan:
     """What to merge, and how the result decodes.
 
     Attributes:
-        base, adapter: a folder or a Hub id each. Without an adapter the base is copied.
+        base, adapter: a folder or a Hub id each.
         base_revision, adapter_revision: branch, tag or commit of a Hub id.
         architecture: the one that the base must have; None allows all that D2F serves.
         variant: "base" or "instruct", which the base must be; None takes it from the adapter.
@@ -44,7 +44,7 @@ class MergePlan:
     """
 
     base: str
-    adapter: str | None = None
+    adapter: str
     base_revision: str | None = None
     adapter_revision: str | None = None
     architecture: str | None = None
@@ -91,7 +91,7 @@ def ensure(name: str) -> Path:
     _refuse_damaged(name, folder, state)
     published = PUBLISHED[name]
     say(
-        f"{name}: first use. Downloading {' and '.join(published.repositories)} "
+        f"{name}: first use. Downloading {published.base} and {published.adapter} "
         f"({published.gigabytes:.0f} GB) and merging them into {folder}"
     )
     return prepare(name, plan_of(name))
@@ -149,27 +149,25 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
             raise HubError(str(error)) from None
 
     # What can be refused is refused before the weights are downloaded.
-    adapter_source: Source | None = None
-    adapter: Adapter | None = None
-    if plan.adapter is not None:
-        adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
-        adapter = read_adapter(adapter_source.folder)
+    adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
+    adapter = read_adapter(adapter_source.folder)
     base_source = _source(plan.base, plan.base_revision, "base")
     config = read_json(plain_file(base_source.folder, "config.json"))
     _check_architecture(plan, config)
-    evidence = _check_variant(plan, base_source, config, adapter_source, adapter)
+    evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
     index = index_of(base_source.folder)
-    if adapter is not None and index is not None:
+    if index is not None:
         match(adapter, index)
     if base_source.revision is not None and not Path(plan.base).expanduser().is_dir():
         download.fetch_weights(base_source, folder.parent)
 
     base = open_checkpoint(base_source.folder)
     download.check_space(folder.parent, base.size, "the merged model")
-    sources = {"base": _source_record(base_source, plan.base_revision)}
-    if adapter_source is not None:
-        weights = {"sha256": cache.sha256_of(adapter_source.folder / WEIGHTS)}
-        sources["adapter"] = _source_record(adapter_source, plan.adapter_revision) | weights
+    sources = {
+        "base": _source_record(base_source, plan.base_revision),
+        "adapter": _source_record(adapter_source, plan.adapter_revision)
+        | {"sha256": cache.sha256_of(adapter.folder / WEIGHTS)},
+    }
 
     def write(part: Path) -> dict[str, Any]:
         with tqdm(total=base.size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
@@ -184,7 +182,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         return {
             "name": name,
             **sources,
-            "base_or_instruct": [f"{item.where}: {item.text}" for item in evidence],
+            "base_or_instruct": [f"{where}: {name}" for where, name in evidence.items()],
             "merged_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {name: version(name) for name in ("vllm-d2f", "torch", "safetensors")},
             "files": dict(sorted(files.items())),
@@ -222,14 +220,6 @@ def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
         )
 
 
-class _Evidence(NamedTuple):
-    """A name that says which variant a base is, or an adapter was trained on."""
-
-    where: str
-    text: str
-    variant: str
-
-
 def variant_of(name: str) -> str | None:
     """ "base" or "instruct", from a model's name or path; None if it does not say.
 
@@ -246,60 +236,51 @@ def variant_of(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _evidence(where: str, name: Any) -> list[_Evidence]:
-    """What a name says, if anything; `where` is the place of the name."""
-    text = str(name or "")
-    variant = variant_of(text)
-    return [] if variant is None else [_Evidence(where, text, variant)]
-
-
 def _check_variant(
     plan: MergePlan,
     base: Source,
     config: Mapping[str, Any],
-    adapter: Source | None,
-    read: Adapter | None,
-) -> list[_Evidence]:
-    """Refuse Base for Instruct and the other way round; return what the base's names say.
+    adapter: Source,
+    adapter_config: Mapping[str, Any],
+) -> dict[str, str]:
+    """Refuse Base for Instruct and the other way round.
 
     Both checkpoints of a family have the same tensors, so the wrong one merges without an error and
     answers much worse. Only their names tell them apart.
+
+    Returns:
+        The names that say which one the base is, by where they stand.
     """
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base.origin) is not None
-    of_base = _evidence("its name on the Hub" if on_hub else "the folder's name", base.origin)
-    if not (on_hub and of_base):  # A Hub id that names a variant decides alone.
-        of_base += _evidence("config.json, _name_or_path", config.get("_name_or_path"))
+    of_base = {"its name on the Hub" if on_hub else "the folder's name": base.origin}
+    if not (on_hub and variant_of(base.origin)):  # A Hub id that names a variant decides alone.
+        of_base["config.json, _name_or_path"] = str(config.get("_name_or_path"))
+    of_base = {where: name for where, name in of_base.items() if variant_of(name)}
     if not plan.check_variant:
         return of_base
-    of_adapter: list[_Evidence] = []
-    if adapter is not None and read is not None:
-        # A published adapter belongs to its base, whatever path its author trained with.
-        for known in (p for p in PUBLISHED.values() if p.adapter == adapter.origin):
-            of_adapter = [_Evidence("its name on the Hub", adapter.origin, known.variant)]
+    of_adapter = {"the adapter's name": adapter.origin}
+    # A published adapter belongs to its base, whatever path its author trained with.
+    if adapter.origin not in {published.adapter for published in PUBLISHED.values()}:
         key = "base_model_name_or_path"
-        of_adapter = of_adapter or [
-            *_evidence(f"adapter_config.json, {key}", read.config.get(key)),
-            *_evidence("the adapter's name", adapter.origin),
-        ]
-    expected = plan.variant or (of_adapter[0].variant if of_adapter else None)
+        of_adapter = {f"adapter_config.json, {key}": str(adapter_config.get(key))} | of_adapter
+    expected = plan.variant or next(filter(None, map(variant_of, of_adapter.values())), None)
     if expected is None:
         logger.warning(
-            "%s does not say whether it was trained on a Base or an Instruct model, and the wrong "
-            "one answers much worse: make sure that %s is right",
+            "nothing in %s says whether it was trained on the Base or the Instruct model, so %s "
+            "is merged as it is; the wrong one answers much worse",
             plan.adapter,
             plan.base,
         )
         return of_base
-    of_both = [(f"the adapter {plan.adapter}", item) for item in of_adapter]
-    of_both += [(f"the base {plan.base}", item) for item in of_base]
-    for what, item in of_both:
-        if item.variant != expected:
-            raise HubError(
-                f"wrong base: {what} is for {item.variant!r} by {item.where} ({item.text!r:.150}), "
-                f"but {expected!r} is needed. The two have the same tensors and very different "
-                f"answers. Give the {expected} model as --base and an adapter for it as --adapter, "
-                f"or, if you know better, add {OVERRIDE}"
-            )
+    for source, names in ((f"adapter {plan.adapter}", of_adapter), (f"base {plan.base}", of_base)):
+        for where, name in names.items():
+            if (variant := variant_of(name)) not in (None, expected):
+                raise HubError(
+                    f"wrong base: the {source} is for {variant!r} by {where} ({name!r:.150}), but "
+                    f"{expected!r} is needed. The two have the same tensors and very different "
+                    f"answers. Give the {expected} model as --base and an adapter for it as "
+                    f"--adapter, or, if you know better, add {OVERRIDE}"
+                )
     if not of_base:
         logger.warning(
             "nothing in %s says whether it is the Base or the Instruct model; the adapter needs "
@@ -338,9 +319,9 @@ def _write_small_files(source: Path, part: Path) -> None:
 def _write_card(part: Path, name: str, sources: Mapping[str, Mapping[str, Any]]) -> None:
     named = (at_revision(source["source"], source["revision"]) for source in sources.values())
     text = (
-        f"# {name}\n\n{' with the D2F adapter '.join(named)}, written by vllm-d2f "
-        f"{version('vllm-d2f')}. An adapter is merged in float32 and rounded once. The licences "
-        f"of all sources apply. {cache.RECORD} lists the files.\n"
+        f"# {name}\n\n{' with the D2F adapter '.join(named)} merged into it by vllm-d2f "
+        f"{version('vllm-d2f')}, in float32 and rounded once. The licences of both apply. "
+        f"{cache.RECORD} lists the files.\n"
     )
     (part / "README.md").write_text(text, encoding="utf-8")
 
@@ -361,7 +342,7 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
     ):
         record = state.record.get(what, {})
         source, same = given, True
-        if given is not None and Path(given).expanduser().is_dir():
+        if Path(given).expanduser().is_dir():
             found = local(given)
             source, requested = found.origin, found.revision
             weights = found.folder / WEIGHTS
@@ -382,12 +363,11 @@ def _with_commands(name: str, error: HubError) -> HubError:
     if not isinstance(error, Unreachable):
         return error
     published = PUBLISHED[name]
-    folders = "--base DIR" if published.adapter is None else "--base DIR --adapter DIR"
     return Unreachable(
         f"{name} is not prepared on this machine: {error}.\n"
         f"With a connection to the Hub, run once (it downloads {published.gigabytes:.0f} GB):\n"
         f"  python -m vllm_d2f prepare {name}\n"
-        f"From folders that were brought here (downloads of "
-        f"{' and '.join(published.repositories)}):\n"
-        f"  python -m vllm_d2f prepare {name} {folders}"
+        f"From folders that were brought here (downloads of {published.base} and "
+        f"{published.adapter}):\n"
+        f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What D2F must know of a model family beside its layers: pure data.
+"""The description of a model family: pure data, such as `FAMILY` in `dream.py` and `llada.py`.
 
-A family runs on a stack of layers that vLLM and transformers both have. This file says what one
-such description holds; `dream.py` and `llada.py` are two of them.
+A family runs on a stack of layers that vLLM and transformers both have. Its description adds how
+to read the output of that stack, and how the family was published.
 """
 
 import re
@@ -24,8 +24,7 @@ class Published:
 
     Attributes:
         about: one line for the list of models.
-        base, adapter: repositories on the Hub. The adapter is None if the base decodes with D2F by
-            itself.
+        base, adapter: repositories on the Hub.
         variant: "base" or "instruct": which of the family's checkpoints the base is.
         gigabytes: size of the downloads, for messages.
         d2f: the `d2f` section of the merged config.json.
@@ -35,18 +34,13 @@ class Published:
 
     about: str
     base: str
-    adapter: str | None
+    adapter: str
     variant: str
     gigabytes: float
     d2f: Mapping[str, Any] = field(default_factory=dict)
     context: int | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
-
-    @property
-    def repositories(self) -> list[str]:
-        """What is downloaded: the base, and the adapter if there is one."""
-        return [self.base] if self.adapter is None else [self.base, self.adapter]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +54,12 @@ class Family:
             this object.
         stack: vLLM's class that runs it, as `module:class`.
         hf: the class of transformers that runs it, for the reference and for training.
-        tensor_names: the checkpoint's name of a module -> the stack's, where they differ. `*`
-            stands for a number and occurs as often in both. vLLM's stack and transformers' class
-            share their names.
-        tokenizer: the class behind a tokenizer that checkpoints name as remote code.
+        tensor_names: the checkpoint's name of a module -> the name in `stack` and `hf`, where they
+            differ. `*` stands for a number and occurs as often in both.
+        tokenizer: the class for a tokenizer that checkpoints name as remote code.
         mask_token_id: the published one, for a config.json that names none.
-        extra_end_token_ids: end tokens that config.json does not list; each counts if the
-            vocabulary holds it.
+        extra_end_token_ids: end tokens that config.json does not list; one outside the vocabulary
+            is left out.
         logits_shift: which output predicts position i: the one at i ("none"), at i - 1
             ("previous"), or at i - 1 except for a block's first position ("in_block").
         prompt_attention: how a prompt sees itself unless the `d2f` section says otherwise: as one
@@ -128,8 +121,8 @@ class Family:
 
 
 def _patterns(names: Iterable[tuple[str, str]]) -> dict[re.Pattern[str], str]:
-    """A match ends where a module's name ends: before the parameter's name or with the string,
-    because quantization configs and LoRA adapters name modules.
+    """Patterns of module names. Quantization configs and LoRA adapters name modules without a
+    parameter, so a match ends at a dot or at the end of the string.
     """
     found = {}
     for old, new in names:
