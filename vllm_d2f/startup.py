@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+# Asynchronous scheduling hides the host's work of a step, at the cost of wider queries. It is off
+# until a device is faster with it; on a CPU no other device's work could hide that of the host.
 ASYNC_BY_DEFAULT = False
-"""Asynchronous scheduling hides the host's work of a step and costs wider queries. It stays off
-until a device has shown that it wins there; a CPU has nothing to overlap that work with."""
 
 
 class D2FConfigHook(VerifyAndUpdateConfig):
@@ -98,21 +98,12 @@ def _set_async(scheduler_config: "SchedulerConfig") -> None:
     """
     count_nans = envs.VLLM_RAISE_ON_LOGIT_NANS
     if scheduler_config.async_scheduling is None:
-        scheduler_config.async_scheduling = async_by_default() and not count_nans
+        scheduler_config.async_scheduling = ASYNC_BY_DEFAULT and not count_nans
     elif scheduler_config.async_scheduling and count_nans:
         raise ValueError(
             "--async-scheduling: VLLM_RAISE_ON_LOGIT_NANS needs the field that brings the widths "
             "of windows back; unset it, or give --no-async-scheduling"
         )
-
-
-def async_by_default() -> bool:
-    """Whether steps are scheduled ahead unless the user decides: no, as no device is faster so yet.
-
-    Asynchronous scheduling hides the host's work of a step, at the cost of wider queries. A CPU has
-    no other device whose work could hide it.
-    """
-    return False
 
 
 def _set_prefill(
