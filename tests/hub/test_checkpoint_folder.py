@@ -188,10 +188,11 @@ def test_pickled_weights(dream):
 
 
 def test_no_checkpoint(tmp_path, dream):
+    base, adapter = str(dream.base), str(dream.adapter)
     with pytest.raises(HubError, match="no such folder"):
-        open_checkpoint(tmp_path / "none")
+        merge(tmp_path / "out", MergePlan(str(tmp_path / "none"), adapter))
     with pytest.raises(HubError, match="an adapter, not a base"):
-        open_checkpoint(dream.adapter)
+        merge(tmp_path / "out", MergePlan(adapter, adapter))
     (dream.base / "config.json").unlink()
     with pytest.raises(HubError, match="config.json: no such file"):
-        open_checkpoint(dream.base)
+        merge(tmp_path / "out", MergePlan(base, adapter))

@@ -21,7 +21,7 @@ from vllm_d2f.hub import HubError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["Checkpoint", "Shard", "TensorInfo", "check_weight_files", "index_of"]
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "check_weight_files", "index_of", "is_adapter"]
 __all__ += ["open_checkpoint", "plain_file", "read_header", "read_json", "shard_names"]
 
 INDEX = "model.safetensors.index.json"
@@ -59,10 +59,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose config, index and shard headers were read and agree."""
+    """The weight files of a folder, whose headers agree with its index."""
 
-    folder: Path
-    config: dict[str, Any]
     shards: tuple[Shard, ...]
 
     @property
@@ -92,6 +90,11 @@ def plain_file(folder: Path, name: str) -> Path:
     if not real.is_file():
         raise HubError(f"{path}: no such file; the folder is incomplete, download it again")
     return path
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter alone, without a base."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,16 +180,11 @@ def read_header(path: Path) -> Shard:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and every header of a folder, but no weights.
+    """Read every header of a folder, but no weights.
 
     Raises:
         HubError: something is missing, damaged, contradictory, or not safetensors.
     """
-    if not folder.is_dir():
-        raise HubError(f"{folder}: no such folder")
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise HubError(f"{folder}: this is an adapter, not a base")
-    config = read_json(plain_file(folder, "config.json"))
     index = index_of(folder)
     if index is None and not (folder / SINGLE).exists():
         refuse_pickle(folder, "model")
@@ -204,7 +202,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder / INDEX}: says {name!r:.100} is in {file}, it is in {held.get(name)}; "
                 "the folder mixes two downloads, download it again"
             )
-    return Checkpoint(folder, config, shards)
+    return Checkpoint(shards)
 
 
 def check_weight_files(vllm_config: "VllmConfig") -> None:

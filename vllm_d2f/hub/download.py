@@ -120,10 +120,23 @@ def fetch_weights(source: Source, target: Path) -> None:
         HubError: a disk is too small, the download fails, or the repository is incomplete.
     """
     names = shard_names(source.folder)
-    _check_download_space(source, names, target)
+    try:
+        files = snapshot_download(
+            source.origin, revision=source.revision, allow_patterns=names, dry_run=True
+        )
+    except (DryRunError, OSError):
+        files = []  # Without a connection the cache is used, or `_snapshot` says what is missing.
+    missing = sum(file.file_size or 0 for file in files if file.will_download)
+    merged = sum(file.file_size or 0 for file in files)
+    if source.folder.stat().st_dev == target.stat().st_dev:
+        check_space(target, missing + merged, f"{source.origin} and its merged copy")
+    else:
+        check_space(source.folder, missing, source.origin)
+        check_space(target, merged, "the merged copy")
     _fetch(source.origin, source.revision, names)
-    if missing := [name for name in names if not (source.folder / name).exists()]:
-        raise HubError(f"{source.origin}: its index names {missing[0]}, which it does not hold")
+    for name in names:
+        if not (source.folder / name).exists():
+            raise HubError(f"{source.origin}: its index names {name}, which it does not hold")
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -136,22 +149,6 @@ def check_space(folder: Path, needed: int, what: str) -> None:
             "`python -m vllm_d2f rm NAME` removes it) or set HF_HOME or D2F_CACHE to a folder "
             "on another disk"
         )
-
-
-def _check_download_space(source: Source, names: Sequence[str], target: Path) -> None:
-    try:
-        files = snapshot_download(
-            source.origin, revision=source.revision, allow_patterns=list(names), dry_run=True
-        )
-    except (DryRunError, OSError):
-        return  # Without a connection the cache is used, or `_snapshot` says what is missing.
-    missing = sum(file.file_size or 0 for file in files if file.will_download)
-    merged = sum(file.file_size or 0 for file in files)
-    if source.folder.stat().st_dev == target.stat().st_dev:
-        check_space(target, missing + merged, f"{source.origin} and its merged copy")
-    else:
-        check_space(source.folder, missing, source.origin)
-        check_space(target, merged, "the merged copy")
 
 
 def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Source:
@@ -182,15 +179,11 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
         raise HubError(f"{repository!r:.100}: neither a folder nor a Hub id ({error})") from None
     except RevisionNotFoundError:
         raise HubError(f"{repository}: the Hub has no revision {revision}") from None
-    except GatedRepoError:
-        raise HubError(
-            f"{repository}: its licence must be accepted on the Hub; then log in (hf auth login) "
-            "or set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise HubError(
-            f"{repository}: not on the Hub, or private (log in with hf auth login, or set HF_TOKEN)"
-        ) from None
+    except RepositoryNotFoundError as error:
+        why = "not on the Hub, or private"
+        if isinstance(error, GatedRepoError):
+            why = "its licence must be accepted on the Hub"
+        raise HubError(f"{repository}: {why}; log in (hf auth login) or set HF_TOKEN") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         why = f"the Hub cannot be reached ({_first_line(error.__cause__ or error)})"
         if constants.HF_HUB_OFFLINE:

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from vllm_d2f.hub.cache import is_part
+from vllm_d2f.hub.checkpoint import is_adapter
 from vllm_d2f.models import PUBLISHED
 
 __all__ = ["EMBEDDED", "UnknownModelError", "is_name", "known_names", "refuse_unservable"]
@@ -101,7 +102,7 @@ def refuse_unservable(name: str) -> None:
         return
     if is_part(folder):
         raise UnknownModelError(f"{name} is an unfinished merge; delete it and merge again")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+    if is_adapter(folder):
         raise UnknownModelError(
             f"{name} is an adapter. A D2F adapter is merged first: python -m vllm_d2f merge "
             f"--base BASE --adapter {name} --out FOLDER, then vllm serve FOLDER"

@@ -14,7 +14,14 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 
 from vllm_d2f.hub import HubError, cache, download, say
-from vllm_d2f.hub.checkpoint import INDEX, index_of, open_checkpoint, plain_file, read_json
+from vllm_d2f.hub.checkpoint import (
+    INDEX,
+    index_of,
+    is_adapter,
+    open_checkpoint,
+    plain_file,
+    read_json,
+)
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
 from vllm_d2f.models import FAMILIES, PUBLISHED
@@ -118,8 +125,17 @@ def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
             _refuse_damaged(name, folder, state)
         try:
             _merge(folder, plan, name)
-        except HubError as error:
-            raise _with_commands(name, error) from error.__cause__
+        except Unreachable as error:
+            published = PUBLISHED[name]
+            raise Unreachable(
+                f"{name} is not prepared on this machine: {error}.\n"
+                "With a connection to the Hub, run once (it downloads "
+                f"{published.gigabytes:.0f} GB):\n"
+                f"  python -m vllm_d2f prepare {name}\n"
+                f"From folders that were brought here (downloads of {published.base} and "
+                f"{published.adapter}):\n"
+                f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
+            ) from error.__cause__
     return folder
 
 
@@ -201,6 +217,8 @@ def _source(given: str, revision: str | None, what: str) -> Source:
     if path.is_dir():
         if revision is not None:
             raise HubError(f"--{what}-revision is for a Hub id, {given} is a folder")
+        if what == "base" and is_adapter(path):
+            raise HubError(f"{given}: this is an adapter, not a base")
         return local(given)
     if path.exists():
         raise HubError(f"{given}: give the folder that the {what} is in")
@@ -356,18 +374,3 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
                 f"{name} was already prepared, with the {what} {old}, not with this {what}: "
                 f"{at_revision(source, requested)}. Add --force to prepare it again"
             )
-
-
-def _with_commands(name: str, error: HubError) -> HubError:
-    """Add the two ways of preparing a model to the message that the Hub cannot be reached."""
-    if not isinstance(error, Unreachable):
-        return error
-    published = PUBLISHED[name]
-    return Unreachable(
-        f"{name} is not prepared on this machine: {error}.\n"
-        f"With a connection to the Hub, run once (it downloads {published.gigabytes:.0f} GB):\n"
-        f"  python -m vllm_d2f prepare {name}\n"
-        f"From folders that were brought here (downloads of {published.base} and "
-        f"{published.adapter}):\n"
-        f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
-    )

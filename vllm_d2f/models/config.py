@@ -39,8 +39,8 @@ _SWITCHES: Switches = {
     "qk_norm": ((None, False), "queries and keys are not normalised"),
     "bias": ((None, False), "no layer has a bias"),
     "qkv_bias": ((None, False), "no layer has a bias"),
-    "attention_bias": ((False,), "no layer has a bias"),
-    "mlp_bias": ((False,), "no layer has a bias"),
+    "attention_bias": ((None, False), "no layer has a bias"),
+    "mlp_bias": ((None, False), "no layer has a bias"),
     "logit_scale": ((None, 1, 1.0), "logits are not scaled"),
 }
 
@@ -81,7 +81,6 @@ class D2FConfig:
         family: the `Family` that names the class; it sets this.
         free_head_dim: whether `head_dim` may differ from hidden_size / num_attention_heads.
         switches: fields that the family refuses beside those of every family.
-        ignored: fields without a meaning for decoding.
         mask_token_id: null takes the family's published one.
         logits_shift: whether the output at i - 1 predicts position i; null takes the family's.
         d2f: how the model decodes; `vllm_d2f.settings` checks it.
@@ -90,7 +89,6 @@ class D2FConfig:
     family: ClassVar[Family]
     free_head_dim: ClassVar[bool] = False
     switches: ClassVar[Switches] = {}
-    ignored: ClassVar[tuple[str, ...]] = ()
 
     mask_token_id: int | None = None
     logits_shift: bool | None = None
@@ -139,7 +137,7 @@ class D2FConfig:
         # `auto_map` names remote classes, which no config may lead to. vLLM takes
         # `is_causal: false` for an encoder without a KV cache; here each batch says what its
         # sequences may attend to.
-        for name in ("auto_map", "is_causal", *self.ignored):
+        for name in ("auto_map", "is_causal"):
             extra.pop(name, None)
         for name, (allowed, why) in (_SWITCHES | self.switches).items():
             if name in extra:

@@ -42,21 +42,6 @@ _OLMO_SWITCHES: Switches = {
     "clip_qkv": ((None,), "queries, keys and values are not clipped"),
 }
 
-# OLMo's fields that matter for training only.
-_TRAINING_ONLY = (
-    "alibi_bias_max",
-    "attention_layer_norm_with_affine",
-    "embedding_dropout",
-    "flash_attention",
-    "init_cutoff_factor",
-    "init_device",
-    "init_fn",
-    "init_std",
-    "precision",
-    "residual_dropout",
-    "rope_full_precision",
-)
-
 
 @strict
 class LLaDAConfig(D2FConfig, LlamaConfig):
@@ -65,7 +50,6 @@ class LLaDAConfig(D2FConfig, LlamaConfig):
     model_type = "llada"
     attribute_map: ClassVar[dict[str, str]] = _LLAMA_NAME_OF
     switches: ClassVar[Switches] = _OLMO_SWITCHES
-    ignored: ClassVar[tuple[str, ...]] = _TRAINING_ONLY
 
     vocab_size: int = 126464
     intermediate_size: int = 12288
