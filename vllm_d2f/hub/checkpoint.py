@@ -21,7 +21,7 @@ from vllm_d2f.hub import HubError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["Checkpoint", "Shard", "TensorInfo", "check_weight_files", "index_of", "is_adapter"]
+__all__ = ["Shard", "TensorInfo", "check_weight_files", "index_of", "is_adapter"]
 __all__ += ["open_checkpoint", "plain_file", "read_header", "read_json", "shard_names"]
 
 INDEX = "model.safetensors.index.json"
@@ -55,23 +55,6 @@ class Shard:
     path: Path
     size: int
     tensors: dict[str, TensorInfo]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The weight files of a folder, whose headers agree with its index."""
-
-    shards: tuple[Shard, ...]
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of every shard."""
-        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.size for shard in self.shards)
 
 
 def plain_file(folder: Path, name: str) -> Path:
@@ -179,8 +162,8 @@ def read_header(path: Path) -> Shard:
     return Shard(path, size, tensors)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read every header of a folder, but no weights.
+def open_checkpoint(folder: Path) -> list[Shard]:
+    """Read the headers of all weight files that belong to a folder, but no weights.
 
     Raises:
         HubError: something is missing, damaged, contradictory, or not safetensors.
@@ -189,7 +172,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index is None and not (folder / SINGLE).exists():
         refuse_pickle(folder, "model")
         raise HubError(f"{folder}: neither {SINGLE} nor {INDEX}; is it a checkpoint's folder?")
-    shards = tuple(read_header(plain_file(folder, name)) for name in shard_names(folder))
+    shards = [read_header(plain_file(folder, name)) for name in shard_names(folder)]
     held: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:
@@ -202,7 +185,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder / INDEX}: says {name!r:.100} is in {file}, it is in {held.get(name)}; "
                 "the folder mixes two downloads, download it again"
             )
-    return Checkpoint(shards)
+    return shards
 
 
 def check_weight_files(vllm_config: "VllmConfig") -> None:

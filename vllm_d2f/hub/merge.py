@@ -9,7 +9,7 @@ rounded once.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vllm_d2f.hub import HubError
 from vllm_d2f.hub.checkpoint import (
-    Checkpoint,
     Shard,
     TensorInfo,
     plain_file,
@@ -225,7 +224,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def merge_weights(
-    base: Checkpoint,
+    base: Sequence[Shard],
     adapter: Adapter,
     folder: Path,
     progress: Callable[[int], object] = lambda count: None,
@@ -244,11 +243,12 @@ def merge_weights(
         HubError: the adapter does not fit the base, or a sum leaves the range of its type.
         OSError: the disk is full.
     """
-    matched = match(adapter, base.tensors)
-    check_shapes(matched, base.tensors)
+    tensors = {name: info for shard in base for name, info in shard.tensors.items()}
+    matched = match(adapter, tensors)
+    check_shapes(matched, tensors)
     written = {}
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as weights:
-        for shard in base.shards:
+        for shard in base:
             target = folder / shard.path.name
             written[target.name] = _merge_file(shard, matched, weights, target, progress)
     return written

@@ -43,9 +43,9 @@ def is_name(name: str) -> bool:
     """
     known = known_names()
     beginnings = tuple({f"{own.partition('-')[0]}-" for own in known})
-    if not isinstance(name, str) or not name.startswith(beginnings) or "/" in name:
+    if not isinstance(name, str) or not name.startswith(beginnings):
         return False
-    if os.sep in name or os.path.exists(name):
+    if "/" in name or os.path.exists(name):
         return False
     if name in known:
         return True

@@ -178,7 +178,8 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         download.fetch_weights(base_source, folder.parent)
 
     base = open_checkpoint(base_source.folder)
-    download.check_space(folder.parent, base.size, "the merged model")
+    size = sum(shard.size for shard in base)
+    download.check_space(folder.parent, size, "the merged model")
     sources = {
         "base": _source_record(base_source, plan.base_revision),
         "adapter": _source_record(adapter_source, plan.adapter_revision)
@@ -186,7 +187,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     }
 
     def write(part: Path) -> dict[str, Any]:
-        with tqdm(total=base.size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
             files = merge_weights(base, adapter, part, bar.update)
         _write_small_files(base_source.folder, part)
         _write_card(part, name, sources)
