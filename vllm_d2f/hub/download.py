@@ -14,17 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 
 from vllm_d2f.hub import HubError, human
 from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
@@ -124,7 +114,7 @@ def fetch_weights(source: Source, target: Path) -> None:
         files = snapshot_download(
             source.origin, revision=source.revision, allow_patterns=names, dry_run=True
         )
-    except (DryRunError, OSError):
+    except (errors.DryRunError, OSError):
         files = []  # Without a connection the cache is used, or `_snapshot` says what is missing.
     missing = sum(file.file_size or 0 for file in files if file.will_download)
     merged = sum(file.file_size or 0 for file in files)
@@ -175,23 +165,23 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
     try:
         # The names hold no wildcards: `checkpoint.index_of` refuses others.
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise HubError(f"{repository!r:.100}: neither a folder nor a Hub id ({error})") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise HubError(f"{repository}: the Hub has no revision {revision}") from None
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         why = "not on the Hub, or private"
-        if isinstance(error, GatedRepoError):
+        if isinstance(error, errors.GatedRepoError):
             why = "its licence must be accepted on the Hub"
         raise HubError(f"{repository}: {why}; log in (hf auth login) or set HF_TOKEN") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = f"the Hub cannot be reached ({_first_line(error.__cause__ or error)})"
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
         raise Unreachable(f"{wanted} is not in the cache, and {why}") from error
     except Exception as error:
         # huggingface_hub lets the errors of its HTTP client through.
-        network = isinstance(error, (HfHubHTTPError, ConnectionError, TimeoutError))
+        network = isinstance(error, (errors.HfHubHTTPError, ConnectionError, TimeoutError))
         if not network and type(error).__module__.split(".")[0] not in _HTTP_CLIENTS:
             if not isinstance(error, OSError):
                 raise

@@ -18,15 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_d2f.hub import HubError
-from vllm_d2f.hub.checkpoint import (
-    Shard,
-    TensorInfo,
-    plain_file,
-    read_header,
-    read_json,
-    refuse_pickle,
-)
+from vllm_d2f.hub import HubError, checkpoint
+from vllm_d2f.hub.checkpoint import Shard, TensorInfo
 
 __all__ = ["Adapter", "Pair", "match", "merge_weights", "read_adapter"]
 
@@ -78,11 +71,11 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not (folder / CONFIG).exists():
         raise HubError(f"{folder}: no {CONFIG}; is it a PEFT adapter's folder?")
-    config = read_json(plain_file(folder, CONFIG))
+    config = checkpoint.read_json(checkpoint.plain_file(folder, CONFIG))
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).exists():
-        refuse_pickle(folder, "adapter")
-    shard = read_header(plain_file(folder, WEIGHTS))
+        checkpoint.refuse_pickle(folder, "adapter")
+    shard = checkpoint.read_header(checkpoint.plain_file(folder, WEIGHTS))
     sides: dict[str, dict[str, str]] = {}
     for key in shard.tensors:
         found = _KEY.fullmatch(key)

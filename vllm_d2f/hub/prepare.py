@@ -13,15 +13,7 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from vllm_d2f.hub import HubError, cache, download, say
-from vllm_d2f.hub.checkpoint import (
-    INDEX,
-    index_of,
-    is_adapter,
-    open_checkpoint,
-    plain_file,
-    read_json,
-)
+from vllm_d2f.hub import HubError, cache, checkpoint, download, say
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
 from vllm_d2f.models import FAMILIES, PUBLISHED
@@ -168,16 +160,16 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
     adapter = read_adapter(adapter_source.folder)
     base_source = _source(plan.base, plan.base_revision, "base")
-    config = read_json(plain_file(base_source.folder, "config.json"))
+    config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
     _check_architecture(plan, config)
     evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
-    index = index_of(base_source.folder)
+    index = checkpoint.index_of(base_source.folder)
     if index is not None:
         match(adapter, index)
     if base_source.revision is not None and not Path(plan.base).expanduser().is_dir():
         download.fetch_weights(base_source, folder.parent)
 
-    base = open_checkpoint(base_source.folder)
+    base = checkpoint.open_checkpoint(base_source.folder)
     size = sum(shard.size for shard in base)
     download.check_space(folder.parent, size, "the merged model")
     sources = {
@@ -218,7 +210,7 @@ def _source(given: str, revision: str | None, what: str) -> Source:
     if path.is_dir():
         if revision is not None:
             raise HubError(f"--{what}-revision is for a Hub id, {given} is a folder")
-        if what == "base" and is_adapter(path):
+        if what == "base" and checkpoint.is_adapter(path):
             raise HubError(f"{given}: this is an adapter, not a base")
         return local(given)
     if path.exists():
@@ -323,12 +315,12 @@ def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]
 
 def _write_small_files(source: Path, part: Path) -> None:
     """Tokenizer, generation settings and index. Never code."""
-    for name in ("generation_config.json", INDEX, *download.TOKENIZER_FILES):
+    for name in ("generation_config.json", checkpoint.INDEX, *download.TOKENIZER_FILES):
         if not (source / name).exists():
             continue
-        path = plain_file(source, name)
+        path = checkpoint.plain_file(source, name)
         if name == "tokenizer_config.json":
-            settings = read_json(path)
+            settings = checkpoint.read_json(path)
             settings.pop("auto_map", None)
             cache.write_json(part / name, settings)
         else:
