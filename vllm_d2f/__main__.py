@@ -101,10 +101,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand, or print the report. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_d2f",
-        description=__doc__,
-    )
+    parser = argparse.ArgumentParser(prog="python -m vllm_d2f", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     add_commands(parser.add_subparsers(title="models by name", metavar="COMMAND"))
     args = parser.parse_args(arguments)

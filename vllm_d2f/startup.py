@@ -159,11 +159,8 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     default = type(cache).gpu_memory_utilization
-    if (
-        cache.kv_cache_memory_bytes is not None
-        or cache.num_gpu_blocks_override is not None
-        or cache.gpu_memory_utilization != default
-    ):
+    given = cache.kv_cache_memory_bytes, cache.num_gpu_blocks_override, cache.gpu_memory_utilization
+    if given != (None, None, default):
         return
     page = cache.block_size if cache.user_specified_block_size else CPU_PAGE
     numbers = 2 * model.get_num_layers(parallel)  # keys and values

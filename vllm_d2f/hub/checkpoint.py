@@ -34,9 +34,6 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PLAIN = ("F64", "F32", "BF16", "F16")
 
-PICKLED_FORMATS = ("pt", "npcache")
-"""vLLM's `--load-format` values that read pickle."""
-
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -198,7 +195,7 @@ def check_weight_files(vllm_config: "VllmConfig") -> None:
     """
     load_config, model_config = vllm_config.load_config, vllm_config.model_config
     load_format = str(load_config.load_format)
-    if load_format in PICKLED_FORMATS:
+    if load_format in ("pt", "npcache"):
         raise ValueError(
             f"--load-format {load_format}: it reads pickle, which can run any code; D2F models are "
             "read from safetensors only. Remove it"

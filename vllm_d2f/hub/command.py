@@ -14,6 +14,7 @@ from vllm_d2f.hub.download import at_revision
 from vllm_d2f.hub.names import EMBEDDED, resolve_embedded
 from vllm_d2f.hub.prepare import MergePlan, merge, plan_of, prepare
 from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
+from vllm_d2f.models.family import Published
 
 __all__ = ["add_commands", "overview"]
 
@@ -102,8 +103,6 @@ def overview() -> list[dict[str, Any]]:
         if state.reason:
             row["reason"] = state.reason
         row["unfinished"] = sum(map(cache.size_of, cache.parts_of(folder)))
-        downloads = _downloads(published.base, published.adapter)
-        row["downloads"] = sum(repo.size_on_disk for repo in downloads)
         rows.append(row)
     return rows
 
@@ -111,6 +110,8 @@ def overview() -> list[dict[str, Any]]:
 def _models(args: argparse.Namespace) -> int:
     rows = overview()
     for row in rows:
+        if published := PUBLISHED.get(row["name"]):
+            row["downloads"] = sum(repo.size_on_disk for repo in _downloads(published))
         if args.check and row["state"] == "ready":
             folder = Path(row["folder"])
             if bad := cache.damaged_files(folder, cache.inspect(folder)):
@@ -167,7 +168,7 @@ def _remove(args: argparse.Namespace) -> int:
         freed = cache.inspect(folder).size
         freed += cache.remove_parts(folder)
         cache.remove_folder(folder)
-    downloads = _downloads(PUBLISHED[args.name].base, PUBLISHED[args.name].adapter)
+    downloads = _downloads(PUBLISHED[args.name])
     if args.downloads and downloads:
         commits = [revision.commit_hash for repo in downloads for revision in repo.revisions]
         strategy = scan_cache_dir().delete_revisions(*commits)
@@ -180,12 +181,13 @@ def _remove(args: argparse.Namespace) -> int:
     return 0
 
 
-def _downloads(*repositories: str) -> list[Any]:
-    """Those of the repositories that are in the Hub's cache."""
+def _downloads(published: Published) -> list[Any]:
+    """Those of the repositories of a model that are in the Hub's cache."""
     try:
-        return [repo for repo in scan_cache_dir().repos if repo.repo_id in repositories]
+        repositories = scan_cache_dir().repos
     except CacheNotFound:
         return []
+    return [repo for repo in repositories if repo.repo_id in (published.base, published.adapter)]
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -23,8 +23,6 @@ __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
-OVERRIDE = "--allow-other-base"
-
 _VARIANTS = {"base": "base", "instruct": "instruct", "chat": "instruct"}
 
 
@@ -290,7 +288,7 @@ def _check_variant(
                     f"wrong base: the {source} is for {variant!r} by {where} ({name!r:.150}), but "
                     f"{expected!r} is needed. The two have the same tensors and very different "
                     f"answers. Give the {expected} model as --base and an adapter for it as "
-                    f"--adapter, or, if you know better, add {OVERRIDE}"
+                    f"--adapter, or, if you know better, add --allow-other-base"
                 )
     if not of_base:
         logger.warning(

@@ -107,22 +107,19 @@ class Family:
         """`tensor_names` as regular expressions and replacements, for vLLM's WeightsMapper."""
         return _patterns(self.tensor_names.items())
 
-    @cached_property
-    def _checkpoint_patterns(self) -> dict[re.Pattern[str], str]:
-        return _patterns((stack, own) for own, stack in self.tensor_names.items())
-
     def to_stack(self, name: str) -> str:
         """The stack's name of a checkpoint's tensor or module; other names pass unchanged."""
         return _renamed(name, self.patterns)
 
     def to_checkpoint(self, name: str) -> str:
         """The checkpoint's name of a stack's tensor or module; other names pass unchanged."""
-        return _renamed(name, self._checkpoint_patterns)
+        return _renamed(name, _patterns((stack, own) for own, stack in self.tensor_names.items()))
 
 
 def _patterns(names: Iterable[tuple[str, str]]) -> dict[re.Pattern[str], str]:
-    """Patterns of module names. Quantization configs and LoRA adapters name modules without a
-    parameter, so a match ends at a dot or at the end of the string.
+    """Compile the names as regular expressions that match up to a dot or the end of the string.
+
+    Quantization configs and LoRA adapters name modules without a parameter.
     """
     found = {}
     for old, new in names:
