@@ -194,7 +194,7 @@ def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Pa
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:250]
 
 
 def _remove_damaged(folder: Path, names: Iterable[str]) -> list[str]:
@@ -215,11 +215,11 @@ def _remove_damaged(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _is_intact(blob: Path) -> bool:
-    if not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name):
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        digest = hashlib.sha256()
+    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    else:
         return True
-    git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
     with blob.open("rb") as file:
-        digest = hashlib.file_digest(
-            file, lambda: git if len(blob.name) == 40 else hashlib.sha256()
-        )
-    return digest.hexdigest() == blob.name
+        return hashlib.file_digest(file, lambda: digest).hexdigest() == blob.name
