@@ -58,7 +58,7 @@ def is_name(name: str) -> bool:
 
 
 def resolve(name: str) -> str:
-    """Return the folder that `name` stands for, or `name` unchanged if it is not one of the package's.
+    """Return the folder that `name` stands for, or `name` itself if it is none of the package's.
 
     The first use of a published model downloads and merges it, which takes a while.
 
