@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p02: D2F models start on the V2 model runner on a CPU whose Triton has no CPU backend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ def needed(_config: Any = None) -> bool:
     return current_platform.is_cpu() and not HAS_TRITON
 
 
-def _serves_d2f(config: VllmConfig) -> bool:
+def _serves_d2f(config: "VllmConfig") -> bool:
     from vllm_d2f.settings import is_d2f
 
     return config.model_config is not None and is_d2f(config.model_config)
@@ -46,12 +44,9 @@ def _serves_d2f(config: VllmConfig) -> bool:
     remove_when="the V2 runner starts on a CPU without Triton, or triton-cpu is on PyPI",
     when=CPU_WITHOUT_TRITON,
     needed=needed,
-    written_against={
-        CHOICE: "515385db129cfb73",
-        CHECK: "1264ae02af3433ee",
-    },
+    written_against={CHOICE: "515385db129cfb73", CHECK: "1264ae02af3433ee"},
 )
-def p02_cpu_start(original: Callable[..., bool], self: VllmConfig) -> bool:
+def p02_cpu_start(original: Callable[..., bool], self: "VllmConfig") -> bool:
     from vllm import envs
 
     # With the variable set to 0 vLLM refuses: "V1 does not support diffusion models".
@@ -61,7 +56,7 @@ def p02_cpu_start(original: Callable[..., bool], self: VllmConfig) -> bool:
 
 
 @p02_cpu_start.also(CHECK)
-def _check(original: Callable[..., None], self: VllmConfig) -> None:
+def _check(original: Callable[..., None], self: "VllmConfig") -> None:
     if not _serves_d2f(self):
         return original(self)
     # The original checks that Triton is there and that the runner has all features asked for. p03

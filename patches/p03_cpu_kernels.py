@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p03: numpy versions of the Triton kernels that the V2 model runner launches for a D2F model."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -95,10 +93,7 @@ def register() -> None:
     remove_when="vLLM registers CPU versions of these kernels, or triton-cpu is on PyPI",
     when=CPU_WITHOUT_TRITON,
     needed=needed,
-    written_against={
-        HOOK: "950067cb061535be",
-        SCAN: "68f705141997c1e3",
-    },
+    written_against={HOOK: "950067cb061535be", SCAN: "68f705141997c1e3"},
 )
 def p03_cpu_kernels(original: Callable[..., None], cls: type) -> None:
     original(cls)

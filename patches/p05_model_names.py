@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p05: vLLM serves the models of this package by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

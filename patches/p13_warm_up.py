@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p13: a model state runs its own warm-up steps before the first request."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +23,11 @@ STEPS = "vllm.v1.worker.gpu.warmup:_warmup_kernels"
     how="`warm_up` of the model state runs instead, where a model state has that method.",
     upstream="none yet: vLLM lacks a warm-up that the model state can replace",
     remove_when="a model state can say which steps warm it up",
-    written_against={
-        TARGET: "911fbe29d6ec1b18",
-        STEPS: "ac83e86438da1a4e",
-    },
+    written_against={TARGET: "911fbe29d6ec1b18", STEPS: "ac83e86438da1a4e"},
 )
 def p13_warm_up(
     original: Callable[..., None],
-    model_runner: GPUModelRunner,
+    model_runner: "GPUModelRunner",
     worker_execute_model: Callable[..., Any],
     worker_sample_tokens: Callable[..., Any],
 ) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """p14: the engine arguments as the user gave them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +26,8 @@ CREATE = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
     written_against={CREATE: "b9b94288f46d2f67"},
 )
 def p14_engine_args(
-    original: Callable[..., VllmConfig], self: EngineArgs, *args: Any, **kwargs: Any
-) -> VllmConfig:
+    original: Callable[..., VllmConfig], self: "EngineArgs", *args: Any, **kwargs: Any
+) -> "VllmConfig":
     from vllm_d2f.engine_args import given
 
     with given(self):
