@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_d2f.blocks import BlockSequences as VirtualSequences
-from vllm_d2f.blocks import block_sequences as virtual_sequences
+from vllm_d2f.blocks import BlockSequences, block_sequences
 from vllm_d2f.d2f import may_attend
 
 PAGE = 32
@@ -94,10 +93,10 @@ class Problem:
             self.case.block_size,
         )
 
-    def sequences(self) -> VirtualSequences:
+    def sequences(self) -> BlockSequences:
         """The window's blocks as virtual sequences."""
         start_R = np.full(self.case.requests, self.case.context)
-        return virtual_sequences(
+        return block_sequences(
             start_R,
             start_R + self.case.window,
             start_R,

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def streaming(run: Record) -> None:
             "block": summary(sent, [line.block(steps) for line in lines]),
         }
 
-    found = {n: run.point(str(n), lambda n=n: measure(n)) for n in args.at_once}
+    found = {n: run.point(str(n), partial(measure, n)) for n in args.at_once}
     shut_down(llm)
     run.need_all()
     report = run.report(
