@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vllm_d2f.patches`: the state of each patch. With `--write`: renew docs/patches.md."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, StructuredOutputsConfig
@@ -29,10 +29,9 @@ STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
     written_against={PARAMETERS: "2fbdc056cf142309", STRUCTURED: "ebca6891dea0cd50"},
 )
 def p01_sampling_params(
-    original: Callable[..., None], self: "SamplingParams", model_config: ModelConfig
+    original: Callable[..., None], self: "SamplingParams", model_config: "ModelConfig"
 ) -> None:
     from vllm_d2f.admission import check_sampling_params
-    from vllm_d2f.settings import is_d2f
 
     check = check_sampling_params if is_d2f(model_config) else original
     check(self, model_config)
@@ -47,7 +46,6 @@ def _structured_outputs(
     *args: Any,
 ) -> None:
     from vllm_d2f.admission import check_grammar, check_structured_outputs
-    from vllm_d2f.settings import is_d2f
 
     if self.structured_outputs is None or not is_d2f(model_config):
         return original(self, model_config, structured_outputs_config, *args)

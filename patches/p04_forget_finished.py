@@ -25,7 +25,7 @@ TARGET = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
     written_against={TARGET: "d78030bf2a4431a7"},
 )
 def p04_forget_finished(
-    original: Callable[..., None], self: "GPUModelRunner", scheduler_output: SchedulerOutput
+    original: Callable[..., None], self: "GPUModelRunner", scheduler_output: "SchedulerOutput"
 ) -> None:
     forget = getattr(self.model_state, "forget_requests", None)
     if forget is not None:

@@ -4,12 +4,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import BeamSearchParams, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 BEAM_SEARCH = "vllm.config.vllm:VllmConfig._check_supports_watermarking"
@@ -29,21 +27,17 @@ STREAMED_INPUT = "vllm.v1.engine.async_llm:AsyncLLM._add_streaming_input_request
     written_against={BEAM_SEARCH: "63a4979b48653559"},
 )
 def p07_beam_search(
-    original: Callable[..., bool],
-    self: "VllmConfig",
-    config: SamplingParams | BeamSearchParams | None = None,
-    **kwargs: Any,
+    original: Callable[..., bool], self: "VllmConfig", config: Any = None, **kwargs: Any
 ) -> bool:
     # No other function sees both the parameters of a beam search and the model.
-    if config is not None and type(config).__name__ == "BeamSearchParams":
-        from vllm_d2f.settings import is_d2f
+    if type(config).__name__ == "BeamSearchParams" and is_d2f(self.model_config):
+        from vllm.exceptions import VLLMValidationError
 
-        if self.model_config is not None and is_d2f(self.model_config):
-            raise _error(
-                "beam search is not supported for D2F models: they decide several tokens per "
-                "forward, in any order. Remove use_beam_search; for several answers use n.",
-                "use_beam_search",
-            )
+        raise VLLMValidationError(
+            "beam search is not supported for D2F models: they decide several tokens per "
+            "forward, in any order. Remove use_beam_search; for several answers use n.",
+            parameter="use_beam_search",
+        )
     return original(self, config, **kwargs)
 
 
@@ -62,20 +56,13 @@ def p07_beam_search(
 async def p11_streamed_input(
     original: Callable[..., Any], self: "AsyncLLM", *args: Any, **kwargs: Any
 ) -> Any:
-    from vllm_d2f.settings import is_d2f
-
     if is_d2f(self.model_config):
-        raise _error(
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(
             "a prompt in pieces (an async generator) is not supported for D2F models: what "
             "was answered to the first piece would become part of the prompt of the next. "
             "Send the whole prompt at once",
-            "prompt",
+            parameter="prompt",
         )
     return await original(self, *args, **kwargs)
-
-
-def _error(message: str, parameter: str) -> VLLMValidationError:
-    """vLLM's error for a bad request: HTTP 400."""
-    from vllm.exceptions import VLLMValidationError
-
-    return VLLMValidationError(message, parameter=parameter)

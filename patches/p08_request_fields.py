@@ -9,7 +9,6 @@ from vllm_d2f.patches.patch import configs, patch
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params"
@@ -44,7 +43,7 @@ MIDDLEWARE = "vllm.entrypoints.launchers.app:init_entrypoints_middleware"
     },
 )
 def p08_request_fields(
-    original: Callable[..., SamplingParams], self: Any, *args: Any, **kwargs: Any
+    original: Callable[..., "SamplingParams"], self: Any, *args: Any, **kwargs: Any
 ) -> "SamplingParams":
     from vllm_d2f.request_fields import add_request_fields, check_default_greedy
 
@@ -53,7 +52,14 @@ def p08_request_fields(
     add_request_fields(params, self.model_extra or {})
     served = configs.get("server")
     if self.stream and served is not None:
-        _verify(params, served)
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+        # As the engine does when it gets the parameters, but before the stream begins. vLLM's check
+        # writes into the parameters, and later runs once more on the originals.
+        tokenizer = cached_tokenizer_from_config(served.model_config)
+        copy.deepcopy(params).verify(
+            served.model_config, None, served.structured_outputs_config, tokenizer
+        )
     return params
 
 
@@ -67,16 +73,3 @@ def _middleware(original: Callable[..., None], args: Any, app: "FastAPI", *rest:
         # Added first it is the innermost: vLLM authenticates a request before this reads it.
         app.add_middleware(RequestFields, settings=served_settings(served.model_config))
     original(args, app, *rest)
-
-
-def _verify(params: "SamplingParams", config: "VllmConfig") -> None:
-    """Check parameters before a stream begins, as the engine does when it gets them."""
-    from vllm.tokenizers.registry import cached_tokenizer_from_config
-
-    # vLLM's check writes into the parameters, and later runs once more on the originals.
-    copy.deepcopy(params).verify(
-        config.model_config,
-        None,
-        config.structured_outputs_config,
-        cached_tokenizer_from_config(config.model_config),
-    )

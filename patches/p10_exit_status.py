@@ -4,18 +4,13 @@
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 TARGET = "vllm.entrypoints.launchers.api_server.entry:build_and_serve"
 HTTP = "vllm.entrypoints.launchers.launcher:serve_http"
-
-MESSAGE = (
-    "The engine died, see the first error above; the server ends with status 1 so that a "
-    "supervisor starts it again."
-)
 
 
 @patch(
@@ -35,8 +30,6 @@ MESSAGE = (
 async def p10_exit_status(
     original: Callable[..., Any], engine_client: "EngineClient", *args: Any, **kwargs: Any
 ) -> Coroutine[Any, Any, None]:
-    from vllm_d2f.settings import is_d2f
-
     closing = await original(engine_client, *args, **kwargs)
     # vLLM returns a coroutine of this name if the HTTP server has ended by itself. After a signal
     # it stops the engine itself and returns the coroutine that closes the connections.
@@ -48,4 +41,7 @@ async def p10_exit_status(
 
 async def _fail_after(closing: Coroutine[Any, Any, None]) -> None:
     await closing
-    raise SystemExit(MESSAGE)
+    raise SystemExit(
+        "The engine died, see the first error above; the server ends with status 1 so that a "
+        "supervisor starts it again."
+    )

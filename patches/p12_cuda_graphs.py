@@ -4,11 +4,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -41,68 +40,45 @@ def has_full_graphs(config: "VllmConfig") -> bool:
 def p12_cuda_graphs(original: Callable[..., None], self: "CudaGraphManager") -> None:
     original(self)
     from vllm.config.compilation import CUDAGraphMode
-
-    from vllm_d2f.settings import is_d2f
-
-    # The mode decides, not the graphs that vLLM has listed: it lists none if its only length, the
-    # canvas, exceeds the largest size to capture, and windows may be narrower.
-    full = CUDAGraphMode.FULL
-    wanted = self.cudagraph_mode.decode_mode() == full
-    graphs = _descriptors(self) if wanted and is_d2f(self.vllm_config.model_config) else []
-    if not graphs:
-        return
-    self._capture_descs[full] = sorted(graphs, key=lambda d: d.num_tokens, reverse=True)
-    # `dispatch` takes the first candidate that fits a number of tokens: of each width the smallest
-    # graph that is large enough, then vLLM's own piecewise graphs.
-    for key, others in self._candidates.items():
-        self._candidates[key] = [d for d in others if d.cg_mode != full]
-    widths = sorted({d.uniform_token_count for d in graphs})
-    for tokens in range(1, max(d.num_tokens for d in graphs) + 1):
-        fitting = [
-            min(
-                (d for d in graphs if d.uniform_token_count == w and d.num_tokens >= tokens),
-                key=lambda d: d.num_tokens,
-                default=None,
-            )
-            for w in widths
-        ]
-        key = (tokens, 0)
-        self._candidates[key] = [d for d in fitting if d] + self._candidates.get(key, [])
-
-
-def _descriptors(manager: "CudaGraphManager") -> list[Any]:
-    from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
     from vllm_d2f.attention.cuda_graphs import shapes
     from vllm_d2f.settings import served_settings
 
-    config = manager.vllm_config.model_config
-    return [
+    # The mode decides, not the graphs that vLLM has listed: it lists none if its only length, the
+    # canvas, exceeds the largest size to capture, and windows may be narrower.
+    model_config, full = self.vllm_config.model_config, CUDAGraphMode.FULL
+    if self.cudagraph_mode.decode_mode() != full or not is_d2f(model_config):
+        return
+    block_size = served_settings(model_config).params.block_size
+    widest = model_config.hf_config.canvas_length
+    max_tokens = self.compilation_config.max_cudagraph_capture_size or 0
+    graphs = [
         BatchExecutionDescriptor(
-            cg_mode=CUDAGraphMode.FULL,
-            num_tokens=shape.num_reqs * shape.width,
-            num_reqs=shape.num_reqs,
-            uniform_token_count=shape.width,
+            cg_mode=full, num_tokens=num_reqs * width, num_reqs=num_reqs, uniform_token_count=width
         )
-        for shape in shapes(
-            served_settings(config).params.block_size,
-            config.hf_config.canvas_length,
-            manager.max_num_reqs,
-            manager.compilation_config.max_cudagraph_capture_size or 0,
-        )
+        for num_reqs, width in shapes(block_size, widest, self.max_num_reqs, max_tokens)
     ]
+    if not graphs:
+        return
+    graphs.sort(key=lambda d: d.num_tokens, reverse=True)
+    self._capture_descs[full] = graphs
+    # `dispatch` takes the first candidate that fits a number of tokens: of each width the smallest
+    # graph that is large enough, then vLLM's own piecewise graphs.
+    for key, others in self._candidates.items():
+        self._candidates[key] = [d for d in others if d.cg_mode != full]
+    for tokens in range(1, graphs[0].num_tokens + 1):
+        # The last graph of a width is the smallest, as the list descends.
+        fitting = {d.uniform_token_count: d for d in graphs if d.num_tokens >= tokens}
+        by_width = [fitting[width] for width in sorted(fitting)]
+        self._candidates[tokens, 0] = by_width + self._candidates.get((tokens, 0), [])
 
 
 @p12_cuda_graphs.also(BATCH)
 def _uniform_batch(
-    original: Callable[..., Any],
-    self: "GPUModelRunner",
-    scheduler_output: "SchedulerOutput",
-    *args: Any,
-    **kwargs: Any,
+    original: Callable[..., Any], self: "GPUModelRunner", *args: Any, **kwargs: Any
 ) -> Any:
-    state, uniform = original(self, scheduler_output, *args, **kwargs)
+    state, uniform = original(self, *args, **kwargs)
     fits = getattr(self.model_state, "fits_full_graph", None)
     if state is None or uniform is None or fits is None:
         return state, uniform

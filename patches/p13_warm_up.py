@@ -26,10 +26,7 @@ STEPS = "vllm.v1.worker.gpu.warmup:_warmup_kernels"
     written_against={TARGET: "911fbe29d6ec1b18", STEPS: "ac83e86438da1a4e"},
 )
 def p13_warm_up(
-    original: Callable[..., None],
-    model_runner: "GPUModelRunner",
-    worker_execute_model: Callable[..., Any],
-    worker_sample_tokens: Callable[..., Any],
+    original: Callable[..., None], model_runner: "GPUModelRunner", *args: Any, **kwargs: Any
 ) -> None:
     warm_up = getattr(model_runner.model_state, "warm_up", None) or original
-    warm_up(model_runner, worker_execute_model, worker_sample_tokens)
+    warm_up(model_runner, *args, **kwargs)

@@ -26,7 +26,7 @@ CREATE = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
     written_against={CREATE: "b9b94288f46d2f67"},
 )
 def p14_engine_args(
-    original: Callable[..., VllmConfig], self: "EngineArgs", *args: Any, **kwargs: Any
+    original: Callable[..., "VllmConfig"], self: "EngineArgs", *args: Any, **kwargs: Any
 ) -> "VllmConfig":
     from vllm_d2f.engine_args import given
 

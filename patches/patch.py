@@ -25,6 +25,9 @@ POINTS: dict[Point, str] = {
 configs: dict[Point, Any] = {}
 """The `VllmConfig` with which each point was last applied in this process."""
 
+declared: list["Patch"] = []
+"""Every patch under the decorator, in the order in which their files are imported."""
+
 logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,7 +106,9 @@ def patch(*targets: str, **ledger: Any) -> Callable[[Callable[..., Any]], Patch]
     def declare(function: Callable[..., Any]) -> Patch:
         replacements = dict.fromkeys(targets, function)
         setup = None if targets else function
-        return Patch(function.__name__, replacements=replacements, setup=setup, **ledger)
+        made = Patch(function.__name__, replacements=replacements, setup=setup, **ledger)
+        declared.append(made)
+        return made
 
     return declare
 
