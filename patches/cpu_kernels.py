@@ -15,19 +15,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
-Ints = NDArray[np.integer]
-
 PAD_SLOT_ID = -1  # vllm.v1.attention.backends.utils.PAD_SLOT_ID; a test compares
 
 
-def spread(lengths: Ints) -> tuple[Ints, Ints]:
+def spread(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the row, and the offset in that row, of each element of ragged rows.
 
     `spread([2, 0, 3])` is `([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])`.
@@ -275,22 +272,18 @@ def compute_slot_mappings(
     state = idx_mapping.numpy()
     bounds = query_start_loc.numpy()[: len(state) + 1]
     first, last = bounds[0], bounds[-1]
-    row = np.arange(len(state)).repeat(bounds[1:] - bounds[:-1])
-    owner = state[row]
-    absent = state < 0  # an unused row; it reads another request's table below and then gets PAD
+    owner = state.repeat(bounds[1:] - bounds[:-1])
     position = positions.numpy()[first:last]
     enabled = self.slot_mapping_enabled.numpy()
     for group, size in enumerate(self.block_sizes):
-        slots[group, last:] = PAD_SLOT_ID
-        if not enabled[group]:
-            slots[group, first:last] = PAD_SLOT_ID
-            continue
-        block = position // size
-        number = self.block_tables[group].gpu.numpy()[owner, block]
-        # number * size + position % size, without a second division.
-        slots[group, first:last] = (number - block) * size + position
-        if absent.any():
-            slots[group, first:last][absent[row]] = PAD_SLOT_ID
+        slots[group, first:] = PAD_SLOT_ID
+        if enabled[group]:
+            block = position // size
+            # An unused row has a negative owner: it reads another request's table, and keeps PAD.
+            number = self.block_tables[group].gpu.numpy()[owner, block]
+            # number * size + position % size, without a second division.
+            slot = (number - block) * size + position
+            slots[group, first:last] = np.where(owner < 0, PAD_SLOT_ID, slot)
     return result[:, :num_tokens_padded]
 
 

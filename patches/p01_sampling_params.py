@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """p01: D2F models check their own sampling parameters."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import is_d2f, patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, StructuredOutputsConfig
@@ -29,7 +28,7 @@ STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
     written_against={PARAMETERS: "2fbdc056cf142309", STRUCTURED: "ebca6891dea0cd50"},
 )
 def p01_sampling_params(
-    original: Callable[..., None], self: "SamplingParams", model_config: "ModelConfig"
+    original: Original, self: "SamplingParams", model_config: "ModelConfig"
 ) -> None:
     from vllm_d2f.admission import check_sampling_params
 
@@ -39,7 +38,7 @@ def p01_sampling_params(
 
 @p01_sampling_params.also(STRUCTURED)
 def _structured_outputs(
-    original: Callable[..., None],
+    original: Original,
     self: "SamplingParams",
     model_config: "ModelConfig",
     structured_outputs_config: "StructuredOutputsConfig | None",

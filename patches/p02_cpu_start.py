@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p02: D2F models start on the V2 model runner on a CPU whose Triton has no CPU backend."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import is_d2f, patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,7 +39,7 @@ def needed(_config: Any = None) -> bool:
     needed=needed,
     written_against={CHOICE: "515385db129cfb73", CHECK: "1264ae02af3433ee"},
 )
-def p02_cpu_start(original: Callable[..., bool], self: "VllmConfig") -> bool:
+def p02_cpu_start(original: Original, self: "VllmConfig") -> bool:
     from vllm import envs
 
     # With the variable set to 0 vLLM refuses: "V1 does not support diffusion models".
@@ -50,7 +49,7 @@ def p02_cpu_start(original: Callable[..., bool], self: "VllmConfig") -> bool:
 
 
 @p02_cpu_start.also(CHECK)
-def _check(original: Callable[..., None], self: "VllmConfig") -> None:
+def _check(original: Original, self: "VllmConfig") -> None:
     if not is_d2f(self.model_config):
         return original(self)
     # The original checks that Triton is there and that the runner has all features asked for. p03

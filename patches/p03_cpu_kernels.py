@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_d2f.patches.p02_cpu_start import CPU_WITHOUT_TRITON, needed
-from vllm_d2f.patches.patch import check_parameters, check_sources, find, patch, replace
+from vllm_d2f.patches.patch import Original, check_parameters, check_sources, find, patch, replace
 
 NAME = "p03_cpu_kernels"
 HOOK = "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides"
@@ -86,13 +86,13 @@ def register() -> None:
     needed=needed,
     written_against={HOOK: "950067cb061535be", SCAN: "68f705141997c1e3"},
 )
-def p03_cpu_kernels(original: Callable[..., None], cls: type) -> None:
+def p03_cpu_kernels(original: Original, cls: type) -> None:
     original(cls)
     register()
 
 
 @p03_cpu_kernels.also(SCAN)
-def _rebind_kernels(original: Callable[..., None], overrides: list[Any]) -> None:
+def _rebind_kernels(original: Original, overrides: list[Any]) -> None:
     # The search reads `__dict__` of each module. `llvmlite.binding.ffi.lib` answers every attribute
     # with a C function, on which the search fails. It holds no kernel.
     names = [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p07 and p11: vLLM refuses beam search and prompts in pieces for D2F models."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import is_d2f, patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +26,7 @@ STREAMED_INPUT = "vllm.v1.engine.async_llm:AsyncLLM._add_streaming_input_request
     written_against={BEAM_SEARCH: "63a4979b48653559"},
 )
 def p07_beam_search(
-    original: Callable[..., bool], self: "VllmConfig", config: Any = None, **kwargs: Any
+    original: Original, self: "VllmConfig", config: Any = None, **kwargs: Any
 ) -> bool:
     # No other function sees both the parameters of a beam search and the model.
     if type(config).__name__ == "BeamSearchParams" and is_d2f(self.model_config):
@@ -54,7 +53,7 @@ def p07_beam_search(
     written_against={STREAMED_INPUT: "0c7d0fd89495b10c"},
 )
 async def p11_streamed_input(
-    original: Callable[..., Any], self: "AsyncLLM", *args: Any, **kwargs: Any
+    original: Original, self: "AsyncLLM", *args: Any, **kwargs: Any
 ) -> Any:
     if is_d2f(self.model_config):
         from vllm.exceptions import VLLMValidationError

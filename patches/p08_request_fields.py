@@ -2,10 +2,9 @@
 """p08: D2F's options in every request, wherever they are given; HTTP 400 for a bad stream."""
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import configs, patch
+from vllm_d2f.patches.patch import Original, configs, patch
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,7 +42,7 @@ MIDDLEWARE = "vllm.entrypoints.launchers.app:init_entrypoints_middleware"
     },
 )
 def p08_request_fields(
-    original: Callable[..., "SamplingParams"], self: Any, *args: Any, **kwargs: Any
+    original: Original, self: Any, *args: Any, **kwargs: Any
 ) -> "SamplingParams":
     from vllm_d2f.request_fields import add_request_fields, check_default_greedy
 
@@ -64,7 +63,7 @@ def p08_request_fields(
 
 
 @p08_request_fields.also(MIDDLEWARE)
-def _middleware(original: Callable[..., None], args: Any, app: "FastAPI", *rest: Any) -> None:
+def _middleware(original: Original, args: Any, app: "FastAPI", *rest: Any) -> None:
     from vllm_d2f.request_fields import RequestFields
     from vllm_d2f.settings import served_settings
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p09: `--async-scheduling` works for D2F models on a CPU."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import is_d2f, patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,7 +31,7 @@ def needed(_config: Any = None) -> bool:
     needed=needed,
     written_against={TARGET: "d2960ad5d1836767"},
 )
-def p09_cpu_async(original: Callable[..., None], cls: type, vllm_config: "VllmConfig") -> None:
+def p09_cpu_async(original: Original, cls: type, vllm_config: "VllmConfig") -> None:
     wanted = vllm_config.scheduler_config.async_scheduling
     original(cls, vllm_config)
     if is_d2f(vllm_config.model_config):

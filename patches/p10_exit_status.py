@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """p10: a server whose engine has died exits with status 1."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import is_d2f, patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -28,7 +28,7 @@ HTTP = "vllm.entrypoints.launchers.launcher:serve_http"
     written_against={TARGET: "5b8b058238d9df87", HTTP: "f471b91743318731"},
 )
 async def p10_exit_status(
-    original: Callable[..., Any], engine_client: "EngineClient", *args: Any, **kwargs: Any
+    original: Original, engine_client: "EngineClient", *args: Any, **kwargs: Any
 ) -> Coroutine[Any, Any, None]:
     closing = await original(engine_client, *args, **kwargs)
     # vLLM returns a coroutine of this name if the HTTP server has ended by itself. After a signal

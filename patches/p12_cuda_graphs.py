@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p12: FULL CUDA graphs for windows of every width, replayed only for batches of their shape."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import is_d2f, patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,7 +36,7 @@ def has_full_graphs(config: "VllmConfig") -> bool:
     needed=has_full_graphs,
     written_against={CANDIDATES: "c017d0137f301ae0", BATCH: "18da780f3c3ffdea"},
 )
-def p12_cuda_graphs(original: Callable[..., None], self: "CudaGraphManager") -> None:
+def p12_cuda_graphs(original: Original, self: "CudaGraphManager") -> None:
     original(self)
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -75,9 +74,7 @@ def p12_cuda_graphs(original: Callable[..., None], self: "CudaGraphManager") -> 
 
 
 @p12_cuda_graphs.also(BATCH)
-def _uniform_batch(
-    original: Callable[..., Any], self: "GPUModelRunner", *args: Any, **kwargs: Any
-) -> Any:
+def _uniform_batch(original: Original, self: "GPUModelRunner", *args: Any, **kwargs: Any) -> Any:
     state, uniform = original(self, *args, **kwargs)
     fits = getattr(self.model_state, "fits_full_graph", None)
     if state is None or uniform is None or fits is None:

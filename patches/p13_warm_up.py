@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p13: a model state runs its own warm-up steps before the first request."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, patch
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -26,7 +25,7 @@ STEPS = "vllm.v1.worker.gpu.warmup:_warmup_kernels"
     written_against={TARGET: "911fbe29d6ec1b18", STEPS: "ac83e86438da1a4e"},
 )
 def p13_warm_up(
-    original: Callable[..., None], model_runner: "GPUModelRunner", *args: Any, **kwargs: Any
+    original: Original, model_runner: "GPUModelRunner", *args: Any, **kwargs: Any
 ) -> None:
     warm_up = getattr(model_runner.model_state, "warm_up", None) or original
     warm_up(model_runner, *args, **kwargs)

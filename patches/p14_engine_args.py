@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p14: the engine arguments as the user gave them."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,7 +25,7 @@ CREATE = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
     written_against={CREATE: "b9b94288f46d2f67"},
 )
 def p14_engine_args(
-    original: Callable[..., "VllmConfig"], self: "EngineArgs", *args: Any, **kwargs: Any
+    original: Original, self: "EngineArgs", *args: Any, **kwargs: Any
 ) -> "VllmConfig":
     from vllm_d2f.engine_args import given
 

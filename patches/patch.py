@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+Original = Callable[..., Any]
+"""vLLM's function, as a replacement gets it."""
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -96,11 +99,8 @@ def patch(*targets: str, **ledger: Any) -> Callable[[Callable[..., Any]], Patch]
 
     It gets the original function first and then the original's parameters: it names those that it
     reads, in the original's order, and passes on the others as `*args, **kwargs`. Without targets
-    it is called once, without arguments.
-
-    Args:
-        targets: Functions of vLLM, as `module:attribute`.
-        ledger: The attributes of `Patch` from `apply` to `written_against`, `when` and `needed`.
+    (`module:attribute`) it is called once, without arguments. `ledger` has the attributes of
+    `Patch` from `apply` to `written_against`, `when` and `needed`.
     """
 
     def declare(function: Callable[..., Any]) -> Patch:
@@ -140,10 +140,7 @@ def _inner(attribute: Any) -> Any:
 
 
 def find(patch: str, target: str) -> tuple[Any, str, Any]:
-    """Resolve `module:Class.attribute` to its owner, its name and its raw value.
-
-    The raw value is the `property` or `classmethod` object, not what it evaluates to.
-    """
+    """Resolve `module:Class.attribute` to its owner, name and raw value, such as a `property`."""
     module_name, _, path = target.partition(":")
     *outer, name = path.split(".")
     try:
@@ -203,9 +200,7 @@ def _positional(function: Any) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if p.kind in kinds}
 
 
-def replace(
-    patch: str, target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
+def replace(patch: str, target: str, make: Callable[[Original], Callable[..., Any]]) -> None:
     """Replace the function `target` by `make(original)`, once.
 
     The new function carries the original in `_d2f_original`, by which a second call recognises
