@@ -30,12 +30,12 @@ def p07_beam_search(
 ) -> bool:
     # No other function sees both the parameters of a beam search and the model.
     if type(config).__name__ == "BeamSearchParams" and is_d2f(self.model_config):
-        from vllm.exceptions import VLLMValidationError
+        from vllm_d2f.request_fields import refuse
 
-        raise VLLMValidationError(
-            "beam search is not supported for D2F models: they decide several tokens per "
+        refuse(
+            "use_beam_search",
+            "beam search is not supported for D2F models: they decode several tokens per "
             "forward, in any order. Remove use_beam_search; for several answers use n.",
-            parameter="use_beam_search",
         )
     return original(self, config, **kwargs)
 
@@ -56,12 +56,12 @@ async def p11_streamed_input(
     original: Original, self: "AsyncLLM", *args: Any, **kwargs: Any
 ) -> Any:
     if is_d2f(self.model_config):
-        from vllm.exceptions import VLLMValidationError
+        from vllm_d2f.request_fields import refuse
 
-        raise VLLMValidationError(
-            "a prompt in pieces (an async generator) is not supported for D2F models: what "
-            "was answered to the first piece would become part of the prompt of the next. "
-            "Send the whole prompt at once",
-            parameter="prompt",
+        refuse(
+            "prompt",
+            "a prompt in pieces (an async generator) is not supported for D2F models: the answer "
+            "to the first piece would become part of the prompt of the next. Send the whole "
+            "prompt at once",
         )
     return await original(self, *args, **kwargs)

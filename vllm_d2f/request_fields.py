@@ -11,7 +11,7 @@ needs to know of them, and endpoints of later vLLM versions are covered too.
 import json
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_d2f.settings import Settings, request_params
 
@@ -33,6 +33,13 @@ _requested: ContextVar[Mapping[str, Any] | None] = ContextVar("d2f_options", def
 """The D2F options of the HTTP request that the current task serves."""
 
 
+def refuse(parameter: str, message: str) -> NoReturn:
+    """Raise vLLM's error for a bad request: HTTP 400, with the parameter's name."""
+    from vllm.exceptions import VLLMValidationError
+
+    raise VLLMValidationError(message, parameter=parameter)
+
+
 def options_beside(fields: Mapping[str, Any], xargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the `d2f_*` options among the fields of a request.
 
@@ -43,18 +50,12 @@ def options_beside(fields: Mapping[str, Any], xargs: Mapping[str, Any] | None) -
     Raises:
         VLLMValidationError: a field that vLLM removed, or an option given twice.
     """
-    from vllm.exceptions import VLLMValidationError
-
     for name, successor in REMOVED_FIELDS.items():
         if fields.get(name) is not None:
-            raise VLLMValidationError(
-                f"{name} is not supported any more; use {successor}.", parameter=name
-            )
+            refuse(name, f"{name} is not supported any more; use {successor}.")
     options = {k: v for k, v in fields.items() if k.startswith("d2f_") and v is not None}
     for name in sorted(options.keys() & (xargs or {}).keys()):
-        raise VLLMValidationError(
-            f"{name} stands in vllm_xargs and beside it; remove one of them.", parameter=name
-        )
+        refuse(name, f"{name} stands in vllm_xargs and beside it; remove one of them.")
     return options
 
 
@@ -67,13 +68,16 @@ def add_request_fields(params: "SamplingParams", fields: Mapping[str, Any]) -> N
     Raises:
         VLLMValidationError: a field that vLLM removed, or an option given twice.
     """
-    if options := options_beside(fields, params.extra_args):
-        params.extra_args = {**(params.extra_args or {}), **options}
+    _add(params, options_beside(fields, params.extra_args))
 
 
 def add_http_options(params: "SamplingParams") -> None:
     """Add the options that `RequestFields` read, for endpoints that drop them on the way."""
-    if options := _requested.get():
+    _add(params, _requested.get())
+
+
+def _add(params: "SamplingParams", options: Mapping[str, Any] | None) -> None:
+    if options:
         params.extra_args = {**(params.extra_args or {}), **options}
 
 
@@ -83,15 +87,13 @@ def check_default_greedy(request: Any, default_sampling_params: Mapping[str, Any
     Raises:
         VLLMValidationError: the request has `n` > 1 and leaves the temperature at a default of 0.
     """
-    from vllm.exceptions import VLLMValidationError
-
     n = getattr(request, "n", None) or 1
     default = (default_sampling_params or {}).get("temperature")
     if n > 1 and default == 0 and request.temperature is None:
-        raise VLLMValidationError(
+        refuse(
+            "n",
             f"n must be 1 when using greedy sampling, got {n}. The default temperature of this "
             'model is 0, which is greedy; send "temperature" above 0 beside n, for example 0.7.',
-            parameter="n",
         )
 
 
@@ -130,7 +132,7 @@ class RequestFields:
         try:
             fields = json.loads(body)
         except ValueError:
-            return {}  # the endpoint answers what it answers to broken JSON
+            fields = None  # the endpoint answers what it answers to broken JSON
         if not isinstance(fields, dict):
             return {}
         # `/inference/v1/generate` takes sampling parameters as an object of their own.
