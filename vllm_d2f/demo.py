@@ -94,11 +94,7 @@ def count_forwards(output: "RequestOutput") -> int:
 
 
 def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
-    """Answer all problems with one model, in one batch and then one by one.
-
-    Args:
-        show: print a progress bar and every answer.
-    """
+    """Answer all problems in one batch and then one by one; `show` prints bar and answers."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 

@@ -35,11 +35,7 @@ def given(args: "EngineArgs") -> Iterator[None]:
 
 
 def check_engine_args(vllm_config: "VllmConfig", settings: Settings) -> None:
-    """Refuse options that D2F decoding cannot honour, by the flag to change.
-
-    Args:
-        vllm_config: as vLLM has built it, before D2F changes it.
-        settings: of the model.
+    """Refuse options that D2F decoding cannot honour. vLLM has built the configuration of them.
 
     Raises:
         ValueError: names every such flag, each with the remedy.

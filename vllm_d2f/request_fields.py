@@ -41,11 +41,7 @@ def refuse(parameter: str, message: str) -> NoReturn:
 
 
 def options_beside(fields: Mapping[str, Any], xargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the `d2f_*` options among the fields of a request.
-
-    Args:
-        fields: of the request.
-        xargs: its `vllm_xargs`, in which the same option must not be given again.
+    """Return the `d2f_*` options among a request's fields; `xargs` are its `vllm_xargs`.
 
     Raises:
         VLLMValidationError: a field that vLLM removed, or an option given twice.
@@ -63,10 +59,7 @@ def add_request_fields(params: "SamplingParams", fields: Mapping[str, Any]) -> N
     """Add the `d2f_*` options among a request's unknown fields to its sampling parameters.
 
     Commands such as `vllm run-batch` make sampling parameters of requests that no HTTP server has
-    read (`patches/p08`).
-
-    Raises:
-        VLLMValidationError: a field that vLLM removed, or an option given twice.
+    read (`patches/p08`). `options_beside` says what is refused.
     """
     _add(params, options_beside(fields, params.extra_args))
 
@@ -124,11 +117,7 @@ class RequestFields:
             _requested.reset(token)
 
     def options(self, body: bytes) -> dict[str, Any]:
-        """Return the D2F options of a request.
-
-        Raises:
-            ValueError: what `options_beside` and `request_params` refuse.
-        """
+        """Return a request's D2F options, unless `options_beside` or `request_params` refuse."""
         try:
             fields = json.loads(body)
         except ValueError:

@@ -150,11 +150,7 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     """The decoding parameters of a request: the served ones, its `d2f_preset`, its other options.
 
     A request with larger blocks and without a `d2f_max_blocks` gets as many blocks as the served
-    window holds.
-
-    Args:
-        settings: of the served model.
-        extra_args: the request's `d2f_*` options, as vLLM keeps its `vllm_xargs`.
+    window holds. `extra_args` are its `d2f_*` options, as vLLM keeps its `vllm_xargs`.
 
     Raises:
         ValueError: an unknown option, a value out of range, or blocks that exceed the window.
