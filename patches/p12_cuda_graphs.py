@@ -69,7 +69,7 @@ def p12_cuda_graphs(original: Original, self: "CudaGraphManager") -> None:
     for tokens in range(1, graphs[0].num_tokens + 1):
         # The last graph of a width is the smallest, as the list descends.
         fitting = {d.uniform_token_count: d for d in graphs if d.num_tokens >= tokens}
-        by_width = [fitting[width] for width in sorted(fitting)]
+        by_width = sorted(fitting.values(), key=lambda d: d.uniform_token_count or 0)
         self._candidates[tokens, 0] = by_width + self._candidates.get((tokens, 0), [])
 
 
