@@ -18,16 +18,26 @@ Rule = Literal["causal", "full", "block_causal"]
 
 
 def allowed(
-    batch: Batch, rule: Rule, block_size: int = 1, prompt_block: int | None = None
+    batch: Batch,
+    rule: Rule,
+    block_size: int = 1,
+    prompt_block: int | None = None,
+    block_origin: str = "prompt_end",
 ) -> Tensor:
-    """Who sees whom, bool (B, Q, K): within a document by `rule`, and everybody itself."""
+    """Which position attends to which, bool (B, Q, K): by `rule` within a document, and to itself.
+
+    Args:
+        block_size, prompt_block, block_origin: of `block_causal`; see `vllm_d2f.reference.decode`.
+    """
     query, key = batch.position_BT[:, :, None], batch.position_BT[:, None]
     same_BQK = batch.document_BT[:, :, None] == batch.document_BT[:, None]
     if rule == "causal":
         same_BQK = same_BQK & (key <= query)
     elif rule == "block_causal":
-        prompt_len = batch.prompt_BT[:, :, None]
-        same_BQK = same_BQK & may_attend(query, key, prompt_len, block_size, prompt_block)
+        zero = block_origin == "zero"
+        origin = torch.zeros_like(query) if zero else batch.prompt_BT[:, :, None]
+        prompt_rule = None if zero else prompt_block
+        same_BQK = same_BQK & may_attend(query, key, origin, block_size, prompt_rule)
     if batch.window_BT is not None and batch.first_BT is not None:
         window, first = batch.window_BT, batch.first_BT[:, :, None]
         clean_BQK = (window[:, None] == 0) & (key < first)

@@ -25,8 +25,8 @@ OF_RECORDS = (
     "validation", "group_by_length",
 )  # fmt: skip
 OF_D2F = (
-    "schedule", "full_tail", "prompt_attention", "windows", "window_blocks", "teacher",
-    "teacher_input", "accept", "kl", "temperature", "data_weight",
+    "schedule", "full_tail", "prompt_attention", "block_origin", "windows", "window_blocks",
+    "teacher", "teacher_input", "accept", "kl", "temperature", "data_weight",
 )  # fmt: skip
 OF_DIFFUSION = ("pattern", "low")
 
@@ -192,6 +192,8 @@ class LossSection(Section):
             every block is when decoding opens it.
         prompt_attention: `block_causal` cuts the prompt into blocks too, which makes chunked
             prefill and prefix caching exact in the engine.
+        block_origin: `prompt_end`: the blocks of the answer begin behind the prompt; `zero`: blocks
+            begin at multiples of `block_size` from position 0, in a block-causal prompt too.
         windows: so many windows of `window_blocks` noised blocks, each from a drawn block on, share
             a clean sequence (`training/windows.py`); 0: the sequence itself is noised.
         teacher: `bidirectional` sees the whole noised sequence, as in the paper; `next_token` is
@@ -220,6 +222,7 @@ class LossSection(Section):
     full_tail: Share = 0.5
     block_size: Positive = 16
     prompt_attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    block_origin: Literal["prompt_end", "zero"] = "prompt_end"
     windows: Annotated[int, Field(ge=0)] = 0
     window_blocks: Positive = 4
     teacher: Literal["bidirectional", "next_token", "greedy", "data"] = "bidirectional"
@@ -390,6 +393,11 @@ class Config(Section):
                         f"blocks of decoding.block_size {served}; make loss.block_size {trained} "
                         "the same"
                     )
+            elif stage.loss.block_origin == "zero":
+                raise ValueError(
+                    f"stages.{name}.loss.block_origin: zero cuts prompt and answer into the same "
+                    "blocks; set loss.prompt_attention: block_causal"
+                )
             if stage.loss.teacher == "greedy" and data.source == "arithmetic":
                 raise ValueError(f"stages.{name}.loss.teacher: greedy needs records as data.source")
             if stage.loss.windows and data.packing:

@@ -79,9 +79,19 @@ class Batch:
         """Positions behind a first end token."""
         return (self.document_BT >= 0) & (self.position_BT > self.end_BT)
 
-    def block_BT(self, block_size: int) -> Tensor:
-        """Answer block of every position, from 0; negative in the prompt."""
-        return (self.position_BT - self.prompt_BT).div(block_size, rounding_mode="floor")
+    def begin_BT(self, block_size: int, block_origin: str = "prompt_end") -> Tensor:
+        """The position at which the first block of the answer begins.
+
+        Blocks that are counted from position 0 may begin inside the prompt.
+        """
+        if block_origin == "zero":
+            return self.prompt_BT.div(block_size, rounding_mode="floor") * block_size
+        return self.prompt_BT
+
+    def block_BT(self, block_size: int, block_origin: str = "prompt_end") -> Tensor:
+        """Answer block of every position, from 0; negative before it."""
+        begin_BT = self.begin_BT(block_size, block_origin)
+        return (self.position_BT - begin_BT).div(block_size, rounding_mode="floor")
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {

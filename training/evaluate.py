@@ -136,6 +136,7 @@ def d2f(
     mask_id: int,
     decoding: DecodingSection,
     prompt_block: int | None = None,
+    block_origin: str = "prompt_end",
 ) -> Score:
     """The reference loop, problem by problem: what the engine is held to."""
     params = D2FParams(**decoding.model_dump(exclude={"max_tokens"}))
@@ -160,6 +161,7 @@ def d2f(
             ends=ends,
             shift=False,  # `logits` has shifted already
             prompt_block=prompt_block,
+            block_origin=block_origin,
         )
         outputs.append(ids)
         forwards.append(count)

@@ -117,7 +117,7 @@ def run_one(plan: Plan, name: str, seed: int, teacher: Path, out: Path) -> dict[
             decoding = config.decoding.model_copy(update={"block_size": block, "tau_conf": tau})
             figures = d2f(
                 run.predictor, examples, loaded.tokenizer, run.ends, loaded.mask_id, decoding,
-                run.prompt_block,
+                run.prompt_block, run.stage.loss.block_origin,
             )  # fmt: skip
             scores.append({"block_size": block, "tau_conf": tau, **figures.as_dict()})
     log = read_log(run.directory)

@@ -102,6 +102,8 @@ def d2f_section(family: str, stage: StageSection, decoding: DecodingSection) -> 
     section = decoding.model_dump(exclude={"max_tokens"})
     if "block_causal" in (stage.loss.prompt_attention, BY_NAME[family].prompt_attention):
         section["prompt_attention"] = stage.loss.prompt_attention
+    if "zero" in (stage.loss.block_origin, BY_NAME[family].block_origin):
+        section["block_origin"] = stage.loss.block_origin
     return section
 
 

@@ -153,8 +153,9 @@ def in_loss(batch: Batch, options: LossSection) -> Tensor:
         return batch.answer_BT
     if options.end_padding == "none":
         return batch.answer_BT & ~batch.tail_BT
-    last_BT = (batch.end_BT - batch.prompt_BT).div(options.block_size, rounding_mode="floor")
-    return batch.answer_BT & (batch.block_BT(options.block_size) <= last_BT)
+    size, origin = options.block_size, options.block_origin
+    last_BT = (batch.end_BT - batch.begin_BT(size, origin)).div(size, rounding_mode="floor")
+    return batch.answer_BT & (batch.block_BT(size, origin) <= last_BT)
 
 
 def position_ratios(batch: Batch, options: LossSection, generator: Generator) -> Tensor:
@@ -164,7 +165,7 @@ def position_ratios(batch: Batch, options: LossSection, generator: Generator) ->
     """
     in_loss_BT = in_loss(batch, options)
     if batch.window_BT is None or batch.first_BT is None:
-        block_BT = batch.block_BT(options.block_size).clamp(min=0)
+        block_BT = batch.block_BT(options.block_size, options.block_origin).clamp(min=0)
         D, N, number_BT = batch.documents, int(block_BT.max()) + 1, batch.document_BT.clamp(min=0)
     else:
         B, K = len(batch.ids_BT), options.windows
@@ -223,7 +224,8 @@ def d2f_loss(
     ratios_BT = position_ratios(batch, options, generator)
     masked_BT = draw_mask(ratios_BT, batch, generator)
     noised_BT = batch.ids_BT.masked_fill(masked_BT, mask_id)
-    student_BTT = allowed(batch, "block_causal", options.block_size, prompt_block)
+    rule = (options.block_size, prompt_block, options.block_origin)
+    student_BTT = allowed(batch, "block_causal", *rule)
 
     def predicted(ids_BT: Tensor) -> Tensor:
         before = () if batch.before_BT is None else (batch.before_BT,)

@@ -398,7 +398,8 @@ def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
             return evaluate.autoregressive(logits, examples, tokenizer, ends, decoding.max_tokens)
         if run.stage.objective == "diffusion":
             return evaluate.vanilla(logits, examples, tokenizer, ends, mask_id, canvas)
-        return evaluate.d2f(logits, examples, tokenizer, ends, mask_id, decoding, run.prompt_block)
+        rule = (run.prompt_block, run.stage.loss.block_origin)
+        return evaluate.d2f(logits, examples, tokenizer, ends, mask_id, decoding, *rule)
     finally:
         predictor.train(training)
 

@@ -29,12 +29,13 @@ def with_windows(batch: Batch, options: LossSection, generator: Generator) -> Ba
     size, K = options.block_size, options.windows
     device = generator.device
     prompt_B1, end_B1 = batch.prompt_BT[:, :1], batch.end_BT[:, :1]
+    begin_B1 = batch.begin_BT(size, options.block_origin)[:, :1]
     # The block of the first end token is the last in which a decoding can stand. Draws are
     # stratified, so that windows differ where there are enough blocks.
-    blocks_B1 = (end_B1 - prompt_B1).div(size, rounding_mode="floor") + 1
+    blocks_B1 = (end_B1 - begin_B1).div(size, rounding_mode="floor") + 1
     draws_BK = torch.rand(B, K, generator=generator, device=device)
     start_BK = ((torch.arange(K, device=device) + draws_BK) / K * blocks_B1).long()
-    first_BK1 = (prompt_B1 + start_BK.minimum(blocks_B1 - 1) * size)[:, :, None]
+    first_BK1 = (begin_B1 + start_BK.minimum(blocks_B1 - 1) * size)[:, :, None]
     W = size * options.window_blocks
     position_BKW = first_BK1 + torch.arange(W, device=device)
     position_BX = position_BKW.flatten(1)
@@ -45,7 +46,7 @@ def with_windows(batch: Batch, options: LossSection, generator: Generator) -> Ba
     length_B1 = (batch.document_BT >= 0).sum(1, keepdim=True)
     unknown_BX = (position_BX >= length_B1) & (end_B1 >= length_B1)
     index_BKW = T + torch.arange(K * W, device=device).view(K, W).expand(B, K, W) - 1
-    index_BKW = torch.cat((first_BK1 - 1, index_BKW[:, :, 1:]), 2)
+    index_BKW = torch.cat(((first_BK1 - 1).clamp(min=0), index_BKW[:, :, 1:]), 2)
     window_BKW = torch.arange(1, K + 1, device=device)[:, None].expand(B, K, W)
 
     def joined(clean_BT: Tensor, windows_BX: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def test_canvas_reaches_to_max_length_when_asked(tokenizer):
     assert max(widths) > 180 and min(widths) < 110 and max(widths) <= 256
 
 
-def brute_force(batch, rule, block_size, prompt_block=None):
+def brute_force(batch, rule, block_size, prompt_block=None, block_origin="prompt_end"):
     """Who sees whom, one pair at a time."""
     B, T = batch.ids_BT.shape
     seen = torch.zeros(B, T, T, dtype=torch.bool)
@@ -221,6 +221,8 @@ def brute_force(batch, rule, block_size, prompt_block=None):
                             torch.tensor(i), torch.tensor(j), int(batch.prompt_BT[b, q]),
                             block_size, prompt_block,
                         )
+                        if block_origin == "prompt_end"
+                        else j // block_size <= i // block_size
                     ),
                 }[rule]  # fmt: skip
     return seen
@@ -235,18 +237,25 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize(
-    ("rule", "prompt_block"),
-    [("full", None), ("causal", None), ("block_causal", None), ("block_causal", 2)],
+    "rule",
+    [
+        ("full",),
+        ("causal",),
+        ("block_causal", 4),
+        ("block_causal", 4, 2),
+        ("block_causal", 4, None, "zero"),
+        ("block_causal", 2, 2, "zero"),
+    ],
 )
-def test_masks_pair_by_pair(layout, rule, prompt_block):
+def test_masks_pair_by_pair(layout, rule):
     lengths = [7, 9, 9]
     if layout == "padded":
         batch = padded(EXAMPLES, lengths, 0)
     else:
         batch = packed(EXAMPLES, lengths, 18, 0)
         assert batch.ids_BT.shape[0] == 2
-    got = allowed(batch, rule, 4, prompt_block)
-    assert torch.equal(got, brute_force(batch, rule, 4, prompt_block))
+    expected = brute_force(batch, *(rule if len(rule) > 1 else (*rule, 1)))
+    assert torch.equal(allowed(batch, *rule), expected)
 
 
 def test_every_form_of_a_mask_says_the_same():

@@ -42,28 +42,33 @@ def predictor():
     return Predictor(LlamaForCausalLM(config).double().eval(), True, "eager")
 
 
-@pytest.mark.parametrize("prompt_block", [None, BLOCK])
-def test_a_window_sees_what_the_engine_would_show_it(predictor, prompt_block):
+@pytest.mark.parametrize(
+    ("prompt_block", "origin"), [(None, "prompt_end"), (BLOCK, "prompt_end"), (BLOCK, "zero")]
+)
+def test_a_window_sees_what_the_engine_would_show_it(predictor, prompt_block, origin):
     clean = batch()
-    wide = with_windows(clean, OPTIONS, generator())
+    options = OPTIONS.model_copy(update={"block_origin": origin})
+    wide = with_windows(clean, options, generator())
     T = clean.ids_BT.shape[1]
     assert wide.ids_BT.shape[1] == T + 3 * 2 * BLOCK
     mask = torch.zeros_like(wide.ids_BT, dtype=torch.bool)
     mask[:, T:] = torch.rand(mask[:, T:].shape, generator=generator(1)) < 0.6
+    mask &= wide.position_BT >= wide.prompt_BT  # a window may begin with the end of the prompt
     noised = wide.ids_BT.masked_fill(mask, MASK)
-    rule = allowed(wide, "block_causal", BLOCK, prompt_block)
+    rule = allowed(wide, "block_causal", BLOCK, prompt_block, origin)
     logits = predictor(noised, wide.position_BT, rule, mask, wide.before_BT)
     found = dict(zip(map(tuple, mask.nonzero().tolist()), logits, strict=True))
     seen = 0
     for b in range(2):
-        prompt = int(clean.prompt_BT[b, 0])
+        begin = int(clean.begin_BT(BLOCK, origin)[b, 0])
         for window in (1, 2, 3):
             at = (wide.window_BT[b] == window).nonzero()[:, 0]
             first = int(wide.first_BT[b, at[0]])
-            assert (first - prompt) % BLOCK == 0 and first <= int(clean.end_BT[b, 0])
+            assert (first - begin) % BLOCK == 0 and first <= int(clean.end_BT[b, 0])
             ids = torch.cat((clean.ids_BT[b, :first], noised[b, at]))[None]
             position = torch.arange(ids.shape[1])
-            alone = may_attend(position[:, None], position, prompt, BLOCK, prompt_block)[None]
+            rule = (begin, BLOCK, prompt_block) if origin == "prompt_end" else (0, BLOCK)
+            alone = may_attend(position[:, None], position, *rule)[None]
             everywhere = torch.ones_like(ids, dtype=torch.bool)
             everywhere[:, 0] = False
             own = predictor(ids, position[None], alone, everywhere)
