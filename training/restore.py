@@ -13,7 +13,9 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,82 @@ def _slip(words: list[str], rng: random.Random) -> Iterator[str]:
             yield HOMOPHONES[word]
         else:
             yield word
+
+
+Pair = tuple[str, str]
+"""What is right, and what a model wrote."""
+
+
+def word_errors(pairs: Sequence[Pair]) -> tuple[int, int]:
+    """Words inserted, deleted and exchanged, and all words of the right texts, as they are said."""
+    wrong = words = 0
+    for right, found in pairs:
+        ours, theirs = spoken(right), spoken(found)
+        row = list(range(len(theirs) + 1))
+        for above, word in enumerate(ours, 1):
+            corner, row[0] = row[0], above
+            for at, other in enumerate(theirs, 1):
+                corner, row[at] = (
+                    row[at],
+                    min(row[at] + 1, row[at - 1] + 1, corner + (word != other)),
+                )
+        wrong, words = wrong + row[-1], words + len(ours)
+    return wrong, words
+
+
+def scores(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Scores of restored texts.
+
+    `word_error_rate` ignores case and punctuation. `punctuation_f1` and `case_f1` are of the marks
+    behind words and of words with a capital, with words paired by alignment. `numbers` is the share
+    of numbers in digits that are there again.
+    """
+    wrong, words = word_errors(pairs)
+    marks, capitals, numbers = [0, 0, 0], [0, 0, 0], [0, 0]
+    for right, found in pairs:
+        ours, theirs = (re.findall(r"[\w'$%.,:/-]*\w%?|[^\w\s]+", text) for text in (right, found))
+        for counts, value in ((marks, _mark), (capitals, _capital)):
+            for kept, mine, other in _aligned(ours, theirs, value):
+                counts[0] += kept
+                counts[1] += mine
+                counts[2] += other
+        there, again = (Counter(re.findall(NUMBER, text)) for text in (right, found))
+        numbers[0] += (there & again).total()
+        numbers[1] += there.total()
+    return {
+        "word_error_rate": wrong / max(words, 1),
+        "punctuation_f1": _f1(*marks),
+        "case_f1": _f1(*capitals),
+        "numbers": numbers[0] / max(numbers[1], 1),
+        "exact": sum(right == found for right, found in pairs) / max(len(pairs), 1),
+    }
+
+
+def _mark(units: list[str], at: int) -> str:
+    """The mark behind a word."""
+    behind = units[at + 1] if at + 1 < len(units) else ""
+    return "" if re.match(r"\w|[$']", behind) else behind
+
+
+def _capital(units: list[str], at: int) -> str:
+    return units[at] if units[at] != units[at].lower() else ""
+
+
+def _aligned(
+    ours: list[str], theirs: list[str], value: Callable[[list[str], int], str]
+) -> Iterator[tuple[bool, bool, bool]]:
+    """Per pair of words: whether the values agree, the right one is there, the found one is."""
+    words = [[unit.lower() for unit in units] for units in (ours, theirs)]
+    matcher = SequenceMatcher(None, words[0], words[1], autojunk=False)
+    for _, i, end, j, stop in matcher.get_opcodes():
+        for step in range(max(end - i, stop - j)):
+            mine = value(ours, i + step) if i + step < end else ""
+            other = value(theirs, j + step) if j + step < stop else ""
+            yield bool(mine) and mine == other, bool(mine), bool(other)
+
+
+def _f1(right: int, ours: int, theirs: int) -> float:
+    return 2 * right / (ours + theirs) if ours + theirs else 1.0
 
 
 def usable(text: str) -> bool:
