@@ -7,7 +7,6 @@ import pytest
 
 from training.restore import degrade, main, plain_sentences, scores, spoken, word_errors, written
 
-pytest.importorskip("num2words")
 TEXT = "Natalia sold 48 clips, and she sold $1,200 worth in May. How many?"
 
 
