@@ -101,6 +101,21 @@ def test_steps_are_scheduled_ahead_and_no_wider_than_needed(llm, cases, expected
     assert set(seen) <= {0, 1} and sum(seen) > 0.8 * len(seen)
 
 
+def test_a_requests_options_are_read_once(llm, cases, monkeypatch):
+    """The scheduler parses and checks them when a request arrives, and not in every step."""
+    from vllm_d2f.scheduler import scheduler
+
+    calls, read = [], scheduler.request_params
+
+    def counted(*args):
+        calls.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(scheduler, "request_params", counted)
+    engine_answers(llm, cases[:3], "batch")
+    assert len(calls) == 3
+
+
 def test_last_block_cut_by_the_models_length(llm, dream):
     prompts = random_prompts(6, seed=4, longest=2)
     lengths = (MAX_LEN - 1, MAX_LEN - 5, MAX_LEN - 21, MAX_LEN - 40, MAX_LEN - 64, MAX_LEN - 33)
