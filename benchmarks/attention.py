@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention_problem import Case, Layer, Problem, Unavailable
-from benchmarks.attention_variants import VARIANTS
+from benchmarks.attention_problem import VARIANTS, Case, Layer, Problem, Unavailable
 from benchmarks.harness import record, timing
 from benchmarks.harness.cost import floor
 from benchmarks.harness.record import Record, Skip
@@ -32,9 +31,8 @@ LAYERS = {"dream": "28,4,128", "llada": "32,32,128"}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DENSE_BYTES = 4 << 30
 """Largest mask or score matrix of the variants that keep one."""
-DENSE = ("sdpa", "sdpa_paged", "flex")
-UNPAGED = ("sdpa", "flex")
-"""Variants whose keys lie side by side, as in no server."""
+DENSE, UNPAGED = ("sdpa", "sdpa_paged"), ("sdpa",)
+"""Variants with a dense mask, and those whose keys lie side by side, as in no server."""
 FIELDS = ("context", "requests", "blocks", "block_size")
 UNITS = {
     "ms": "milliseconds of one layer's attention, median",
@@ -118,11 +116,7 @@ def timed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per variant: distance from the floor and speed against `virtual`, medians, and what it wins.
-
-    `wins_that_matter`: cases of 1 to 16 requests with blocks of 32 in which it is fastest of those
-    that read pages, by 5 % or more against `virtual`.
-    """
+    """Per variant: distance from the floor, speed against `virtual`, and what it is fastest in."""
     table = {}
     for name in dict.fromkeys(name for row in rows for name in timed(row)):
         have = [(row, timed(row)) for row in rows if name in timed(row)]
@@ -134,13 +128,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             ),
             "median_speed_vs_virtual": round(statistics.median(against), 3) if against else None,
             "fastest_in_cases": sum(min(v, key=lambda n: v[n]["ms"]) == name for _, v in have),
-            "wins_that_matter": sum(
-                best(row) == name
-                and row["requests"] <= 16
-                and row["block_size"] == 32
-                and v.get("virtual", {"ms": 0})["ms"] >= 1.05 * v[name]["ms"]
-                for row, v in have
-            ),
         }
     return table
 
@@ -164,13 +151,6 @@ def worst_ratio(rows: Sequence[Mapping[str, Any]], requests: int) -> float | Non
 def markdown(report: Mapping[str, Any]) -> list[str]:
     """The report as tables."""
     names, rows, machine = list(report["summary"]), report["rows"], report["floor"]
-    columns = {
-        "cases": "cases",
-        "median_times_floor": "time / floor, median",
-        "median_speed_vs_virtual": "speed against `virtual`, median",
-        "fastest_in_cases": "fastest in",
-        "wins_that_matter": "wins that matter",
-    }
     return [
         *record.head("Block-causal attention, one layer", report),
         f"On {report['device']}, {report['dtype']}; {report['layer']}.",
@@ -179,9 +159,9 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         f"matrix product {machine['matmul_gflop_per_s']} GFLOP/s.",
         "All results agree with a float64 reference.",
         "",
-        *record.table(
-            ("variant", *columns.values()),
-            ((n, *(f.get(c, "") for c in columns)) for n, f in report["summary"].items()),
+        *record.columns(
+            "variant cases median_times_floor median_speed_vs_virtual fastest_in_cases",
+            ({"variant": name, **found} for name, found in report["summary"].items()),
         ),
         *(f"- `{name}` not run: {why}" for name, why in report["skipped"].items()),
         "",
@@ -232,8 +212,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.rehearse:
         args.device, args.layer, args.requests, args.block_sizes = "cpu", "4,2,32", [2], [16]
         args.contexts, args.blocks, args.repeats = [64], [1, 2], 3
-    if args.quick or args.rehearse:  # compiling takes minutes
-        args.variants = [name for name in args.variants if name != "flex"]
     if args.clock == "cpu" and args.device.startswith("cuda"):
         parser.error("--clock cpu measures nothing of what runs on a GPU: leave it out")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -303,9 +281,7 @@ def attention(run: Record) -> int:
     return int(any(v.keys() & {"wrong_by", "failed"} for r in rows for v in r["variants"].values()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(attention, parse(argv), markdown)
-
+main = record.command(parse, attention, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

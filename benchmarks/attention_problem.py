@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention of one layer in a D2F step: its tensors, and the float64 result.
+"""The attention of one layer in a D2F step: its tensors, ways to compute it, the float64 result.
+
+A variant is set up once per step (index arithmetic, masks, plans) and returns what one layer runs.
 
 Shape suffixes: R requests, T = R * W query tokens, W window positions, L context + window, H query
-heads, K key heads, D head size, S virtual sequences, P pages of B positions.
+heads, K key heads, D head size, S block sequences, P pages of B positions.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_d2f.blocks import BlockSequences as VirtualSequences
-from vllm_d2f.blocks import block_sequences as virtual_sequences
-from vllm_d2f.d2f import may_attend
+from vllm_d2f.blocks import BlockSequences, block_sequences, may_attend
 
 PAGE = 32
 
@@ -94,15 +95,13 @@ class Problem:
             self.case.block_size,
         )
 
-    def sequences(self) -> VirtualSequences:
-        """The window's blocks as virtual sequences."""
+    def sequences(self) -> tuple[BlockSequences, Tensor]:
+        """The window's blocks as sequences, and the page table of each."""
         start_R = np.full(self.case.requests, self.case.context)
-        return virtual_sequences(
-            start_R,
-            start_R + self.case.window,
-            start_R,
-            np.full(self.case.requests, self.case.block_size),
-        )
+        size_R = np.full(self.case.requests, self.case.block_size)
+        found = block_sequences(start_R, start_R + self.case.window, start_R, size_R)
+        request_S = torch.from_numpy(found.request_S).to(self.pages_RP.device)
+        return found, self.pages_RP[request_S]
 
     # A server's cache is there before the step: made once, not part of a variant's set-up.
 
@@ -168,3 +167,121 @@ def cpu_isa(layer: Layer, dtype: torch.dtype) -> str:
 
 Run = Callable[[], Tensor]
 """What one layer runs."""
+
+
+def virtual(problem: Problem) -> Run:
+    """What the engine runs: one non-causal sequence per block on a paged kernel."""
+    on_cpu = problem.query_THD.device.type == "cpu"
+    return _block_sequences_cpu(problem) if on_cpu else _block_sequences_cuda(problem)
+
+
+def _block_sequences_cpu(problem: Problem) -> Run:
+    from vllm import _custom_ops as ops
+
+    layer, query = problem.layer, problem.query_THD
+    sequences, table_SP = problem.sequences()
+    start_S1 = torch.from_numpy(sequences.query_start_S1)
+    kv_len_S = torch.from_numpy(sequences.kv_len_S)
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(kv_len_S),
+        num_heads=layer.heads,
+        num_kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        seq_lens=kv_len_S,
+        dtype=query.dtype,
+        query_start_loc=start_S1,
+        causal=False,
+        sliding_window_size=-1,
+        isa=cpu_isa(layer, query.dtype),
+        enable_kv_split=True,
+    )
+    key_cache, value_cache = problem.cpu_paged
+    out = torch.empty_like(query)
+
+    def run() -> Tensor:
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=out,
+            query_start_loc=start_S1,
+            seq_lens=kv_len_S,
+            scale=layer.head_dim**-0.5,
+            causal=False,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table_SP,
+            softcap=0.0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+        return out
+
+    return run
+
+
+def _block_sequences_cuda(problem: Problem) -> Run:
+    try:
+        import flashinfer
+    except ImportError:
+        raise Unavailable("flashinfer is not installed: pip install flashinfer-python") from None
+    from vllm_d2f.attention.page_lists import PageLists
+
+    layer, device = problem.layer, problem.query_THD.device
+    sequences, table_SP = problem.sequences()
+    pages = PageLists(PAGE, table_SP.numel(), device)
+    lists = pages.build(sequences.query_start_S1, sequences.kv_len_S, table_SP)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(device), "NHD")
+    wrapper.plan(
+        qo_indptr=lists.query_start_S1,
+        paged_kv_indptr=lists.page_start_S1,
+        paged_kv_indices=lists.pages_N,
+        paged_kv_last_page_len=lists.last_page_len_S,
+        num_qo_heads=layer.heads,
+        num_kv_heads=layer.kv_heads,
+        head_dim_qk=layer.head_dim,
+        page_size=PAGE,
+        causal=False,
+        q_data_type=problem.query_THD.dtype,
+    )
+    return lambda: wrapper.run(problem.query_THD, problem.paged)
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    """One for all wrappers: they run one after another."""
+    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
+
+
+def sdpa(problem: Problem, paged: bool = False) -> Run:
+    """PyTorch's fused attention with a dense mask.
+
+    Args:
+        paged: keys are gathered from a paged cache first, in every layer; else they lie together.
+    """
+    mask_WL = problem.mask_WL()
+    query_RWHD = problem.query_THD.unflatten(0, (problem.case.requests, problem.case.window))
+    query_RHWD = query_RWHD.transpose(1, 2)
+    together = [x.transpose(1, 2) for x in (problem.key_RLKD, problem.value_RLKD)]
+    page = problem.pages_RP.flatten().long()
+
+    def gather(pages: Tensor) -> Tensor:
+        found = pages[page].view(len(problem.pages_RP), -1, *pages.shape[2:])
+        return found[:, : problem.length].transpose(1, 2)
+
+    def run() -> Tensor:
+        key, value = map(gather, problem.paged) if paged else together
+        out = scaled_dot_product_attention(
+            query_RHWD, key, value, attn_mask=mask_WL, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+VARIANTS: dict[str, Callable[[Problem], Run]] = {
+    "virtual": virtual,
+    "sdpa": sdpa,
+    "sdpa_paged": partial(sdpa, paged=True),
+}
+"""The one interface of all variants: set up for a problem, get what a layer runs."""

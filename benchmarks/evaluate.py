@@ -263,9 +263,7 @@ def evaluate(run: Record) -> None:
     run.write(report)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(evaluate, parse(argv), markdown)
-
+main = record.command(parse, evaluate, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

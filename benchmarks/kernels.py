@@ -153,9 +153,7 @@ def kernels(run: Record) -> int:
     return int(bool(run.failed))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(kernels, parse(argv), markdown)
-
+main = record.command(parse, kernels, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,18 +4,12 @@
     python -m benchmarks.latency                        # measure, fit, predict, check
     python -m benchmarks.latency --quick                # under a minute
     python -m benchmarks.latency --steps steps.json     # from what `benchmarks.steps` measured
-    python -m benchmarks.latency --step-ms-json costs.json     # by hand, no engine
 
 A step costs about a + b * tokens + c * (cached tokens its requests attend to) + d * (requests that
 enter with it) milliseconds; a to d are fitted to measured steps. How many forwards a request takes
 and how wide its window is does not depend on the batch: both are measured once, at batch size 1.
 From the two follows the speed at any batch size. The prediction is checked on other problems than
 the fit has seen.
-
-The JSON given by hand has, for "d2f" and "ar" each, either a_ms and b_ms_per_token, or "points":
-[[tokens, ms], ...] with straight lines between them (a GPU's steps cost the same until it runs out
-of arithmetic); c_ms_per_context_token and d_ms_per_request where they are not 0; and
-tokens_per_forward, window_tokens, answer_tokens, prompt_tokens: see docs/benchmarks.md.
 """
 
 import argparse
@@ -67,7 +61,6 @@ UNITS = {
 CLOCKS = {
     "wall": "Times are wall time.",
     "cpu": "Times are CPU time of the decoder's process: other programs were running.",
-    "given": "Step times and tokens per forward were given by hand, nothing was measured.",
     "steps": "Fitted to the steps of `benchmarks.steps`, checked on its batches.",
 }
 QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=1, prompts=4)
@@ -219,28 +212,6 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
     return out
 
 
-def by_hand(path: str) -> dict[str, dict[str, Any]]:
-    """Costs and traces from a file.
-
-    Raises:
-        UsageError: names what is missing.
-    """
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {
-            kind: {
-                "cost": Cost.from_dict(given[kind]).as_dict(),
-                "trace": Trace.from_dict(given[kind]).as_dict(),
-            }
-            for kind in KINDS
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--step-ms-json {path}: {error!r}; pass a JSON file as in docs/benchmarks.md, with "
-            '"d2f" and "ar"'
-        ) from None
-
-
 def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
     """The report's parts: predictions by batch size and where they cross."""
     speeds = {}
@@ -312,8 +283,6 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         ),
         batch_size="concurrent requests", d2f="D2F tok/s", ar="AR tok/s", ratio="D2F / AR",
     )  # fmt: skip
-    if "prediction_error" not in report:
-        return lines
     found, error = report["checked_crossing"], report["prediction_error"]
     where = {
         name: f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
@@ -337,8 +306,6 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
 
     Steps that take in prompts are drawn as crosses; handing in a request is part of their time.
     """
-    if not all("steps" in one for one in report["decoders"].values()):
-        return
     drawing, axes = figure.new_figure()
     for kind, one in report["decoders"].items():
         cost, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
@@ -407,7 +374,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
     )
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
-    add("--step-ms-json", metavar="FILE", help="costs and traces by hand; nothing is measured")
     add("--steps", metavar="FILE", help="a result of benchmarks.steps; nothing is measured")
     add("--shape", choices=list(shapes.D2F), default="dream", help="with --steps")
     add("--rate", type=float, default=2.9, help="with --steps: tokens per forward")
@@ -418,21 +384,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def latency(run: Record) -> None:
     """Fit, predict, check and report."""
     args = run.args
-    if args.step_ms_json:
-        parts = build(by_hand(args.step_ms_json), "given")
-    elif args.steps:
+    if args.steps:
         parts = build(from_steps(args.steps, args.shape, args.rate), "steps")
     else:
         parts = build(measured(run), args.clock)
-    report = run.report(**parts)
-    run.write(report)
+    run.write(run.report(**parts))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    prepare_process()
-    return record.main(latency, args, markdown, FIGURES)
-
+main = record.command(parse, latency, markdown, FIGURES, prepare_process)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -226,9 +226,7 @@ def overhead(run: Record) -> int:
     return int(any(r["limit_ms"] and r["added_cpu_ms"] > r["limit_ms"] for r in rows))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(overhead, parse(argv), markdown)
-
+main = record.command(parse, overhead, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.harness import record
 from benchmarks.harness.engine import preemptions, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
-from benchmarks.harness.workload import load_items, load_prompts, parse_options, resolve_model
+from benchmarks.harness.workload import d2f_model, load_items, load_prompts, parse_options
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.reference import Forward, decode, hf_forward
@@ -236,19 +236,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parity(run: Record) -> int:
     """Decode everything in all ways; 1 if anything differs that rounding does not explain."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from vllm_d2f import register
-    from vllm_d2f.settings import settings_from_dict
-
-    register()
     args = run.args
-    model = resolve_model("--model", args.model)
-    config = AutoConfig.from_pretrained(model)
-    if not hasattr(config, "d2f"):
-        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
+    model, config, defaults = d2f_model("--model", args.model)
     max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
-    own = settings_from_dict(config.d2f).params
+    own = defaults.params
     settings = GRID if args.grid else [own]
     prompts = load_prompts(model, args.prompts, args.data, args.seed)
     prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
@@ -353,9 +346,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(parity, parse(argv), markdown)
-
+main = record.command(parse, parity, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,14 @@ Every model gets a server of its own, one after the other. The problems first go
 /v1/completions and are graded (which also warms the server up), then `vllm bench serve`, as it
 comes with vLLM, sends the same problems at each request rate; its answers are graded too, so each
 speed has the score of the very answers it was measured on. What D2F did is read from the server's
-counters. `vllm bench throughput` is run once on the first model, offline.
+counters.
+
+    python -m benchmarks.serving --streaming --at-once 1 8     # d2f-tiny, no server
+
+times how text leaves: the time to the first token, and the gaps between pieces. The engine emits a
+token once every token before it is decoded (`prefix`). Block-wise streaming would emit it when its
+block is committed (`block`): one forward after the block is full, or with the last piece. When that
+is follows from the same run, so both are timed on the same forwards and differ in nothing else.
 """
 
 import argparse
@@ -17,17 +24,27 @@ import json
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import figure, record, server
+from benchmarks.harness.engine import shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
-from benchmarks.harness.workload import Item, grade, load_items, resolve_model
+from benchmarks.harness.workload import (
+    Item,
+    d2f_model,
+    grade,
+    load_items,
+    load_prompts,
+    resolve_model,
+)
 
 UNITS = {
     "request_rate": "requests per second on offer, Poisson arrivals; inf: all at once",
@@ -42,6 +59,13 @@ UNITS = {
     "positions_per_token": "counters: window positions computed / committed tokens",
     "exact": "fraction of answers right to the letter",
     "final": "fraction of answers that end by themselves with the right number",
+}
+STREAMED = "first_token_ms gap_ms gap_p95_ms pieces tokens_per_piece"
+STREAMED_UNITS = {
+    "first_token_ms": "milliseconds from handing in the request to its first tokens, median",
+    "gap_ms": "milliseconds between pieces of an answer, median; gap_p95_ms: 95th percentile",
+    "pieces": "outputs per answer",
+    "tokens_per_piece": "tokens of an output, on average",
 }
 RATES = (2.0, 8.0, 32.0, float("inf"))
 PERCENTILES = ("50", "99")
@@ -77,38 +101,8 @@ def bench_serve(
         return json.loads((Path(folder) / "result.json").read_text())
 
 
-def bench_throughput(args: argparse.Namespace, model: str, tokenizer: str) -> dict[str, Any]:
-    """`vllm bench throughput` on random prompts, offline. Says that it works, has no score."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [
-            *(str(server.VLLM), "bench", "throughput", "--model", model, "--tokenizer", tokenizer),
-            *("--dataset-name", "random", "--random-input-len", "32"),
-            *("--random-output-len", str(args.max_tokens), "--num-prompts", str(args.prompts)),
-            *("--seed", str(args.seed), "--output-json", str(out), *engine_options(args)),
-        ]
-        server.run_command(command, args.timeout)
-        found = json.loads(out.read_text())
-    names = ("elapsed_time", "num_requests", "requests_per_second", "tokens_per_second")
-    return {
-        "command": "vllm bench throughput --dataset-name random --random-input-len 32 "
-        f"--random-output-len {args.max_tokens} --num-prompts {args.prompts}",
-        "note": "random prompts, end tokens ignored: no score, and prompt tokens are counted in",
-        **{name: found[name] for name in names},
-    }
-
-
-def throughput(args: argparse.Namespace, model: str) -> dict[str, Any]:
-    """`bench_throughput`; a failure is a finding too, and must not lose what was measured."""
-    try:
-        return bench_throughput(args, model, resolve_model("--models", model))
-    except subprocess.SubprocessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return {"failed": str(error)[-300:]}
-
-
 def engine_options(args: argparse.Namespace) -> list[str]:
-    """For `vllm serve` and `vllm bench throughput` alike; on a CPU float32 without compilation."""
+    """For `vllm serve`; on a CPU float32 without compilation."""
     options = ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
     if not (record.on_gpu() if args.gpu is None else args.gpu):
         options += ["--dtype", "float32", "--enforce-eager"]
@@ -204,8 +198,15 @@ def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The report as a table, one line per model and rate."""
-
+    """The report as a table, one line per model and rate, or per way of streaming."""
+    if "at_once" in report:
+        rows = (
+            {"at_once": at_once, "stream": way, **figures}
+            for at_once, ways in report["at_once"].items()
+            for way, figures in ways.items()
+        )
+        head = record.head("Tokens as they are decoded against whole blocks", report)
+        return [*head, *record.columns(f"at_once stream {STREAMED}", rows)]
     models = report["models"]
     points = [
         {"model": name, "tokens_per_forward": "1 (AR)", "spread": {}, **point}
@@ -228,20 +229,13 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
             f"- {model}, the same problems by /v1/completions: exact {exact:.1f} %, "
             f"final {final:.1f} %"
         )
-    for model, found in report.get("vllm_bench_throughput", {}).items():
-        if "failed" in found:
-            lines.append(f"- `vllm bench throughput` on {model} **failed**")
-            continue
-        lines.append(
-            f"- `vllm bench throughput` on {model}, offline, {found['num_requests']} random "
-            f"prompts: {found['requests_per_second']:.2f} requests/s, "
-            f"{found['tokens_per_second']:.0f} tokens/s ({found['note']})"
-        )
     return lines
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Time to the complete answer against the rate on offer."""
+    if "at_once" in report:
+        return
     drawing, axes = figure.new_figure(height=5.2)
     # Everything at once has no rate: a place of its own at the right.
     offered = [p["request_rate"] for f in report["models"].values() for p in f["points"]]
@@ -295,11 +289,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="vLLM's own dtype, memory and graphs (default: if there is a GPU)",
     )
     add("--timeout", type=int, default=900, help="seconds for each command")
-    add("--no-throughput", action="store_true", help="skip vllm bench throughput")
-    args = parser.finish(argv, {}, ("runs", "prompts", "max_tokens", "max_num_seqs"))
-    if args.quick:
-        args.models, args.rates, args.prompts = args.models[:1], [8.0], 8
-        args.runs, args.no_throughput = 1, True
+    add("--streaming", action="store_true", help="time how text leaves, without a server")
+    add("--at-once", type=int, nargs="+", default=[1, 8], help="requests, with --streaming")
+    positive = ("runs", "prompts", "max_tokens", "max_num_seqs", "at_once")
+    args = parser.finish(argv, {"prompts": 8, "runs": 1, "at_once": [2]}, positive)
+    if args.quick or args.streaming:
+        args.models, args.rates = args.models[:1], [8.0]
     if min(args.rates) <= 0:
         parser.error("--rates must be above 0")
     return args
@@ -308,6 +303,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def serving(run: Record) -> None:
     """Serve and measure one model after the other, and report."""
     args = run.args
+    if args.streaming:
+        streaming(run)
+        return
     if args.base_url and len(args.models) != 1:
         raise UsageError("--base-url: pass --models with the one model this server serves")
     for model in args.models:
@@ -317,25 +315,137 @@ def serving(run: Record) -> None:
         Path(m).name: run.point(f"model {Path(m).name}", partial(measure_model, args, m, items))
         for m in args.models
     }
-    first = args.models[0]
-    parts: dict[str, Any] = {}
-    if not args.no_throughput and not args.base_url:
-        found = run.point("vllm bench throughput", partial(throughput, args, first))
-        parts["vllm_bench_throughput"] = {Path(first).name: found}
     run.need_all()
     report = run.report(
         scores={name: found["score"] for name, found in models.items()},
         **{n: getattr(args, n) for n in ("prompts", "runs", "max_tokens", "max_num_seqs")},
         units=UNITS,
         models=models,
-        **parts,
     )
     run.write(report)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(serving, parse(argv), markdown, FIGURES)
+# How text leaves.
 
+
+@dataclass
+class Timeline:
+    """One request: when it was sent, and how many tokens were out after each of its outputs."""
+
+    block_size: int
+    sent: float
+    outputs: list[tuple[float, int]] = field(default_factory=list)
+
+    def prefix(self) -> list[tuple[float, int]]:
+        """What happened: time and new tokens of each piece."""
+        return _pieces(self.outputs)
+
+    def block(self, steps: Sequence[float]) -> list[tuple[float, int]]:
+        """What block-wise streaming would have sent; `steps` are the ends of all forwards.
+
+        A forward commits the blocks that were full before it; the last one ends the request.
+        """
+        end, everything = self.outputs[-1]
+        totals, waiting, out = [], deque(self.outputs), 0
+        for at in steps:
+            if self.sent < at < end:
+                totals.append((at, out // self.block_size * self.block_size))
+                while waiting and waiting[0][0] <= at:
+                    out = waiting.popleft()[1]
+        return _pieces([*totals, (end, everything)])
+
+
+def _pieces(totals: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Time and count of new tokens, where there are any."""
+    pieces, out = [], 0
+    for at, total in totals:
+        if total > out:
+            pieces.append((at, total - out))
+            out = total
+    return pieces
+
+
+def summary(sent: Sequence[float], pieces: Sequence[list[tuple[float, int]]]) -> dict[str, float]:
+    """Figures over requests: medians of first tokens and gaps, and the shape of the pieces."""
+    first = [1e3 * (p[0][0] - start) for start, p in zip(sent, pieces, strict=True)]
+    gaps = sorted(
+        1e3 * (b[0] - a[0]) for p in pieces for a, b in zip(p[:-1], p[1:], strict=True)
+    ) or [0.0]
+    tokens = sum(count for p in pieces for _, count in p)
+    number = sum(map(len, pieces))
+    return {
+        "first_token_ms": round(statistics.median(first), 2),
+        "gap_ms": round(statistics.median(gaps), 2),
+        "gap_p95_ms": round(gaps[int(0.95 * (len(gaps) - 1))], 2),
+        "pieces": round(number / len(pieces), 2),
+        "tokens_per_piece": round(tokens / number, 2),
+    }
+
+
+def keep_running(
+    llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at_once: int
+) -> Any:
+    """Keep `at_once` requests in the engine; the timelines and the ends of all forwards."""
+    engine, waiting = llm.llm_engine, deque(enumerate(prompts))
+    lines: dict[str, Timeline] = {}
+    steps: list[float] = []
+    running = 0
+    while waiting or running:
+        while waiting and running < at_once:
+            index, prompt = waiting.popleft()
+            lines[str(index)] = Timeline(block_size, time.perf_counter())
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+            running += 1
+        outputs = engine.step()
+        steps.append(time.perf_counter())
+        for output in outputs:
+            lines[output.request_id].outputs.append((steps[-1], len(output.outputs[0].token_ids)))
+            running -= output.finished
+    return list(lines.values()), steps
+
+
+def streaming(run: Record) -> None:
+    """Time both ways of streaming for each number of requests at once."""
+    from vllm import SamplingParams
+
+    args = run.args
+    model, config, settings = d2f_model("--models", args.models[0])
+    block_size = settings.params.block_size
+    max_model_len = min(config.max_position_embeddings, 1024)
+    prompts = load_prompts(model, args.prompts, args.data, args.seed)
+    prompts = [prompt[: max_model_len - args.max_tokens] for prompt in prompts]
+    # To the end: answers of these problems alone would be too short to say much about gaps.
+    params = SamplingParams(
+        temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False
+    )
+    llm = start_engine(
+        model, window=settings.window, max_model_len=max_model_len, additional_config={}
+    )
+    keep_running(llm, prompts[:2], params, block_size, 2)  # warm up
+
+    def measure(at_once: int) -> dict[str, Any]:
+        lines, steps = keep_running(llm, prompts, params, block_size, at_once)
+        sent = [line.sent for line in lines]
+        return {
+            "prefix": summary(sent, [line.prefix() for line in lines]),
+            "block": summary(sent, [line.block(steps) for line in lines]),
+        }
+
+    found = {n: run.point(str(n), partial(measure, n)) for n in args.at_once}
+    shut_down(llm)
+    run.need_all()
+    report = run.report(
+        units=STREAMED_UNITS,
+        model=Path(args.models[0]).name,
+        block_size=block_size,
+        prompts=len(prompts),
+        at_once={str(n): ways for n, ways in found.items()},
+        machine=f"{record.platform.machine()}, {record.platform.system()}, CPU, float32",
+    )
+    run.write(report)
+
+
+main = record.command(parse, serving, markdown, FIGURES)
 
 if __name__ == "__main__":
     # `timeout` and job managers end a program so; the server must end with it.

@@ -6,12 +6,12 @@
     python -m benchmarks.steps --rehearse
 
 `SHAPE/steps/CONTEXT/BLOCKS/REQUESTS`: time of a step in which all windows of so many blocks of 32
-are full; `host_ms` is the part in which the host did not wait for the device.
+are full.
 `SHAPE/speed/RATE/REQUESTS`: tokens per second of `LLM.generate` at so many tokens per forward
 (simulated), windows of 4 blocks. `SHAPE/profile/REQUESTS`: one step under torch's profiler: the
 largest kernels, the gaps in which none ran, and the calls in which the host stood still.
-`SHAPE/memory`: 256 requests with windows of 128 at once. Weights are dummies, so no time depends on
-what is decoded. On a GPU a process measures one shape; the same command goes on with the next.
+Weights are dummies, so no time depends on what is decoded. On a GPU a process measures one shape;
+the same command goes on with the next.
 """
 
 import argparse
@@ -60,49 +60,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """The engine's arguments of `--variant`."""
 UNITS = {
     "ms": "milliseconds of a step, median; ms_min: the fastest",
-    "host_ms": "of them, what the host did not wait for the device",
     "floor_ms": "weights and cached keys read once, or the step's products, whichever takes longer",
     "steps": "requests, new ones, tokens, context tokens, milliseconds of single steps",
     "tokens_per_s": "from the first prompt to the last token of a batch; simulated acceptance",
 }
-
-
-class Waited:
-    """Time that this process spends waiting for the device, until `stop`.
-
-    Wraps the calls in which the host waits for CUDA. Copies that wait by themselves are not seen:
-    what they take counts as the host's time. The profile sees them.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._undo: list[tuple[Any, str, Any]] = []
-        if torch.cuda.is_available():
-            for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda):
-                self._wrap(owner, "synchronize")
-
-    def _wrap(self, owner: Any, name: str) -> None:
-        inner = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - began
-
-        self._undo.append((owner, name, inner))
-        setattr(owner, name, timed)
-
-    def take(self) -> float:
-        """Milliseconds since the last call."""
-        ms, self.seconds = 1e3 * self.seconds, 0.0
-        return ms
-
-    def stop(self) -> None:
-        for owner, name, inner in self._undo:
-            setattr(owner, name, inner)
-        self._undo.clear()
 
 
 def start(engine: DummyEngine, shape: str) -> dict[str, Any]:
@@ -139,8 +100,8 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
     answer = width + LASTING
     fit_in(engine, requests, context + answer, width)
     engine.simulate(1.0)
-    clock, waited = engine.clock, Waited()
-    full: list[tuple[float, float]] = []
+    clock = engine.clock
+    full: list[float] = []
     with engine.running(requests, context, blocks, answer) as run:
         clock.start()
         warm_until = warm_up(engine, run, requests, width)
@@ -149,26 +110,22 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
             if not engine.llm.llm_engine.has_unfinished_requests():
                 raise RuntimeError(f"requests ended after {len(full)} full steps")
             at = len(clock.steps)
-            waited.take()
             run()
-            wait_ms = waited.take()
             for cost in clock.steps[at:]:
                 if cost.tokens == requests * width and cost.requests == requests:
-                    full.append((cost.ms, cost.ms - wait_ms))
+                    full.append(cost.ms)
             if len(full) >= LEAST_STEPS and time.monotonic() - began > STEP_SECONDS:
                 break
             if len(clock.steps) > warm_until + 4 * MOST_STEPS:
                 raise RuntimeError("windows do not stay full")
         steps = list(clock.steps)
-    waited.stop()
     # [requests, new, tokens, context, ms]
     rows = [[*astuple(s)[:4], round(s.ms, 4)] for s in steps]
     return {
         "tokens": requests * width,
         "context_tokens": requests * context,
-        "ms": round(statistics.median(ms for ms, _ in full), 4),
-        "ms_min": round(min(ms for ms, _ in full), 4),
-        "host_ms": round(statistics.median(host for _, host in full), 4),
+        "ms": round(statistics.median(full), 4),
+        "ms_min": round(min(full), 4),
         "measured": len(full),
         "steps": rows[-KEPT_STEPS:],
         "entering": [row for row in rows if row[1]][:KEPT_STEPS],
@@ -222,24 +179,6 @@ def speed(
         computed = sum(o.outputs[0].spec_decode_metrics.num_draft_tokens for o in outputs)
         row["tokens_per_forward"] = round(tokens / forwards, 4)
         row["window_tokens"] = round(computed / forwards, 2)
-    return row
-
-
-def memory(engine: DummyEngine, requests: int, prompt: int) -> dict[str, Any]:
-    """The most requests at once with windows of 4 blocks: do they run, and what is left?"""
-    width = width_of(engine)
-    # Full multi-head caches of 256 long prompts are larger than the device.
-    while prompt > 64 and requests * (prompt + width + LASTING) > engine.cache_tokens:
-        prompt //= 2
-    fit_in(engine, requests, prompt + width + LASTING, width)
-    engine.simulate(1.0)
-    with engine.running(requests, prompt, 4, width + LASTING) as run:
-        engine.clock.start()
-        warm_up(engine, run, requests, width)
-    row = {"requests": requests, "prompt_tokens": prompt, "cache_tokens": engine.cache_tokens}
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        row |= {"free_mib": free >> 20, "total_mib": total >> 20}
     return row
 
 
@@ -361,8 +300,7 @@ def points(
     later = {
         name: lambda *given, measure=measure: measure(engine(), *given)
         for name, measure in (
-            ("start", start), ("step", step), ("speed", speed), ("memory", memory),
-            ("profile", profile),
+            ("start", start), ("step", step), ("speed", speed), ("profile", profile)
         )
     }  # fmt: skip
     diffusion = shape in shapes.D2F
@@ -384,13 +322,11 @@ def points(
     if "profile" in args.what:
         for count in sorted({min(args.requests), min(max(args.requests), 64)}):
             yield f"{shape}/profile/{count}", partial(later["profile"], count, first)
-    if "memory" in args.what:
-        yield f"{shape}/memory", partial(later["memory"], max(args.requests), first)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = record.Parser("steps", __doc__)
-    add, what = parser.add_argument, ["steps", "speed", "profile", "memory"]
+    add, what = parser.add_argument, ["steps", "speed", "profile"]
     add("--shapes", nargs="+", choices=list(shapes.SHAPES), default=["dream", "qwen"])
     add("--what", nargs="+", choices=what, default=what)
     add("--variant", choices=list(VARIANTS), default="plain", help="graphs or async scheduling")
@@ -476,7 +412,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         key = {"shape": shape, "context": context, "blocks": blocks, "requests": requests}
         ratios = {"times_floor": p["ms"] / floor, "times_ar": p["ms"] / other if other else None}
         measured.append({**key, **p, "floor_ms": floor, **ratios})
-    names = "shape context blocks requests ms floor_ms times_floor host_ms times_ar"
+    names = "shape context blocks requests ms floor_ms times_floor times_ar"
     lines += record.columns(names, measured)
     measured = []
     for shape, (rate, requests), p in rows("speed"):
@@ -511,23 +447,15 @@ def _bars(
         yield f"{d2f}, 4 blocks of 32, 1 request: step / {ar}'s", ratio, "at most", 1.25
         if d2f == "dream":
             yield "the same step, ms", ms, "at most", 5.5
-        most = found.get(f"{d2f}/memory", {}).get("requests")
-        yield f"{d2f}: requests with windows of 128 at once", most, "at least", 256
         for size in (1, 2, 4, 8):
             mine = found.get(f"{d2f}/speed/{RATE:g}/{size}", {}).get("tokens_per_s")
             other = beside(d2f, f"speed/1/{size}", "tokens_per_s")
             ratio = mine / other if mine and other else None
-            yield (
-                f"{d2f} at {RATE:g} tokens per forward / {ar}, batch {size}",
-                ratio,
-                "at least",
-                2.5,
-            )
+            what = f"{d2f} at {RATE:g} tokens per forward / {ar}, batch {size}"
+            yield what, ratio, "at least", 2.5
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(steps, parse(argv), markdown)
-
+main = record.command(parse, steps, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -144,9 +144,7 @@ def structured(run: Record) -> int:
     return int(any(row["valid"] != row["answers"] for row in figures.values()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(structured, parse(argv), markdown)
-
+main = record.command(parse, structured, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import figure, record
-from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.record import Record
 from benchmarks.harness.worker import most_modes
-from benchmarks.harness.workload import Item, load_items, refuse_simulated, resolve_model
+from benchmarks.harness.workload import Item, d2f_model, load_items, refuse_simulated
 from vllm_d2f.d2f import D2FParams
 
 NAMES = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")
@@ -343,21 +343,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def sweep(run: Record) -> None:
     """Measure what is not measured yet, and report on everything."""
     from tqdm import tqdm
-    from transformers import AutoConfig
 
-    from vllm_d2f import register
-    from vllm_d2f.settings import settings_from_dict
-
-    register()
     args = run.args
-    model = resolve_model("--model", args.model)
+    model, config, defaults = d2f_model("--model", args.model)
     items = load_items(args.problems, args.data, args.seed)
-    config = AutoConfig.from_pretrained(model)
     refuse_simulated(f"--model {args.model}", config, "a speed/score frontier")
-    section = getattr(config, "d2f", None)
-    if section is None:
-        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
-    base = settings_from_dict(section).params
+    base = defaults.params
     points = GRIDS[args.grid](base)
     about = {
         "model": args.model if not Path(args.model).exists() else Path(args.model).name,
@@ -403,9 +394,7 @@ def key_of(params: D2FParams, repeat: int) -> str:
     return " ".join(f"{value}" for value in (*asdict(params).values(), repeat))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(sweep, parse(argv), markdown, FIGURES)
-
+main = record.command(parse, sweep, markdown, FIGURES)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -430,11 +430,7 @@ def _measure_all(
             run.point(key, partial(measure, plan, decoders, number, size))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    prepare_process()
-    return record.main(throughput, args, markdown, FIGURES)
-
+main = record.command(parse, throughput, markdown, FIGURES, prepare_process)
 
 if __name__ == "__main__":
     sys.exit(main())

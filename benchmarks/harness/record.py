@@ -3,10 +3,10 @@
 
 An experiment is a module with `parse`, which returns the arguments, a function that measures its
 points through `Record.point` and writes a report, and `markdown`, which makes tables of the report.
-`main` runs it. Each point is appended to a
-journal, NAME.jsonl beside `--json NAME.json`, as soon as it is measured, so the same command goes
-on where it was stopped. When every point is there, the report goes to NAME.json, its tables to
-NAME.md, its pictures to .png files, and the journal is deleted.
+`command` makes its `main`. Each point is appended to a journal, NAME.jsonl beside `--json
+NAME.json`, as soon as it is measured, so the same command goes on where it was stopped. When every
+point is there, the report goes to NAME.json, its tables to NAME.md, its pictures to .png files, and
+the journal is deleted.
 """
 
 import argparse
@@ -36,6 +36,10 @@ Tables = Callable[[Mapping[str, Any]], Sequence[str]]
 """From a report to the lines of its Markdown."""
 Drawing = Callable[[Mapping[str, Any], Path], None]
 """Draws a report into a file."""
+
+
+Experiment = Callable[["Record"], int | None]
+"""Measures and reports; an exit code, or None for 0."""
 
 
 class UsageError(Exception):
@@ -263,8 +267,29 @@ class TimeIsUp(Exception):
     """Points are left for a later run."""
 
 
+def command(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    experiment: Experiment,
+    markdown: Tables,
+    figures: Mapping[str, Drawing] | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> Callable[..., int]:
+    """The `main` of an experiment.
+
+    Args:
+        prepare: changes the environment before the machine is described.
+    """
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        args = parse(argv)
+        prepare()
+        return main(experiment, args, markdown, figures)
+
+    return run
+
+
 def main(
-    experiment: Callable[[Record], int | None],
+    experiment: Experiment,
     args: argparse.Namespace,
     markdown: Tables,
     figures: Mapping[str, Drawing] | None = None,

@@ -160,6 +160,25 @@ def resolve_model(option: str, name: str) -> str:
     return path
 
 
+def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
+    """The folder of a D2F model, its config, and its own settings.
+
+    Raises:
+        UsageError: it is not there, or is no D2F model.
+    """
+    from transformers import AutoConfig
+
+    from vllm_d2f import register
+    from vllm_d2f.settings import settings_from_dict
+
+    register()
+    folder = resolve_model(option, name)
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "d2f"):
+        raise UsageError(f"{option} {name} is no D2F model: its config has no d2f section")
+    return folder, config, settings_from_dict(config.d2f)
+
+
 def simulated(hf_config: Any) -> float | None:
     """The tokens per forward that a D2F model's config makes up, None for a real acceptance."""
     return (getattr(hf_config, "d2f", None) or {}).get("simulate_tokens_per_forward")

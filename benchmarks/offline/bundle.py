@@ -27,13 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import fatbin
-
 ROOT = Path(__file__).resolve().parents[2]
 PIECE_BYTES = 60 << 20
 """Most of a piece: what can be copied to the host at once is little more."""
 PYTHON = "3.12"
-ARCHITECTURE = 90
 PLATFORMS = tuple(f"manylinux{version}_x86_64" for version in ("_2_31", "_2_28", "_2_17", "2014"))
 
 VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
@@ -106,7 +103,7 @@ def wanted(package: str, name: str) -> bool:
     return True
 
 
-def wheel_files(wheel: Path, architecture: int = ARCHITECTURE) -> Iterator[Source]:
+def wheel_files(wheel: Path) -> Iterator[Source]:
     """The wanted files of a wheel as they lie when it is installed, without scripts."""
     package = wheel.name.split("-")[0]
     with zipfile.ZipFile(wheel) as archive:
@@ -120,10 +117,7 @@ def wheel_files(wheel: Path, architecture: int = ARCHITECTURE) -> Iterator[Sourc
                 installed = match[2]
             if not wanted(package, installed):
                 continue
-            content = archive.read(name)
-            if package == "vllm" and installed.endswith(".so"):
-                content = fatbin.keep_only(content, architecture)
-            yield Source(f"site/{installed}", content)
+            yield Source(f"site/{installed}", archive.read(name))
 
 
 def repository_files(root: Path) -> Iterator[Source]:
@@ -252,7 +246,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"))
     parser.add_argument("--wheels", type=Path, default=Path("build/gpu-wheels"))
     parser.add_argument("--python", default=PYTHON, help="the host's version (%(default)s)")
-    parser.add_argument("--arch", type=int, default=ARCHITECTURE, help="90: H100, H200")
     return parser.parse_args(argv)
 
 
@@ -265,14 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         def sources() -> Iterator[Source]:
             for wheel in wheels:
                 print(wheel.name, flush=True)
-                yield from wheel_files(wheel, args.arch)
+                yield from wheel_files(wheel)
             yield from repository_files(ROOT)
 
-        about = {
-            "python": args.python,
-            "architecture": f"sm_{args.arch}",
-            "packages": {name: version for name, version in sorted(names)},
-        }
+        about = {"python": args.python, "packages": dict(sorted(names))}
         manifest = pack(sources(), args.out, about)
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
