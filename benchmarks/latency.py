@@ -197,7 +197,7 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
                 f"benchmarks.steps --shapes {shape}"
             )
         # A step that enters twice in the file counts once.
-        steps = [StepCost(*map(float, row)) for row in sorted(set(found))]
+        steps = [StepCost(*row) for row in sorted(set(found))]
         one = speeds[1]
         trace = Trace(
             one.get("tokens_per_forward", 1.0),
@@ -284,7 +284,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         batch_size="concurrent requests", d2f="D2F tok/s", ar="AR tok/s", ratio="D2F / AR",
     )  # fmt: skip
     found, error = report["checked_crossing"], report["prediction_error"]
-    where = {
+    overtakes = {
         name: f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
         for name in ("measured", "predicted")
     }
@@ -292,7 +292,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "Checked on other problems than the fit has seen, one batch at a time. In such batches",
-        "AR overtakes D2F {measured}, predicted {predicted}.".format(**where),
+        "AR overtakes D2F {measured}, predicted {predicted}.".format(**overtakes),
         "",
         *record.columns("batch_size predicted measured", report["checked_ratio"]),
         f"Off by {error['mean']:.1%} on average, {error['worst']:.1%} at worst.",

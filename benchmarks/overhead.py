@@ -214,7 +214,10 @@ def overhead(run: Record) -> int:
     meter = instrument(llm)
     measure(llm, meter, 1, 4)  # warm-up
     counts = {f"{n} requests": n for n in args.requests}
-    rows = [run.point(k, lambda n=n: measure(llm, meter, n, args.steps)) for k, n in counts.items()]
+    rows = [
+        run.point(k, functools.partial(measure, llm, meter, n, args.steps))
+        for k, n in counts.items()
+    ]
     run.need_all()
     report = run.report(
         window=f"{BLOCKS} blocks of {BLOCK}",

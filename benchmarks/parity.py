@@ -265,7 +265,7 @@ def parity(run: Record) -> int:
     reference_s = time.perf_counter() - started
     scored = not (args.grid or args.data) and (Path(model) / "tokenizer.json").exists()
     texts = [i.answer for i in load_items(args.prompts, None, args.seed)] if scored else []
-    tokenizer = AutoTokenizer.from_pretrained(model) if scored else None
+    tokenizer: Any = AutoTokenizer.from_pretrained(model) if scored else None
 
     def score(answers: Sequence[Answer]) -> float | None:
         """Share of answers that are the expected text to the letter."""

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jsonschema
@@ -134,7 +135,7 @@ def structured(run: Record) -> int:
     )
     asked = cases([problem.question for problem in bundled_problems()], run.args.rounds)
     figures = {
-        str(heat): run.point(f"temperature {heat}", lambda heat=heat: measure(llm, asked, heat))
+        str(heat): run.point(f"temperature {heat}", partial(measure, llm, asked, heat))
         for heat in (0.0, 0.8)
     }
     shut_down(llm)

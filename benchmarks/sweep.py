@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -375,13 +375,16 @@ def sweep(run: Record) -> None:
         ask(one, base, 0, items[:8], args.batch_size)  # warm-up
         return one
 
+    def measure(params: D2FParams, repeat: int) -> dict[str, Any]:
+        return ask(engine(), params, repeat, items, args.batch_size)
+
     keys = {
         key_of(params, repeat): (params, repeat)
         for repeat in range(args.repeats)
         for params in points
     }
     for key, (params, repeat) in tqdm(keys.items(), desc="sweep", disable=None):
-        run.point(key, lambda p=params, r=repeat: ask(engine(), p, r, items, args.batch_size))
+        run.point(key, partial(measure, params, repeat))
     run.need_all()
     wanted = {tuple(asdict(p).values()) for p in points}
     kept = [m for m in run.points.values() if tuple(m["params"].values()) in wanted]

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def stress_result(request: pytest.FixtureRequest) -> Callable[..., None]:
     """A function that writes what a stress test measured, and fails if it found failures."""
-    from benchmarks.workload import environment
+    from benchmarks.harness.record import environment
 
     minutes = request.config.getoption("--stress-minutes")
     machine = environment(0, [], "")  # before the test, for the load average

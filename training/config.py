@@ -195,7 +195,8 @@ class LossSection(Section):
         windows: so many windows of `window_blocks` noised blocks, each from a drawn block on, share
             a clean sequence (`training/windows.py`); 0: the sequence itself is noised.
         teacher: `bidirectional` sees the whole noised sequence, as in the paper; `next_token` is
-            the autoregressive model on the clean text; `data`: no teacher, the answers themselves.
+            the autoregressive model on the clean text; `greedy`: the answers are those that it
+            gives; `data`: no teacher, the answers themselves.
         teacher_input: `same` noised sequence as the student's; `student`: both see what the
             student made of it in one forward; `fresh`: other masks for the teacher.
         accept: probability above which `teacher_input: student` takes the student's own tokens; the
@@ -221,7 +222,7 @@ class LossSection(Section):
     prompt_attention: Literal["bidirectional", "block_causal"] = "bidirectional"
     windows: Annotated[int, Field(ge=0)] = 0
     window_blocks: Positive = 4
-    teacher: Literal["bidirectional", "next_token", "data"] = "bidirectional"
+    teacher: Literal["bidirectional", "next_token", "greedy", "data"] = "bidirectional"
     teacher_input: Literal["same", "student", "fresh"] = "same"
     accept: Share = 0.9
     kl: Literal["forward", "reverse", "mixed"] = "forward"
@@ -241,11 +242,16 @@ class LossSection(Section):
                 "windows: a bidirectional teacher sees whole sequences; set teacher to next_token "
                 "or data, or leave it out"
             )
-        if self.teacher == "data":
-            _refuse(self, ("kl", "temperature", "data_weight"), "teacher: data")
+        if not self.distils:
+            _refuse(self, ("kl", "temperature", "data_weight"), f"teacher: {self.teacher}")
         if self.teacher != "bidirectional" and self.teacher_input == "fresh":
             raise ValueError(f"teacher_input: fresh is without effect with teacher: {self.teacher}")
         return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher's distribution is compared, and not only a text."""
+        return self.teacher in ("bidirectional", "next_token")
 
 
 class LoraSection(Section):
@@ -384,6 +390,8 @@ class Config(Section):
                         f"blocks of decoding.block_size {served}; make loss.block_size {trained} "
                         "the same"
                     )
+            if stage.loss.teacher == "greedy" and data.source == "arithmetic":
+                raise ValueError(f"stages.{name}.loss.teacher: greedy needs records as data.source")
             if stage.loss.windows and data.packing:
                 raise ValueError(f"stages.{name}.loss.windows: need data.packing: false")
             if stage.lora is not None and stage.optimizer.name == "muon":

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
@@ -80,15 +79,19 @@ def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -
     if loaded.folder is not None:
         values = json.loads((loaded.folder / "config.json").read_text())
         values.pop("auto_map", None)  # no remote code
-        if loaded.family in AUTOREGRESSIVE:
-            values["vocab_size"] = loaded.config.vocab_size
-            if stage.objective != "next_token":
-                values["architectures"] = [BY_NAME[loaded.family].architecture]
-                values["model_type"] = f"d2f_{loaded.family}"
-                values["mask_token_id"] = loaded.mask_id
     else:
         values = _plain_config(loaded, stage)
     values.pop("d2f", None)
+    if loaded.family in AUTOREGRESSIVE:
+        plain, own = stage.objective == "next_token", BY_NAME[loaded.family]
+        values |= {
+            "architectures": [own.hf if plain else own.architecture],
+            "model_type": loaded.family if plain else own.model_type,
+            "vocab_size": loaded.config.vocab_size,
+            "mask_token_id": loaded.mask_id,
+        }
+        if plain:
+            del values["mask_token_id"]
     if stage.objective == "d2f":
         values["d2f"] = d2f_section(loaded.family, stage, decoding)
     return values
@@ -107,7 +110,7 @@ def _plain_config(loaded: Loaded, stage: StageSection) -> dict[str, Any]:
     values = config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version", "d2f", "dtype", "use_cache"):
         values.pop(name, None)
-    del values["logits_shift"]  # the family's
+    values.pop("logits_shift", None)  # the family's
     rope = values.pop("rope_parameters", None) or config.rope_parameters
     values |= {
         "architectures": [BY_NAME[loaded.family].architecture],
@@ -215,7 +218,7 @@ def _write_tokenizer(part: Path, loaded: Loaded) -> None:
     _write_json(settings_file, settings)
 
 
-def save_weights(net: torch.nn.Module, path: Path) -> None:
+def save_weights(net: Any, path: Path) -> None:
     """The trained weights of a finished stage: all of them, or an adapter's."""
     from safetensors.torch import save_file
 
@@ -224,6 +227,8 @@ def save_weights(net: torch.nn.Module, path: Path) -> None:
     state = net.state_dict()
     if hasattr(net, "peft_config"):
         state = adapter_state(net)
+    elif net.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part)
     os.replace(part, path)
 

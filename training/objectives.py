@@ -259,10 +259,10 @@ def d2f_loss(
             teacher_MV = next_token_logits(teacher, clean, batch, taught_BT)
     student_MV = predicted(noised_BT)
     loss_M = torch.zeros(len(student_MV), device=student_MV.device)
-    if options.teacher != "bidirectional" or options.data_weight:
+    if not options.distils or options.teacher == "next_token" or options.data_weight:
         wide_MV = student_MV.to(torch.promote_types(student_MV.dtype, torch.float32))
         loss_M = F.cross_entropy(wide_MV, batch.ids_BT[masked_BT], reduction="none")
-    if options.teacher != "data":
+    if options.distils:
         taught_M = taught_BT[masked_BT]
         divergence_M = divergence(student_MV[taught_M], teacher_MV, options)
         if options.data_weight:

@@ -23,8 +23,18 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from training import checkpoint, evaluate
+from training.answers import greedy_answers
 from training.config import Config, DataSection, ModelSection, StageSection
-from training.data import Batch, Example, Source, end_of, make_source, training_batch, validation
+from training.data import (
+    Batch,
+    Example,
+    Records,
+    Source,
+    end_of,
+    make_source,
+    training_batch,
+    validation,
+)
 from training.model import Base, Loaded, Predictor, adapter_state, add_lora, as_teacher, load
 from training.objectives import TINY, Loss, d2f_loss, diffusion_loss, next_token_loss
 from training.optim import learning_rate, make_optimizers, set_learning_rate
@@ -106,6 +116,7 @@ def set_up(
     directory = out / name
     same_settings(directory, config, name)
     loaded = load(config.model, attention, stage.seed)
+    tied = loaded.config.tie_word_embeddings  # then the LM head is not stored
     data = data or Data.read(config, name, loaded)
     if stage.start is not None:
         weights = out / stage.start / "final.safetensors"
@@ -114,11 +125,11 @@ def set_up(
         start = load_file(weights)
         adapted = config.stages[stage.start].lora is not None
         if not adapted:
-            loaded.model.load_state_dict(start)
+            loaded.model.load_state_dict(start, strict=not tied)
     done = directory / "final.safetensors"
     shift = loaded.shift or stage.objective == "next_token"
     teacher = None
-    needed = stage.objective == "d2f" and stage.loss.teacher != "data"
+    needed = stage.objective == "d2f" and stage.loss.distils
     if needed and stage.lora is None:
         teacher = Predictor(copy.deepcopy(loaded.model), shift, attention).requires_grad_(False)
         teacher.eval()
@@ -128,19 +139,17 @@ def set_up(
         net.load_state_dict(start, strict=False)
         adapter = {name: tensor.clone() for name, tensor in adapter_state(net).items()}
     if done.exists():
-        net.load_state_dict(load_file(done), strict=stage.lora is None)
-    return Run(
-        config,
-        name,
-        directory,
-        accelerator,
-        loaded,
-        Predictor(net, shift, attention),
-        teacher,
-        data.source,
-        data.held_out,
-        adapter,
+        net.load_state_dict(load_file(done), strict=stage.lora is None and not tied)
+    student = Predictor(net, shift, attention)
+    source, held_out = data.source, data.held_out
+    run = Run(
+        config, name, directory, accelerator, loaded, student, teacher, source, held_out, adapter
     )
+    greedy = stage.objective == "d2f" and stage.loss.teacher == "greedy"
+    if greedy and isinstance(source, Records) and not done.exists():
+        file, longest = directory / "answers.jsonl", run.data.max_length
+        run.source = greedy_answers(source, net, run.ends, longest, file, accelerator)
+    return run
 
 
 def trainable(loaded: Loaded, stage: StageSection) -> Any:

@@ -40,7 +40,8 @@ def backend_error(
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheLayout
 
-    from vllm_d2f.attention import flashinfer, virtual_sequences
+    from vllm_d2f.attention import flashinfer
+    from vllm_d2f.blocks import block_sequences
     from vllm_d2f.d2f import may_attend
 
     device, rng = torch.device(where), np.random.default_rng(seed)
@@ -57,7 +58,7 @@ def backend_error(
     ).to(fp8 or dtype)
     # In memory tokens before heads (LBNHC), seen in vLLM's logical order.
     cache = cache.transpose(1, 2)
-    sequences = virtual_sequences(*batch)
+    sequences = block_sequences(*batch)
     query_start = torch.from_numpy(sequences.query_start_S1)
     kv_len = torch.from_numpy(sequences.kv_len_S)
     common = CommonAttentionMetadata(

@@ -11,7 +11,7 @@ from benchmarks.harness import shapes, timing
 from benchmarks.harness.engine import BLOCK, LASTING_WINDOWS
 from benchmarks.harness.record import Skip
 from benchmarks.steps import LASTING, Span, warm_up
-from vllm_d2f.d2f import D2FParams, Window, advance, grow
+from vllm_d2f.d2f import D2FParams, Window, add, step
 from vllm_d2f.sampling.sample import simulated_confidence
 
 CPU = torch.device("cpu")
@@ -28,22 +28,22 @@ def test_windows_of_measured_steps_fill_and_last(blocks):
     window = Window.empty(1, params.window, 1, 0, CPU)
     answer = params.window + LASTING
     window.start(0, params, max_tokens=answer, limit=4000, ends=(), mask_id=0)
-    grow(window)
+    add(window)
     open_, decided = [], []
     while int(window.open_R) and len(open_) <= 2 * answer:
         open_.append(int(window.open_R))
-        masked = (window.column_W < window.open_R[:, None]) & ~window.decided_RW
+        masked = (window.column_W < window.open_R[:, None]) & ~window.decoded_RW
         request_N, column_N = masked.nonzero(as_tuple=True)
         confidence = torch.zeros(1, params.window)
         confidence[request_N, column_N] = simulated_confidence(
             request_N, window.forward_R[request_N], 1.0
         )
         token = torch.ones(1, params.window, dtype=torch.int64)
-        step = advance(window, token, confidence, 0)
-        decided.append(int(step.accepted_RW.sum()))
-        if bool(step.done_R):
+        result = step(window, token, confidence, 0)
+        decided.append(int(result.accepted_RW.sum()))
+        if bool(result.done_R):
             break
-        grow(window)
+        add(window)
     assert max(decided) == 1 and sum(decided) == answer
     full = [forward for forward, width in enumerate(open_) if width == params.window]
     assert full[0] < blocks and len(full) >= LASTING

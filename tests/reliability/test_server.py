@@ -13,7 +13,7 @@ from stress import faults, fuzz
 from stress.faults import COMPLETIONS, PROMPT
 from stress.traffic import MODEL
 
-from benchmarks.serving_server import Launched, launch
+from benchmarks.harness.server import Launched, launch
 
 KEY = "a-key-for-this-test"
 MARKER = "Zanzibarquux"

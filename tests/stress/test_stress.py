@@ -16,7 +16,7 @@ from stress import aborts, faults, fuzz, invariance, overload, soak
 from stress.server import log_errors
 from stress.traffic import MODEL, SERVER_OPTIONS, server_asks
 
-from benchmarks.serving_server import launch
+from benchmarks.harness.server import launch
 from vllm_d2f import register
 
 pytestmark = pytest.mark.stress

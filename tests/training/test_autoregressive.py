@@ -130,6 +130,38 @@ def test_the_teachers_adapter_is_lent_and_returned(tmp_path):
     assert all(torch.equal(student[name], kept[name]) for name in kept)
 
 
+def test_the_twins_greedy_answers_are_the_data(tmp_path):
+    changes = {"lora": None, "evaluate": 0}
+    muon = {"name": "muon", "lr": 1e-2}
+    twin = {**changes, "steps": 60, "save_every": 60, "optimizer": muon}
+    student = {**changes, "loss": {"teacher": "greedy"}}
+    config = chain(tmp_path, stages={"twin": twin, "student": student})
+    train(config, tmp_path / "out", ("twin",))
+    run = set_up(config, "student", tmp_path / "out", Accelerator(), "eager")
+    file = tmp_path / "out" / "student" / "answers.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(entries) == 9
+    prompts = {f"Tom has {n} apples": n for n in range(9)}
+    kept = {tuple(example.prompt): example.answer for example in run.source.all}
+    for text, number in prompts.items():
+        ids = torch.tensor([run.loaded.tokenizer(text).input_ids])
+        (entry,) = [entry for entry in entries if entry["record"] == number]
+        own = run.predictor.net.generate(ids, max_new_tokens=40, do_sample=False, use_cache=True)
+        row = own[0, ids.shape[1] :].tolist()
+        if entry["answer"] is None:
+            assert run.ends[0] not in row[:30]
+        else:
+            assert entry["answer"] == row[: row.index(run.ends[0])]
+            assert kept[tuple(ids[0].tolist())] == tuple(entry["answer"])
+    # An interrupted run goes on behind the answers that are there.
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:4]) + '{"record": 3, "an')
+    again = set_up(config, "student", tmp_path / "out", Accelerator(), "eager")
+    assert [json.loads(line) for line in file.read_text().splitlines()] == entries
+    assert again.source.all == run.source.all
+    train(config, tmp_path / "out", ("student",))
+
+
 def test_an_adapter_alone_is_one_that_peft_loads(tmp_path):
     from peft import PeftModel
 

@@ -57,16 +57,19 @@ class D2FScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         sampling = request.sampling_params
-        extra_args = sampling.extra_args if sampling else None
+        assert sampling is not None and sampling.max_tokens is not None
+        extra_args = sampling.extra_args
         params = request_params(self.settings, extra_args)
         if request.block_hashes or self.cache_config.enable_prefix_caching:
             separate_pages(
                 request, self.settings, params.block_size, self.block_size, self.hash_block_size
             )
         super().add_request(request)
-        at_zero = self.settings.block_origin == "zero"
-        tail = request.num_prompt_tokens % params.block_size if at_zero else 0
-        self.streams[request.request_id] = Stream(params, open=params.block_size, tail=tail)
+        size, prompt_len = params.block_size, request.num_prompt_tokens
+        tail = prompt_len % size if self.settings.block_origin == "zero" else 0
+        whole_blocks = -(-(tail + sampling.max_tokens) // size) * size
+        limit = min(whole_blocks - tail, self.max_model_len - prompt_len)
+        self.streams[request.request_id] = Stream(params, limit, open=size, tail=tail)
         self.traces.pop(request.request_id, None)  # of an aborted request with the same id
         if wants_trace(extra_args):
             self.traces[request.request_id] = Trace()
@@ -121,11 +124,7 @@ class D2FScheduler(Scheduler):
     def _width(self, request: Request) -> int:
         """Positions of the next window of a request whose last result may not be in."""
         stream = self.streams[request.request_id]
-        assert request.sampling_params is not None and request.sampling_params.max_tokens
-        size, tail = stream.block_size, stream.tail
-        blocks = -(-(tail + request.sampling_params.max_tokens) // size)
-        limit = min(blocks * size - tail, self.max_model_len - request.num_prompt_tokens)
-        width = min(stream.width() - tail, limit - request.num_output_tokens)
+        width = min(stream.width() - stream.tail, stream.limit - request.num_output_tokens)
         if width <= 0:
             raise _no_window(request.request_id)
         return width
@@ -348,7 +347,8 @@ class D2FScheduler(Scheduler):
         assert request.spec_decode_metrics is not None
         stream = self.streams[request.request_id]
         denoised = sum(request.spec_decode_metrics.histogram)
-        if denoised or request.num_computed_tokens + stream.tail != request.num_tokens:
+        scheduled = data.num_computed_tokens + output.num_scheduled_tokens[request.request_id]
+        if denoised or scheduled != request.num_tokens:
             return
         width = min(stream.block_size - stream.tail, self.max_model_len - request.num_tokens)
         if output.total_num_scheduled_tokens + width > self.max_num_scheduled_tokens:

@@ -25,6 +25,8 @@ class Stream:
 
     Attributes:
         params: how the request is decoded.
+        limit: positions of the answer that may be decoded, in whole blocks unless the model's
+            length ends before.
         open: positions of the window after the last forward whose result is in.
         tail: tokens of the prompt with which the window begins, because they share a block with
             the answer; 0 once that block is committed.
@@ -35,6 +37,7 @@ class Stream:
     """
 
     params: "D2FParams"
+    limit: int
     open: int
     tail: int = 0
     uncommitted: list[int] = field(default_factory=list)
