@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import struct
 import subprocess
 import sys
 import zipfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.offline import bundle, fatbin, unpack
+from benchmarks.offline import bundle, unpack
 from benchmarks.offline.bundle import BundleError, Source, pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,45 +165,6 @@ def test_packages_are_named_once():
 def test_without_a_checkout_the_remedy_is_named(tmp_path):
     with pytest.raises(BundleError, match="checkout"):
         list(bundle.repository_files(tmp_path))
-
-
-# CUDA code of other architectures.
-
-
-def container(*entries):
-    body = b""
-    for kind, arch, content in entries:
-        head = struct.pack("<HHIQ", kind, 0x101, 64, len(content)) + bytes(12)
-        body += (head + struct.pack("<I", arch)).ljust(64, b"\1") + content
-    return fatbin.MAGIC + struct.pack("<HHQ", 1, 16, len(body)) + body
-
-
-def test_code_of_other_architectures_is_blanked():
-    one = container((2, 80, b"old" * 9), (2, 90, b"new" * 9), (1, 90, b"ptx" * 9))
-    two = container((1, 80, b"p80" * 9), (2, 80, b"c80" * 9), (1, 120, b"p120" * 9))
-    library = b"ELF" + one + b"between" + fatbin.MAGIC + b"noise" + two + b"end"
-    out = fatbin.keep_only(library, 90)
-    assert len(out) == len(library) and out.startswith(b"ELF") and out.endswith(b"end")
-    assert out.count(b"new") == 9 and b"old" not in out and b"ptx" not in out
-    # No code for the device: its newest PTX that the device can compile.
-    assert out.count(b"p80") == 9 and b"c80" not in out and b"p120" not in out
-    assert [len(c) for c in fatbin.containers(out)] == [3, 3]  # headers are what they were
-    assert fatbin.keep_only(b"no kernels", 90) == b"no kernels"
-    assert fatbin.summary(library)["code 90"] == 27
-
-
-def test_a_library_without_code_for_the_device_is_refused():
-    with pytest.raises(ValueError, match="no code for sm_90.*code 100"):
-        fatbin.keep_only(container((2, 100, b"x" * 9)), 90)
-
-
-def test_vllms_own_libraries_are_pruned(tmp_path):
-    wheel = tmp_path / "vllm-0.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        code = container((2, 80, b"old" * 9), (2, 90, b"new" * 9))
-        archive.writestr("vllm/_C_stable_libtorch.abi3.so", code)
-    (found,) = bundle.wheel_files(wheel)
-    assert b"new" in found.content and b"old" not in found.content
 
 
 # On the host.
