@@ -17,22 +17,13 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import figure, record, shapes
-from benchmarks.harness.cost import (
-    Cost,
-    Trace,
-    crossing,
-    falls_below_1,
-    fit,
-    predict_batch,
-    predict_steady,
-    traces_of,
-)
+from benchmarks.harness import cost, figure, record, shapes
+from benchmarks.harness.cost import Cost, Trace
 from benchmarks.harness.engine import Batch, StepCost
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import spread
@@ -107,19 +98,19 @@ def measured(run: Record) -> dict[str, dict[str, Any]]:
     run.need_all()
     out = {}
     for kind in KINDS:
-        steps: list[StepCost] = []
-        speeds: dict[int, list[float]] = {size: [] for size in args.batch_sizes}
-        for number in range(args.runs):
-            for size in args.batch_sizes:
-                found = run.points[f"run {number}, batch {size}"][kind]
-                steps += [StepCost(**step) for step in found["steps"]]
-                speeds[size].append(found["speed"])
+        by_size = {
+            size: [run.points[f"run {n}, batch {size}"][kind] for n in range(args.runs)]
+            for size in args.batch_sizes
+        }
+        speeds = {size: [found["speed"] for found in runs] for size, runs in by_size.items()}
+        every = (found for runs in by_size.values() for found in runs)
+        steps = [StepCost(**step) for found in every for step in found["steps"]]
         if args.clock == "cpu":
             steps = [replace(step, ms=step.cpu_ms) for step in steps]
         found = run.points[f"alone, {kind}"]
         batches = [Batch.from_dict(batch) for batch in found["batches"]]
         given = [answer for batch in batches for answer in batch.answers]
-        out[kind] = decoder(steps, traces_of(batches), speeds, args.token_budget) | {
+        out[kind] = decoder(steps, cost.traces_of(batches), speeds, args.token_budget) | {
             "score": round(sum(answer.final for answer in given) / len(given), 4),
             "simulated_tokens_per_forward": found["simulated"],
         }
@@ -139,11 +130,11 @@ def decoder(
         speeds: measured tokens per second of each run, by batch size.
         budget: most tokens of a step.
     """
-    cost = fit(steps, knots)
+    fitted = cost.fit(steps, knots)
     checks = []
     for size, runs in speeds.items():
         range_ = spread(runs)
-        predicted = predict_batch(cost, traces, size, budget)
+        predicted = cost.predict_batch(fitted, traces, size, budget)
         checks.append(
             {
                 "batch_size": size,
@@ -156,8 +147,8 @@ def decoder(
         )
     names = ("requests", "new", "tokens", "context")
     return {
-        "cost": cost.as_dict(),
-        "fit_error": cost.relative_error(steps),
+        "cost": asdict(fitted),
+        "fit_error": fitted.relative_error(steps),
         "trace": Trace.mean(traces).as_dict(),
         "checks": checks,
         "steps": [
@@ -198,13 +189,8 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
             )
         # A step that enters twice in the file counts once.
         steps = [StepCost(*row) for row in sorted(set(found))]
-        one = speeds[1]
-        trace = Trace(
-            one.get("tokens_per_forward", 1.0),
-            one.get("window_tokens", 1.0),
-            one["answer_tokens"],
-            one["prompt_tokens"],
-        )
+        one = {"tokens_per_forward": 1.0, "window_tokens": 1.0, **speeds[1]}
+        trace = Trace(**{name: one[name] for name in Trace.__slots__})
         by_size = {size: [speeds[size]["tokens_per_s"]] for size in sorted(speeds)}
         out[kind] = decoder(steps, [trace], by_size, one.get("token_budget", 32768), knots=True)
         out[kind] |= {"shape": shape, "simulated_tokens_per_forward": None}
@@ -215,30 +201,30 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
 def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
     """The report's parts: predictions by batch size and where they cross."""
     speeds = {}
+    given = {k: (Cost.from_dict(d["cost"]), Trace(**d["trace"])) for k, d in decoders.items()}
     for kind, one in decoders.items():
-        cost, trace = Cost.from_dict(one["cost"]), Trace.from_dict(one["trace"])
-        speeds[kind] = [predict_steady(cost, trace, size) for size in SIZES]
+        speeds[kind] = {size: cost.predict_steady(*given[kind], size) for size in SIZES}
         one["predicted"] = [
             {"batch_size": size, "tokens_per_s": float(f"{speed:.5g}")}
-            for size, speed in zip(SIZES, speeds[kind], strict=True)
+            for size, speed in speeds[kind].items()
         ]
-    costs = [Cost.from_dict(decoders[kind]["cost"]) for kind in KINDS]
-    traces = [Trace.from_dict(decoders[kind]["trace"]) for kind in KINDS]
-    report: dict[str, Any] = {"benchmark": "latency"}
-    report["predicted_speedup"] = {
-        str(size): round(d / a, 3)
-        for size, d, a in zip(SIZES, speeds["d2f"], speeds["ar"], strict=True)
-    }
-    report["ar_overtakes_at_batch"] = crossing(costs[0], traces[0], costs[1], traces[1])
-    if errors := [abs(c["error"]) for one in decoders.values() for c in one.get("checks", ())]:
-        report |= _checked_crossing(decoders)
-        report["prediction_error"] = {
+    errors = [abs(check["error"]) for one in decoders.values() for check in one["checks"]]
+    return {
+        "benchmark": "latency",
+        "predicted_speedup": {
+            str(size): round(speeds["d2f"][size] / speeds["ar"][size], 3) for size in SIZES
+        },
+        "ar_overtakes_at_batch": cost.crossing(*given["d2f"], *given["ar"]),
+        **_checked_crossing(decoders),
+        "prediction_error": {
             "mean": round(sum(errors) / len(errors), 3),
             "worst": round(max(errors), 3),
-        }
-    made_up = decoders["d2f"].get("simulated_tokens_per_forward")
-    report |= {"simulated_tokens_per_forward": made_up, "clock": clock}
-    return {**report, "units": UNITS, "decoders": decoders}
+        },
+        "simulated_tokens_per_forward": decoders["d2f"].get("simulated_tokens_per_forward"),
+        "clock": clock,
+        "units": UNITS,
+        "decoders": decoders,
+    }
 
 
 def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -255,7 +241,7 @@ def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     for name in ("predicted", "measured"):
         ratios = [r[name]["median"] if name == "measured" else r[name] for r in rows]
         found[name] = next((s for s, ratio in zip(sizes, ratios, strict=True) if ratio < 1), None)
-        found[f"{name}_between"] = falls_below_1(sizes, ratios)
+        found[f"{name}_between"] = cost.falls_below_1(sizes, ratios)
     return {"checked_ratio": rows, "checked_crossing": found}
 
 
@@ -274,15 +260,13 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     where = "nowhere up to 4096" if at is None else f"at {at}"
     lines += ["", f"AR overtakes D2F {where} concurrent requests (predicted).", ""]
     d2f, ar = (report["decoders"][kind]["predicted"] for kind in KINDS)
-    lines += record.columns(
-        "batch_size d2f ar ratio",
+    lines += record.table(
+        ("concurrent requests", "D2F tok/s", "AR tok/s", "D2F / AR"),
         (
-            {"batch_size": d["batch_size"], "d2f": d["tokens_per_s"], "ar": a["tokens_per_s"],
-             "ratio": report["predicted_speedup"][str(d["batch_size"])]}
-            for d, a in zip(d2f, ar, strict=True)
+            map(record.show, (d["batch_size"], d["tokens_per_s"], a["tokens_per_s"], ratio))
+            for d, a, ratio in zip(d2f, ar, report["predicted_speedup"].values(), strict=True)
         ),
-        batch_size="concurrent requests", d2f="D2F tok/s", ar="AR tok/s", ratio="D2F / AR",
-    )  # fmt: skip
+    )
     found, error = report["checked_crossing"], report["prediction_error"]
     overtakes = {
         name: f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
@@ -308,7 +292,7 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
     """
     drawing, axes = figure.new_figure()
     for kind, one in report["decoders"].items():
-        cost, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
+        law, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
         plain = sorted((row for row in one["steps"] if not row["new"]), key=lambda r: r["tokens"])
         for style, rows in ((".", plain), ("x", [row for row in one["steps"] if row["new"]])):
             tokens, ms = ([row[name] for row in rows] for name in ("tokens", "ms"))
@@ -316,10 +300,10 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
         context = statistics.median(row["context"] / row["requests"] for row in plain)
         per_request = statistics.median(row["tokens"] / row["requests"] for row in plain)
         counts = [row["tokens"] for row in plain]
-        fitted = [cost.ms(tokens, context * tokens / per_request) for tokens in counts]
-        label = f"{figure.NAMES[kind]}: {cost.ms(0, 0):.1f} ms"
-        if not cost.points:
-            label += f" + {1e3 * cost.b_ms_per_token:.0f} µs a token"
+        fitted = [law.ms(tokens, context * tokens / per_request) for tokens in counts]
+        label = f"{figure.NAMES[kind]}: {law.ms(0, 0):.1f} ms"
+        if not law.points:
+            label += f" + {1e3 * law.b_ms_per_token:.0f} µs a token"
         axes.plot(counts, fitted, color=color, lw=2, label=label)
     figure.logarithmic(axes, "tokens in the step (x: with prompts)", "milliseconds per step")
     axes.legend(frameon=False)
@@ -331,18 +315,14 @@ def draw_prediction(report: Mapping[str, Any], path: Path) -> None:
     """Predicted tokens per second by batch size, the measured ones as points."""
     drawing, axes = figure.new_figure(height=5.2)
     for kind, one in report["decoders"].items():
-        series = [("predicted", "tokens_per_s", "-", "steady load predicted")]
-        if one.get("checks"):
-            series.append(("checks", "measured", "o", "batch measured"))
-            series.append(("checks", "predicted", "x", "that batch predicted"))
-        for rows, field, style, what in series:
-            axes.plot(
-                [row["batch_size"] for row in one[rows]],
-                [row[field] for row in one[rows]],
-                style,
-                color=figure.COLORS[kind],
-                label=f"{figure.NAMES[kind]}, {what}",
-            )
+        for rows, field, style, what in (
+            ("predicted", "tokens_per_s", "-", "steady load predicted"),
+            ("checks", "measured", "o", "batch measured"),
+            ("checks", "predicted", "x", "that batch predicted"),
+        ):
+            sizes, values = ([row[name] for row in one[rows]] for name in ("batch_size", field))
+            label = f"{figure.NAMES[kind]}, {what}"
+            axes.plot(sizes, values, style, color=figure.COLORS[kind], label=label)
     figure.logarithmic(axes, "requests at once", "useful tokens per second", few_decades=True)
     figure.legend_below(axes)
     figure.label_simulated(axes, report)
@@ -362,17 +342,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
     add("--max-tokens", type=int, default=64)
     add("--token-budget", type=int, default=8192, help="vLLM's max_num_batched_tokens")
-    add(
-        "--mode",
-        choices=("eager", "compiled"),
-        help="of vLLM (default: eager, on a GPU compiled, which is vLLM's own default)",
-    )
-    add(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
-    )
+    help = "of vLLM (default: eager, on a GPU compiled, which is vLLM's own default)"
+    add("--mode", choices=("eager", "compiled"), help=help)
+    help = "cpu: CPU time, for a CPU that other programs share (never for a GPU)"
+    add("--clock", choices=("wall", "cpu"), default="wall", help=help)
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
     add("--steps", metavar="FILE", help="a result of benchmarks.steps; nothing is measured")
     add("--shape", choices=list(shapes.D2F), default="dream", help="with --steps")

@@ -20,6 +20,7 @@ is follows from the same run, so both are timed on the same forwards and differ 
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import signal
@@ -34,17 +35,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import figure, record, server
+from benchmarks.harness import figure, record, server, workload
 from benchmarks.harness.engine import shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
-from benchmarks.harness.workload import (
-    Item,
-    d2f_model,
-    grade,
-    load_items,
-    load_prompts,
-    resolve_model,
-)
+from benchmarks.harness.workload import Item, grade, load_items, resolve_model
 
 UNITS = {
     "request_rate": "requests per second on offer, Poisson arrivals; inf: all at once",
@@ -119,23 +113,20 @@ def measure_model(args: argparse.Namespace, model: str, items: Sequence[Item]) -
         data.write_text("".join(lines), encoding="utf-8")
         with server.serve(model, engine_options(args), args.base_url, args.timeout) as url:
             answers = server.complete(url, model, [i.question for i in items], args.max_tokens)
-            made_up = server.simulated(url)
+            made_up = server.parse_simulated(server.metrics(url))
             grades = [grade(i, *answer) for i, answer in zip(items, answers, strict=True)]
             points = []
             for rate in args.rates:
-                before = server.counters(url)
-                runs = [
-                    _point(
-                        bench_serve(args, url, model, tokenizer, data, rate, run),
-                        items,
-                        args.max_tokens,
-                    )
+                before = server.parse_counters(server.metrics(url))
+                found = [
+                    bench_serve(args, url, model, tokenizer, data, rate, run)
                     for run in range(args.runs)
                 ]
+                runs = [_point(one, items, args.max_tokens) for one in found]
                 points.append(
                     {"request_rate": "inf" if rate == float("inf") else rate}
                     | combine(runs)
-                    | server.d2f_figures(before, server.counters(url))
+                    | server.d2f_figures(before, server.parse_counters(server.metrics(url)))
                 )
                 print(f"{Path(model).name}: {points[-1]}", file=sys.stderr)
     return {
@@ -179,22 +170,26 @@ def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     What failed in any run counts: it is summed, as is what was completed.
     """
-    point: dict[str, Any] = {"runs": len(runs)}
-    for name in ("completed", "failed"):
-        point[name] = sum(run[name] for run in runs)
-    for name in ("duration_s", *SPREAD):
-        point[name] = statistics.median(run[name] for run in runs)
-    busiest = [run["most_at_once"] for run in runs if run["most_at_once"] is not None]
-    point["most_at_once"] = max(busiest, default=None)
-    for name in ("score", *LATENCIES.values()):
-        point[name] = {
-            key: round(statistics.median(run[name][key] for run in runs), 4)
-            for key in runs[0][name]
-        }
-    low_high = {name: [f(run[name] for run in runs) for f in (min, max)] for name in SPREAD}
-    low_high["request_ms_p50"] = [f(run["request_ms"]["p50"] for run in runs) for f in (min, max)]
-    point["spread"] = low_high
-    return point
+
+    def each(name: str, key: str | None = None) -> list[Any]:
+        return [run[name] if key is None else run[name][key] for run in runs]
+
+    def median(name: str, key: str | None = None) -> float:
+        return round(statistics.median(each(name, key)), 4)
+
+    busiest = [most for most in each("most_at_once") if most is not None]
+    spread = {name: each(name) for name in SPREAD} | {"request_ms_p50": each("request_ms", "p50")}
+    return {
+        "runs": len(runs),
+        **{name: sum(each(name)) for name in ("completed", "failed")},
+        **{name: median(name) for name in ("duration_s", *SPREAD)},
+        "most_at_once": max(busiest, default=None),
+        **{
+            name: {key: median(name, key) for key in runs[0][name]}
+            for name in ("score", *LATENCIES.values())
+        },
+        "spread": {name: [min(values), max(values)] for name, values in spread.items()},
+    }
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
@@ -238,17 +233,13 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         return
     drawing, axes = figure.new_figure(height=5.2)
     # Everything at once has no rate: a place of its own at the right.
-    offered = [p["request_rate"] for f in report["models"].values() for p in f["points"]]
-    rates = sorted({rate for rate in offered if rate != "inf"})
-    ticks = {**{rate: f"{rate:g}" for rate in rates}}
-    at_once = 4 * rates[-1] if rates else 1
-    if "inf" in offered:
-        ticks[at_once] = "all at once"
-    for color, (model, found) in zip(
-        figure.COLORS.values(), report["models"].items(), strict=False
-    ):
-        where = [at_once if p["request_rate"] == "inf" else p["request_rate"]
-                 for p in found["points"]]  # fmt: skip
+    offered = {p["request_rate"] for f in report["models"].values() for p in f["points"]}
+    rates = sorted(offered - {"inf"})
+    place = {rate: rate for rate in rates} | {"inf": 4 * rates[-1] if rates else 1}
+    ticks = {place[rate]: "all at once" if rate == "inf" else f"{rate:g}" for rate in offered}
+    colors = figure.COLORS.values()
+    for color, (model, found) in zip(colors, report["models"].items(), strict=False):
+        where = [place[p["request_rate"]] for p in found["points"]]
         exact = 100 * found["score"]["exact"]
         for name, style in (("p50", "o-"), ("p99", "o:")):
             times = [p["request_ms"][name] for p in found["points"]]
@@ -276,18 +267,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", help='JSONL with "question" and "answer" per line')
     add("--max-tokens", type=int, default=64)
     add("--max-num-seqs", type=int, default=32)
-    add(
-        "--engine-args",
-        type=shlex.split,
-        default=[],
-        metavar="TEXT",
-        help="more options of vllm serve, in one word: --engine-args='--load-format dummy'",
-    )
-    add(
-        "--gpu",
-        action=argparse.BooleanOptionalAction,
-        help="vLLM's own dtype, memory and graphs (default: if there is a GPU)",
-    )
+    help = "more options of vllm serve, in one word: --engine-args='--load-format dummy'"
+    add("--engine-args", type=shlex.split, default=[], metavar="TEXT", help=help)
+    help = "vLLM's own dtype, memory and graphs (default: if there is a GPU)"
+    add("--gpu", action=argparse.BooleanOptionalAction, help=help)
     add("--timeout", type=int, default=900, help="seconds for each command")
     add("--streaming", action="store_true", help="time how text leaves, without a server")
     add("--at-once", type=int, nargs="+", default=[1, 8], help="requests, with --streaming")
@@ -328,19 +311,23 @@ def serving(run: Record) -> None:
 # How text leaves.
 
 
+Pieces = list[tuple[float, int]]
+"""Time and tokens of each piece of an answer."""
+
+
 @dataclass
 class Timeline:
     """One request: when it was sent, and how many tokens were out after each of its outputs."""
 
     block_size: int
     sent: float
-    outputs: list[tuple[float, int]] = field(default_factory=list)
+    outputs: Pieces = field(default_factory=list)
 
-    def prefix(self) -> list[tuple[float, int]]:
-        """What happened: time and new tokens of each piece."""
+    def prefix(self) -> Pieces:
+        """What happened."""
         return _pieces(self.outputs)
 
-    def block(self, steps: Sequence[float]) -> list[tuple[float, int]]:
+    def block(self, steps: Sequence[float]) -> Pieces:
         """What block-wise streaming would have sent; `steps` are the ends of all forwards.
 
         A forward commits the blocks that were full before it; the last one ends the request.
@@ -355,24 +342,21 @@ class Timeline:
         return _pieces([*totals, (end, everything)])
 
 
-def _pieces(totals: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+def _pieces(totals: Pieces) -> Pieces:
     """Time and count of new tokens, where there are any."""
-    pieces, out = [], 0
-    for at, total in totals:
-        if total > out:
-            pieces.append((at, total - out))
-            out = total
-    return pieces
+    before = [(0.0, 0), *totals]
+    return [
+        (at, total - out)
+        for (_, out), (at, total) in zip(before, totals, strict=False)
+        if total > out
+    ]
 
 
-def summary(sent: Sequence[float], pieces: Sequence[list[tuple[float, int]]]) -> dict[str, float]:
+def summary(sent: Sequence[float], pieces: Sequence[Pieces]) -> dict[str, float]:
     """Figures over requests: medians of first tokens and gaps, and the shape of the pieces."""
     first = [1e3 * (p[0][0] - start) for start, p in zip(sent, pieces, strict=True)]
-    gaps = sorted(
-        1e3 * (b[0] - a[0]) for p in pieces for a, b in zip(p[:-1], p[1:], strict=True)
-    ) or [0.0]
-    tokens = sum(count for p in pieces for _, count in p)
-    number = sum(map(len, pieces))
+    gaps = sorted(1e3 * (b[0] - a[0]) for p in pieces for a, b in itertools.pairwise(p)) or [0.0]
+    tokens, number = sum(count for p in pieces for _, count in p), sum(map(len, pieces))
     return {
         "first_token_ms": round(statistics.median(first), 2),
         "gap_ms": round(statistics.median(gaps), 2),
@@ -409,18 +393,16 @@ def streaming(run: Record) -> None:
     from vllm import SamplingParams
 
     args = run.args
-    model, config, settings = d2f_model("--models", args.models[0])
+    model, config, settings = workload.d2f_model("--models", args.models[0])
     block_size = settings.params.block_size
     max_model_len = min(config.max_position_embeddings, 1024)
-    prompts = load_prompts(model, args.prompts, args.data, args.seed)
+    prompts = workload.load_prompts(model, args.prompts, args.data, args.seed)
     prompts = [prompt[: max_model_len - args.max_tokens] for prompt in prompts]
     # To the end: answers of these problems alone would be too short to say much about gaps.
-    params = SamplingParams(
-        temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False
-    )
-    llm = start_engine(
-        model, window=settings.window, max_model_len=max_model_len, additional_config={}
-    )
+    how = dict(temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
+    params = SamplingParams(**how)
+    options = dict(window=settings.window, max_model_len=max_model_len, additional_config={})
+    llm = start_engine(model, **options)
     keep_running(llm, prompts[:2], params, block_size, 2)  # warm up
 
     def measure(at_once: int) -> dict[str, Any]:

@@ -38,22 +38,9 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
-        """From a JSON object; other keys are left alone.
-
-        Raises:
-            KeyError, ValueError: neither a formula nor at least two points.
-        """
-        c = float(values.get("c_ms_per_context_token", 0.0))
-        d = float(values.get("d_ms_per_request", 0.0))
-        if values.get("points"):
-            points = tuple(sorted((float(t), float(ms)) for t, ms in values["points"]))
-            if len({t for t, _ in points}) < 2:
-                raise ValueError("points: at least two different numbers of tokens are needed")
-            return cls(c_ms_per_context_token=c, d_ms_per_request=d, points=points)
-        return cls(float(values["a_ms"]), float(values["b_ms_per_token"]), c, d)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it stands in a report."""
+        points = values.get("points", ())
+        return cls(**{**values, "points": tuple((t, ms) for t, ms in points)})
 
     def ms(self, tokens: float, context: float, new: float = 0) -> float:
         """The cost of one step in which `new` requests enter."""
@@ -66,8 +53,7 @@ class Cost:
         (t0, ms0), (t1, ms1) = self.points[-2:]
         if tokens > t1:
             return ms1 + (ms1 - ms0) / (t1 - t0) * (tokens - t1)
-        counts, costs = zip(*self.points, strict=True)
-        return float(np.interp(tokens, np.array(counts), np.array(costs)))
+        return float(np.interp(tokens, *np.array(self.points).T))
 
     def relative_error(self, steps: "Sequence[StepCost]") -> dict[str, float]:
         """Of the measured steps: median and 90th percentile of |predicted / measured - 1|."""
@@ -100,18 +86,6 @@ class Trace:
     window_tokens: float
     answer_tokens: float
     prompt_tokens: float
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Trace":
-        """From a JSON object; other keys are left alone.
-
-        Raises:
-            KeyError, ValueError: a figure is missing or not positive.
-        """
-        trace = cls(**{name: float(values[name]) for name in cls.__slots__})
-        if bad := [name for name, value in asdict(trace).items() if not value > 0]:
-            raise ValueError(f"{bad[0]} must be greater than 0")
-        return trace
 
     @classmethod
     def mean(cls, traces: "Sequence[Trace]") -> "Trace":

@@ -440,7 +440,7 @@ def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -
     return lines
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     """A Markdown table and the blank line behind it; nothing where there is no row."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     if not lines:

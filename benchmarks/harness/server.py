@@ -154,14 +154,14 @@ def complete(
     return [(choice["text"], choice["finish_reason"] == "stop") for choice in choices]
 
 
-def counters(url: str) -> dict[str, float]:
-    """The server's counters of interest, summed over engines; absent ones are left out."""
+def metrics(url: str) -> str:
+    """The text of /metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-        return parse_counters(response.read().decode())
+        return response.read().decode()
 
 
 def parse_counters(text: str) -> dict[str, float]:
-    """The same from the text of /metrics."""
+    """The counters of interest, summed over engines; absent ones are left out."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         name = COUNTERS.get(line.split("{")[0].split(" ")[0])
@@ -170,14 +170,8 @@ def parse_counters(text: str) -> dict[str, float]:
     return found
 
 
-def simulated(url: str) -> float | None:
-    """The tokens per forward that the server makes up, None where its model decides."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-        return parse_simulated(response.read().decode())
-
-
 def parse_simulated(text: str) -> float | None:
-    """The same from the text of /metrics."""
+    """The tokens per forward that the server makes up, None where its model decides."""
     lines = [line for line in text.splitlines() if line.startswith(SIMULATED)]
     return float(lines[0].rsplit(" ", 1)[1]) if lines else None
 
@@ -186,10 +180,8 @@ def d2f_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, 
     """What happened between two readings. No D2F figures where the model is not one."""
     delta = {name: after[name] - before.get(name, 0.0) for name in after}
     figures: dict[str, Any] = {"counters": {name: int(value) for name, value in delta.items()}}
-    forwards = delta.get("denoising_forwards")
-    if forwards:
-        figures["tokens_per_forward"] = round(delta["committed_tokens"] / forwards, 3)
-        figures["positions_per_token"] = round(
-            delta["window_positions"] / max(delta["committed_tokens"], 1), 2
-        )
+    if forwards := delta.get("denoising_forwards"):
+        tokens, positions = delta["committed_tokens"], delta["window_positions"]
+        figures["tokens_per_forward"] = round(tokens / forwards, 3)
+        figures["positions_per_token"] = round(positions / max(tokens, 1), 2)
     return figures

@@ -4,12 +4,14 @@
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import UsageError
 
+HINT = 'pass a JSONL file with "question" and "answer" per line, such as GSM8K\'s test.jsonl'
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -63,29 +65,32 @@ def load_items(count: int, data: str | None, seed: int) -> list[Item]:
                 '--data was given: pass --data FILE, JSONL with "question" and "answer" per line'
             ) from None
         return [Item(p.question, p.final, p.answer) for p in problems("test", count, seed)]
-    path = Path(data)
-    hint = 'pass a JSONL file with "question" and "answer" per line, such as GSM8K\'s test.jsonl'
-    if not path.is_file():
-        raise UsageError(f"--data {data}: no such file; {hint}, or leave it out")
-    items: list[Item] = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if len(items) == count:
-                break
-            try:
-                row = json.loads(line)
-                final = final_number(row["answer"])
-                items.append(Item(row["question"], float("nan") if final is None else final))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(
-                    f"--data {data}, line {len(items) + 1}: {error!r}; {hint}"
-                ) from None
+    items = []
+    for number, row in enumerate(_rows(data, count), 1):
+        try:
+            final = final_number(row["answer"])
+            items.append(Item(row["question"], float("nan") if final is None else final))
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"--data {data}, line {number}: {error!r}; {HINT}") from None
     if len(items) < count:
         raise UsageError(
             f"--data {data}: {len(items)} questions, {count} are needed; pass a longer file, or "
             "smaller --batch-sizes and --prompts"
         )
     return items
+
+
+def _rows(data: str, count: int) -> Iterator[Any]:
+    """At most so many lines of a JSONL file."""
+    try:
+        lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data {data}: {error!r}; {HINT}, or leave it out") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"--data {data}, line {number}: {error!r}; {HINT}") from None
 
 
 def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
@@ -95,8 +100,7 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
     Raises:
         UsageError: no such file, or a line that is no question.
     """
-    folder = Path(model)
-    if data is None and not (folder / "tokenizer.json").exists():
+    if data is None and not (Path(model) / "tokenizer.json").exists():
         from transformers import AutoConfig
 
         rng = random.Random(seed)
@@ -106,18 +110,12 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if data is not None:
-        try:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
-            texts = [json.loads(line)["question"] for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f'--data {data}: {error!r}; pass a JSONL file with a "question" per line, or leave '
-                "it out"
-            ) from None
-    else:
-        texts = [item.question for item in load_items(count, None, seed)]
-    return [tokenizer(text).input_ids for text in texts]
+    if data is None:
+        return [tokenizer(item.question).input_ids for item in load_items(count, None, seed)]
+    try:
+        return [tokenizer(row["question"]).input_ids for row in _rows(data, count)]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--data {data}: {error!r}; {HINT}") from None
 
 
 def parse_options(option: str, text: str) -> dict[str, Any]:
@@ -133,10 +131,8 @@ def parse_options(option: str, text: str) -> dict[str, Any]:
         problem = f"a JSON object is needed, this is {type(options).__name__}"
     except ValueError as error:
         problem = str(error)
-    raise UsageError(
-        f"{option} {text}: {problem}; pass an object such as "
-        """'{"gpu_memory_utilization": 0.4}'"""
-    )
+    example = """pass an object such as '{"gpu_memory_utilization": 0.4}' """.strip()
+    raise UsageError(f"{option} {text}: {problem}; {example}")
 
 
 def resolve_model(option: str, name: str) -> str:
@@ -147,9 +143,8 @@ def resolve_model(option: str, name: str) -> str:
     """
     from vllm_d2f.hub.names import UnknownModelError, resolve
 
-    hint = (
-        f"pass {option} an embedded name (d2f-tiny, ar-tiny, dream-tiny) or a checkpoint's folder"
-    )
+    names = "an embedded name (d2f-tiny, ar-tiny, dream-tiny)"
+    hint = f"pass {option} {names} or a checkpoint's folder"
     try:
         path = resolve(name)
     except UnknownModelError as error:

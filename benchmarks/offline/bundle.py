@@ -163,7 +163,7 @@ def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset:
             info.size, info.mode = len(source.content), 0o755 if source.executable else 0o644
             archive.addfile(info, io.BytesIO(source.content))
             files[source.name] = digest
-    sums = []
+    sums: list[str] = []
     with whole.open("rb") as file:
         while content := file.read(limit):
             name = f"{whole.name}.{len(sums):02d}"

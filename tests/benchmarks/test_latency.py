@@ -3,6 +3,7 @@
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_crossing():
 def checked(speeds):
     """A decoder's report by its measured speeds, predicted exactly."""
     return {
-        "cost": Cost(10.0, 0.0).as_dict(),
+        "cost": asdict(Cost(10.0, 0.0)),
         "trace": Trace(1, 1, 10, 10).as_dict(),
         "checks": [
             {
