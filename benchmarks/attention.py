@@ -5,11 +5,9 @@
     python -m benchmarks.attention --quick    # a few, seconds
 
 A case is a number of requests, each with a committed context and an open window of some blocks.
-Every variant computes the same attention and is checked against a dense float64 reference; one that
-is wrong or fails is listed with its error, and the exit status is 1. The floor is what the machine
-could do at best: keys and values read once at the measured copy bandwidth, or the products of the
-allowed pairs at the measured speed of a large matrix product, whichever takes longer. Variants this
-machine cannot run are listed with the reason.
+Every variant is checked against a dense float64 reference; one that is wrong or fails is listed
+with its error, and the exit status is 1. The floor: keys and values read once at the measured copy
+bandwidth, or the products of the allowed pairs at the speed of a large matrix product.
 """
 
 import argparse
@@ -17,6 +15,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,6 @@ DENSE_BYTES = 4 << 30
 """Largest mask or score matrix of the variants that keep one."""
 DENSE, UNPAGED = ("sdpa", "sdpa_paged"), ("sdpa",)
 """Variants with a dense mask, and those whose keys lie side by side, as in no server."""
-FIELDS = ("context", "requests", "blocks", "block_size")
 UNITS = {
     "ms": "milliseconds of one layer's attention, median",
     "ms_min": "the same, fastest repetition",
@@ -70,10 +68,9 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the result: figures of each variant, or why there are none."""
     case, layer, device = problem.case, problem.layer, problem.query_THD.device
-    row = {**{name: getattr(case, name) for name in FIELDS}, **bounds(problem, machine)}
-    problems = [problem]
-    for seed in range(1, timing.copies(row["bytes"], device)):
-        problems.append(Problem.make(case, layer, device, problem.query_THD.dtype, seed))
+    row, dtype = asdict(case) | bounds(problem, machine), problem.query_THD.dtype
+    seeds = range(1, timing.copies(row["bytes"], device))
+    problems = [problem, *(Problem.make(case, layer, device, dtype, seed) for seed in seeds)]
     scores = 4 * case.requests * layer.heads * case.window * problem.length
     runs: dict[str, list[timing.Run]] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -87,13 +84,12 @@ def measure(
             error = problem.error(calls[0]())
             # The better of two, as a repeated step would pay.
             setup = min(timing.once(again, torch.device("cpu"), clock)[0] for _ in range(2))
-            found[name] = _checked(error, problem.query_THD.dtype)
-            if "wrong_by" not in found[name]:
+            if error <= TOLERANCE[dtype]:
                 runs[name] = calls
-                found[name]["setup_ms"] = round(setup, 4)
-        except Unavailable as reason:
-            found[name] = {"unavailable": str(reason)}
-        except torch.OutOfMemoryError as reason:
+                found[name] = {"max_error": error, "setup_ms": round(setup, 4)}
+            else:
+                found[name] = {"wrong_by": error}
+        except (Unavailable, torch.OutOfMemoryError) as reason:
             found[name] = {"unavailable": str(reason).splitlines()[0]}
         except Exception as reason:
             if "CUDA error" in str(reason):
@@ -106,10 +102,6 @@ def measure(
     return {**row, "variants": found}
 
 
-def _checked(error: float, dtype: torch.dtype) -> dict[str, float]:
-    return {"max_error" if error <= TOLERANCE[dtype] else "wrong_by": error}
-
-
 def timed(row: Mapping[str, Any]) -> dict[str, Any]:
     """The variants of a row that have a time."""
     return {name: found for name, found in row["variants"].items() if "ms" in found}
@@ -119,15 +111,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per variant: distance from the floor, speed against `virtual`, and what it is fastest in."""
     table = {}
     for name in dict.fromkeys(name for row in rows for name in timed(row)):
-        have = [(row, timed(row)) for row in rows if name in timed(row)]
-        against = [v["virtual"]["ms"] / v[name]["ms"] for _, v in have if "virtual" in v]
+        have = [timed(row) for row in rows if name in timed(row)]
+        against = [v["virtual"]["ms"] / v[name]["ms"] for v in have if "virtual" in v]
+        times_floor = statistics.median(v[name]["times_floor"] for v in have)
         table[name] = {
             "cases": len(have),
-            "median_times_floor": round(
-                statistics.median(v[name]["times_floor"] for _, v in have), 2
-            ),
+            "median_times_floor": round(times_floor, 2),
             "median_speed_vs_virtual": round(statistics.median(against), 3) if against else None,
-            "fastest_in_cases": sum(min(v, key=lambda n: v[n]["ms"]) == name for _, v in have),
+            "fastest_in_cases": sum(min(v, key=lambda n: v[n]["ms"]) == name for v in have),
         }
     return table
 
@@ -175,13 +166,9 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         *record.table(
             ("context", "requests", "blocks", "floor (bound)", *names),
             (
-                (
-                    row["context"],
-                    row["requests"],
-                    f"{row['blocks']} x {row['block_size']}",
-                    f"{row['floor_ms']:.3f} ({row['bound']})",
-                    *(f"{timed(row)[n]['ms']:.3f}" if n in timed(row) else "" for n in names),
-                )
+                (row["context"], row["requests"], f"{row['blocks']} x {row['block_size']}",
+                 f"{row['floor_ms']:.3f} ({row['bound']})",
+                 *(f"{timed(row)[n]['ms']:.3f}" if n in timed(row) else "" for n in names))
                 for row in rows
             ),
         ),
@@ -200,12 +187,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--block-sizes", type=int, nargs="+", default=[16, 32])
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     add("--repeats", type=int, default=7)
-    add(
-        "--clock",
-        choices=list(timing.CLOCKS),
-        default="wall",
-        help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
-    )
+    help = "cpu: CPU time, for a CPU that other programs share (never for a GPU)"
+    add("--clock", choices=list(timing.CLOCKS), default="wall", help=help)
     few = {"contexts": [256, 512], "requests": [2], "blocks": [3], "block_sizes": [16]}
     positive = ("contexts", "requests", "blocks", "block_sizes", "repeats")
     args = parser.finish(argv, {**few, "repeats": 3}, positive, rehearse=True)
@@ -255,29 +238,24 @@ def attention(run: Record) -> int:
         return found
 
     for case in cases(args):
-        key = "/".join(str(getattr(case, name)) for name in FIELDS)
+        key = "/".join(map(str, asdict(case).values()))
         run.point(key, partial(row, case), may_fail=True)
     rows = [value for key, value in run.points.items() if key != "machine"]
     if not rows:
         return 0
-    report = run.report(
-        rehearse=args.rehearse,
-        device=device.type,
-        clock=args.clock,
-        dtype=args.dtype,
-        layer=f"{layer.heads} query heads, {layer.kv_heads} key heads of {layer.head_dim}",
-        units=UNITS,
-        floor=machine,
-        summary=summary(rows),
-    )
     reasons = {
         name: found.get("unavailable") or f"**{found}**"
         for row in rows
         for name, found in row["variants"].items()
         if "ms" not in found and "GiB of scores" not in str(found)
     }
-    report |= {"skipped": reasons, "rows": rows}
-    run.write(report)
+    report = run.report(
+        **{name: getattr(args, name) for name in ("rehearse", "clock", "dtype")},
+        device=device.type,
+        layer=f"{layer.heads} query heads, {layer.kv_heads} key heads of {layer.head_dim}",
+        **{"units": UNITS, "floor": machine, "summary": summary(rows)},
+    )
+    run.write(report | {"skipped": reasons, "rows": rows})
     return int(any(v.keys() & {"wrong_by", "failed"} for r in rows for v in r["variants"].values()))
 
 

@@ -10,6 +10,7 @@ heads, K key heads, D head size, S block sequences, P pages of B positions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,14 +73,11 @@ class Problem:
             return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
         order = torch.randperm(case.requests * pages, generator=generator, device=device)
-        return cls(
-            case,
-            layer,
-            random(case.requests * case.window, layer.heads, layer.head_dim),
-            random(case.requests, length, layer.kv_heads, layer.head_dim),
-            random(case.requests, length, layer.kv_heads, layer.head_dim),
-            order.view(case.requests, pages).to(device, torch.int32),
+        query = random(case.requests * case.window, layer.heads, layer.head_dim)
+        key, value = (
+            random(case.requests, length, layer.kv_heads, layer.head_dim) for _ in range(2)
         )
+        return cls(case, layer, query, key, value, order.view(case.requests, pages).int())
 
     @property
     def length(self) -> int:
@@ -88,12 +86,9 @@ class Problem:
     def mask_WL(self) -> Tensor:
         """The attention rule for one request's window."""
         position_L = torch.arange(self.length, device=self.query_THD.device)
-        return may_attend(
-            position_L[self.case.context :, None],
-            position_L[None],
-            self.case.context,
-            self.case.block_size,
-        )
+        context = self.case.context
+        query_W1, key_1L = position_L[context:, None], position_L[None]
+        return may_attend(query_W1, key_1L, context, self.case.block_size)
 
     def sequences(self) -> tuple[BlockSequences, Tensor]:
         """The window's blocks as sequences, and the page table of each."""
@@ -124,20 +119,13 @@ class Problem:
         from vllm import _custom_ops as ops
 
         layer, dtype = self.layer, self.query_THD.dtype
-        cache = torch.zeros(
-            self.pages_RP.numel(), layer.kv_heads, 2 * PAGE, layer.head_dim, dtype=dtype
-        )
-        key_cache, value_cache = cache.chunk(2, dim=2)
+        shape = (self.pages_RP.numel(), layer.kv_heads, 2 * PAGE, layer.head_dim)
+        key_cache, value_cache = torch.zeros(shape, dtype=dtype).chunk(2, dim=2)
         position_L = torch.arange(self.length)
         slot_RL = self.pages_RP[:, position_L // PAGE].long() * PAGE + position_L % PAGE
-        ops.cpu_attn_reshape_and_cache(
-            self.key_RLKD.flatten(0, 1),
-            self.value_RLKD.flatten(0, 1),
-            key_cache,
-            value_cache,
-            slot_RL.flatten(),
-            cpu_isa(layer, dtype),
-        )
+        key, value = self.key_RLKD.flatten(0, 1), self.value_RLKD.flatten(0, 1)
+        slots, isa = slot_RL.flatten(), cpu_isa(layer, dtype)
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
         return key_cache, value_cache
 
     def error(self, out_THD: Tensor, most: int = 2) -> float:
@@ -180,41 +168,23 @@ def _block_sequences_cpu(problem: Problem) -> Run:
 
     layer, query = problem.layer, problem.query_THD
     sequences, table_SP = problem.sequences()
-    start_S1 = torch.from_numpy(sequences.query_start_S1)
     kv_len_S = torch.from_numpy(sequences.kv_len_S)
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(kv_len_S),
-        num_heads=layer.heads,
-        num_kv_heads=layer.kv_heads,
-        head_dim=layer.head_dim,
-        seq_lens=kv_len_S,
-        dtype=query.dtype,
-        query_start_loc=start_S1,
-        causal=False,
-        sliding_window_size=-1,
-        isa=cpu_isa(layer, query.dtype),
-        enable_kv_split=True,
+    batch: dict[str, Any] = dict(
+        seq_lens=kv_len_S, query_start_loc=torch.from_numpy(sequences.query_start_S1), causal=False
     )
-    key_cache, value_cache = problem.cpu_paged
-    out = torch.empty_like(query)
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(kv_len_S), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim, dtype=query.dtype, sliding_window_size=-1,
+        isa=cpu_isa(layer, query.dtype), enable_kv_split=True, **batch,
+    )  # fmt: skip
+    (key_cache, value_cache), out = problem.cpu_paged, torch.empty_like(query)
 
     def run() -> Tensor:
         ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=out,
-            query_start_loc=start_S1,
-            seq_lens=kv_len_S,
-            scale=layer.head_dim**-0.5,
-            causal=False,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=table_SP,
-            softcap=0.0,
-            scheduler_metadata=metadata,
-            s_aux=None,
-        )
+            query=query, key_cache=key_cache, value_cache=value_cache, output=out,
+            scale=layer.head_dim**-0.5, alibi_slopes=None, sliding_window=-1, softcap=0.0,
+            block_table=table_SP, scheduler_metadata=metadata, s_aux=None, **batch,
+        )  # fmt: skip
         return out
 
     return run
@@ -233,17 +203,11 @@ def _block_sequences_cuda(problem: Problem) -> Run:
     lists = pages.build(sequences.query_start_S1, sequences.kv_len_S, table_SP)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(device), "NHD")
     wrapper.plan(
-        qo_indptr=lists.query_start_S1,
-        paged_kv_indptr=lists.page_start_S1,
-        paged_kv_indices=lists.pages_N,
-        paged_kv_last_page_len=lists.last_page_len_S,
-        num_qo_heads=layer.heads,
-        num_kv_heads=layer.kv_heads,
-        head_dim_qk=layer.head_dim,
-        page_size=PAGE,
-        causal=False,
-        q_data_type=problem.query_THD.dtype,
-    )
+        qo_indptr=lists.query_start_S1, paged_kv_indptr=lists.page_start_S1,
+        paged_kv_indices=lists.pages_N, paged_kv_last_page_len=lists.last_page_len_S,
+        num_qo_heads=layer.heads, num_kv_heads=layer.kv_heads, head_dim_qk=layer.head_dim,
+        page_size=PAGE, causal=False, q_data_type=problem.query_THD.dtype,
+    )  # fmt: skip
     return lambda: wrapper.run(problem.query_THD, problem.paged)
 
 

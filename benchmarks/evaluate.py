@@ -62,43 +62,38 @@ def d2f_section(task: str, preset: str | None) -> dict[str, Any]:
 
 def model_call(args: argparse.Namespace) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` needs to reach the model."""
+    from transformers import AutoTokenizer
+
     model = resolve_model("--model", args.model)
     section = d2f_section(args.task, args.preset)
     room = _room(args, model)
-    bos = bool(args.preset and args.preset.startswith("dream") and _has_bos(model))
+    # As the authors' evaluation does.
+    bos = bool(
+        args.preset
+        and args.preset.startswith("dream")
+        and AutoTokenizer.from_pretrained(model).bos_token
+    )
     if args.server:
-        return {
-            "model": "local-completions",
-            "model_args": {
-                "model": args.model,
-                "base_url": args.server.rstrip("/").removesuffix("/v1") + "/v1/completions",
-                "tokenizer": model,
-                "tokenizer_backend": "huggingface",
-                "num_concurrent": args.batch_size,
-                "max_length": room,
-                "add_bos_token": bos,
-            },
-            "gen_kwargs": _xargs("vllm_xargs", section),
-        }
+        base_url = args.server.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        options: dict[str, Any] = dict(
+            model=args.model, base_url=base_url, num_concurrent=args.batch_size, max_length=room,
+            tokenizer=model, tokenizer_backend="huggingface", add_bos_token=bos,
+        )  # fmt: skip
+        # A served model's settings travel with each request.
+        settings = {"vllm_xargs": {f"d2f_{k}": v for k, v in section.items()}}
+        call = {"model": "local-completions", "model_args": options}
+        return call | {"gen_kwargs": settings if section else None}
     import torch
 
-    options: dict[str, Any] = {"max_num_seqs": args.batch_size, "max_model_len": room}
+    options = dict(pretrained=model, batch_size="auto", max_num_seqs=args.batch_size)
+    options["max_model_len"] = room
     if not torch.cuda.is_available():
         options |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
     if section:
         options["additional_config"] = {"d2f": section}
     if bos:
-        options["add_bos_token"] = True  # as the authors' evaluation does
-    return {
-        "model": "vllm",
-        "model_args": {"pretrained": model, "batch_size": "auto", **options},
-        "gen_kwargs": None,
-    }
-
-
-def _xargs(name: str, section: dict[str, Any]) -> dict[str, Any] | None:
-    """A served model's settings travel with each request."""
-    return {name: {f"d2f_{k}": v for k, v in section.items()}} if section else None
+        options["add_bos_token"] = True
+    return {"model": "vllm", "model_args": options, "gen_kwargs": None}
 
 
 def _room(args: argparse.Namespace, model: str) -> int:
@@ -121,12 +116,6 @@ def cut_prompts(args: argparse.Namespace, samples: Sequence[dict[str, Any]], cha
     prompts = [sample["arguments"][0][0] for sample in samples]
     # A chat template writes the special tokens into the text.
     return sum(len(tokenizer(p, add_special_tokens=not chat).input_ids) > most for p in prompts)
-
-
-def _has_bos(model: str) -> bool:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model).bos_token is not None
 
 
 def check(args: argparse.Namespace) -> None:
@@ -167,18 +156,18 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
     register()
     call = model_call(args)
     name = task_name(args.task, args.preset)
-    chat = bool(args.preset and args.preset.startswith("llada") and args.task in ("gsm8k", "mbpp"))
+    llada = bool(args.preset and args.preset.startswith("llada"))
+    chat = args.chat or (llada and args.task in ("gsm8k", "mbpp"))
+    where = {"include_path": str(FOLDER), "metadata": {"data": args.data}}
     started = time.perf_counter()
     try:
         found = lm_eval.simple_evaluate(
             **call,
             tasks=[name],
-            task_manager=TaskManager(
-                include_path=str(FOLDER), include_defaults=False, metadata={"data": args.data}
-            ),
+            task_manager=TaskManager(include_defaults=False, **where),
             limit=args.limit,
-            apply_chat_template=chat or args.chat,
-            fewshot_as_multiturn=chat or args.chat,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
             confirm_run_unsafe_code=args.allow_code_execution,
             bootstrap_iters=0,
         )
@@ -204,7 +193,7 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
         "preset": args.preset,
         "d2f": d2f_section(args.task, args.preset) or "the model's own settings",
         "max_tokens": max_tokens(args.task, args.preset),
-        "prompts_cut": cut_prompts(args, samples, chat or args.chat),
+        "prompts_cut": cut_prompts(args, samples, chat),
         "units": UNITS,
         "seconds": round(time.perf_counter() - started, 1),
         "lm_eval": lm_eval.__version__,
@@ -259,8 +248,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def evaluate(run: Record) -> None:
     """Ask and grade all problems, and report."""
-    report = run.report(**run.point("scores", lambda: scores(run.args)))
-    run.write(report)
+    run.write(run.report(**run.point("scores", lambda: scores(run.args))))
 
 
 main = record.command(parse, evaluate, markdown)

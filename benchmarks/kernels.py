@@ -137,8 +137,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def kernels(run: Record) -> int:
     """Check and time everything; 1 if anything fails."""
     args = run.args
-    device = torch.device("cpu" if args.rehearse else "cuda")
-    dtype = torch.float32 if args.rehearse else torch.bfloat16
+    on, dtype = ("cpu", torch.float32) if args.rehearse else ("cuda", torch.bfloat16)
+    device = torch.device(on)
     run.point("found", partial(found, device), may_fail=True)
     for folder in args.tests:
         run.point(f"tests/{folder}", partial(tests, f"tests/{folder}"), may_fail=True)
@@ -148,8 +148,7 @@ def kernels(run: Record) -> int:
             for rule in RULES:
                 measure = partial(confidence, size, rows, rule, machine)
                 run.point(f"confidence/{model}/{rule}/{rows}", measure, may_fail=True)
-    report = run.report(rehearse=args.rehearse, points=run.points)
-    run.write(report)
+    run.write(run.report(rehearse=args.rehearse, points=run.points))
     return int(bool(run.failed))
 
 

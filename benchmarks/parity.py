@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import record
-from benchmarks.harness.engine import preemptions, shut_down, start_engine
+from benchmarks.harness.engine import greedy, preemptions, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.workload import d2f_model, load_items, load_prompts, parse_options
 from vllm_d2f.d2f import D2FParams
@@ -91,21 +91,15 @@ def reference_answers(
     from tqdm import tqdm
 
     forward, config = load_forward(model)
+    how: dict[str, Any] = dict(
+        mask_id=config.mask_token_id, ends=config.end_token_ids, shift=config.logits_shift,
+        max_len=max_model_len, prompt_block=prompt_block, block_origin=config.family.block_origin,
+    )  # fmt: skip
     answers = []
     for case in tqdm(cases, desc="reference", disable=None):
+        frames = decode(forward, case.prompt, case.params, max_tokens=case.max_tokens, **how)
         margin = math.inf
-        for frame in decode(
-            forward,
-            case.prompt,
-            case.params,
-            max_tokens=case.max_tokens,
-            mask_id=config.mask_token_id,
-            ends=config.end_token_ids,
-            shift=config.logits_shift,
-            max_len=max_model_len,
-            prompt_block=prompt_block,
-            block_origin=config.family.block_origin,
-        ):
+        for frame in frames:
             margin = min(margin, frame.margin)
         answers.append(Expected(Answer(tuple(frame.tokens), frame.forward), margin))
     return answers
@@ -120,15 +114,8 @@ def load_forward(model: str) -> tuple[Forward, Any]:
 
 
 def sampling_params(case: Case) -> Any:
-    """The request of a case, as a user would send it."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=case.max_tokens,
-        detokenize=False,
-        extra_args={f"d2f_{name}": value for name, value in asdict(case.params).items()},
-    )
+    """The request of a case."""
+    return greedy(case.max_tokens, case.params, detokenize=False)
 
 
 def engine_answers(llm: Any, cases: Sequence[Case], way: str, seed: int = 0) -> list[Answer]:
@@ -161,10 +148,8 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
         if order and wait <= 0:
             for _ in range(min(rng.randint(1, 4), len(order))):
                 index = order.pop()
-                case = cases[index]
-                engine.add_request(
-                    f"case-{index}", {"prompt_token_ids": list(case.prompt)}, sampling_params(case)
-                )
+                prompt = {"prompt_token_ids": list(cases[index].prompt)}
+                engine.add_request(f"case-{index}", prompt, sampling_params(cases[index]))
             wait = rng.randint(1, 5)
         wait -= 1
         if not engine.has_unfinished_requests():
@@ -185,17 +170,11 @@ def differences(
             pairs = zip(want.tokens, have.tokens, strict=False)
             first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
             yield {
-                "case": index,
-                "tie": known.margin < TIE,
-                "margin": known.margin,
-                "params": asdict(case.params),
-                "prompt": list(case.prompt),
-                "first_difference": first,
-                "expected": list(want.tokens),
-                "got": list(have.tokens),
-                "expected_forwards": want.forwards,
-                "got_forwards": have.forwards,
-            }
+                "case": index, "tie": known.margin < TIE, "margin": known.margin,
+                "params": asdict(case.params), "prompt": list(case.prompt),
+                "first_difference": first, "expected": list(want.tokens), "got": list(have.tokens),
+                "expected_forwards": want.forwards, "got_forwards": have.forwards,
+            }  # fmt: skip
 
 
 def engines(ways: Sequence[str], cases: Sequence[Case], max_model_len: int) -> Iterator[tuple]:
@@ -269,11 +248,10 @@ def parity(run: Record) -> int:
 
     def score(answers: Sequence[Answer]) -> float | None:
         """Share of answers that are the expected text to the letter."""
-        found = [
-            tokenizer.decode(list(a.tokens), skip_special_tokens=True) for a in answers if texts
-        ]
-        right = sum(a == b for a, b in zip(found, texts, strict=True))
-        return round(right / len(texts), 4) if texts else None
+        if not texts:
+            return None
+        found = [tokenizer.decode(list(a.tokens), skip_special_tokens=True) for a in answers]
+        return round(sum(a == b for a, b in zip(found, texts, strict=True)) / len(texts), 4)
 
     def compare(llm: Any, way: str) -> dict[str, Any]:
         if way == "again":
@@ -306,17 +284,17 @@ def parity(run: Record) -> int:
         shut_down(llm)
         del llm
     run.need_all()
-    tokens = sum(len(e.answer.tokens) for e in expected)
-    forwards = sum(e.answer.forwards for e in expected)
+    answers = [e.answer for e in expected]
+    rate = sum(len(a.tokens) for a in answers) / sum(a.forwards for a in answers)
     on = run.environment["hardware"].get("gpu", "CPU")
     report = run.report(
         model=Path(args.model).name,
         prompts=len(prompts),
         settings=len(settings),
         answers_with_a_tie=sum(e.margin < TIE for e in expected),
-        tokens_per_forward=round(tokens / forwards, 3),
+        tokens_per_forward=round(rate, 3),
         reference_seconds=round(reference_s, 1),
-        reference_score=score([e.answer for e in expected]),
+        reference_score=score(answers),
         ways={way: run.points[way] for way in args.ways},
         machine=f"{platform.machine()}, {platform.system()}, {on}, {args.dtype}",
     )

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import figure, record, server, workload
-from benchmarks.harness.engine import shut_down, start_engine
+from benchmarks.harness.engine import greedy, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.workload import Item, grade, load_items, resolve_model
 
@@ -390,8 +390,6 @@ def keep_running(
 
 def streaming(run: Record) -> None:
     """Time both ways of streaming for each number of requests at once."""
-    from vllm import SamplingParams
-
     args = run.args
     model, config, settings = workload.d2f_model("--models", args.models[0])
     block_size = settings.params.block_size
@@ -399,10 +397,9 @@ def streaming(run: Record) -> None:
     prompts = workload.load_prompts(model, args.prompts, args.data, args.seed)
     prompts = [prompt[: max_model_len - args.max_tokens] for prompt in prompts]
     # To the end: answers of these problems alone would be too short to say much about gaps.
-    how = dict(temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
-    params = SamplingParams(**how)
-    options = dict(window=settings.window, max_model_len=max_model_len, additional_config={})
-    llm = start_engine(model, **options)
+    params = greedy(args.max_tokens, ignore_eos=True, detokenize=False)
+    room: dict[str, Any] = dict(window=settings.window, max_model_len=max_model_len)
+    llm = start_engine(model, additional_config={}, **room)
     keep_running(llm, prompts[:2], params, block_size, 2)  # warm up
 
     def measure(at_once: int) -> dict[str, Any]:

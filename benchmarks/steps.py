@@ -6,10 +6,9 @@
     python -m benchmarks.steps --rehearse
 
 `SHAPE/steps/CONTEXT/BLOCKS/REQUESTS`: time of a step in which all windows of so many blocks of 32
-are full.
-`SHAPE/speed/RATE/REQUESTS`: tokens per second of `LLM.generate` at so many tokens per forward
-(simulated), windows of 4 blocks. `SHAPE/profile/REQUESTS`: one step under torch's profiler: the
-largest kernels, the gaps in which none ran, and the calls in which the host stood still.
+are full. `SHAPE/speed/RATE/REQUESTS`: tokens per second of `LLM.generate` at so many tokens per
+forward (simulated), windows of 4 blocks. `SHAPE/profile/REQUESTS`: one step under torch's profiler:
+the largest kernels, the gaps in which none ran, and the calls in which the host stood still.
 Weights are dummies, so no time depends on what is decoded. On a GPU a process measures one shape;
 the same command goes on with the next.
 """
@@ -28,17 +27,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import engine as engines
 from benchmarks.harness import record, shapes, timing
 from benchmarks.harness.cost import step_floor_ms
-from benchmarks.harness.engine import (
-    BLOCK,
-    SMALL,
-    DummyEngine,
-    Limits,
-    peak_mib,
-    reset_peak,
-    shut_down,
-)
+from benchmarks.harness.engine import BLOCK, SMALL, DummyEngine, Limits, shut_down
 from benchmarks.harness.record import Record, Skip
 
 RATE = 2.9
@@ -111,9 +103,8 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
                 raise RuntimeError(f"requests ended after {len(full)} full steps")
             at = len(clock.steps)
             run()
-            for cost in clock.steps[at:]:
-                if cost.tokens == requests * width and cost.requests == requests:
-                    full.append(cost.ms)
+            costs = clock.steps[at:]
+            full += [s.ms for s in costs if (s.tokens, s.requests) == (requests * width, requests)]
             if len(full) >= LEAST_STEPS and time.monotonic() - began > STEP_SECONDS:
                 break
             if len(clock.steps) > warm_until + 4 * MOST_STEPS:
@@ -155,7 +146,7 @@ def speed(
     fit_in(engine, requests, prompt + answer, width_of(engine))
     engine.simulate(rate)
     prompts, seconds = engine.prompts(requests, prompt), []
-    reset_peak()
+    engines.reset_peak()
     engine.llm.generate(prompts, engine.sampling(max(8, answer // 8)), use_tqdm=False)  # warm-up
     for _ in range(2 if requests <= 64 else 1):
         engine.clock.start()
@@ -169,7 +160,7 @@ def speed(
         "tokens_per_s": round(tokens / min(seconds), 2),
         "steps": len(engine.clock.steps),
         "first_token_ms": round(1e3 * (first - engine.clock.began), 2),
-        "peak_mib": round(peak_mib(), 1),
+        "peak_mib": round(engines.peak_mib(), 1),
         "prompt_tokens": prompt,
         "answer_tokens": answer,
         "token_budget": engine.limits.step_tokens + engine.limits.length,
@@ -280,14 +271,11 @@ def _largest(
 ) -> list[dict[str, Any]]:
     total = sum(times.values()) or 1.0
     return [
-        {
-            "name": name[:160],
-            "ms_per_step": round(us / steps / 1e3, 4),
-            "share": round(us / total, 4),
-            **({"per_step": round(counts[name] / steps, 2)} if counts else {}),
-        }
+        {"name": name[:160], "ms_per_step": round(us / steps / 1e3, 4),
+         "share": round(us / total, 4),
+         **({"per_step": round(counts[name] / steps, 2)} if counts else {})}
         for name, us in sorted(times.items(), key=lambda item: -item[1])[:TOP]
-    ]
+    ]  # fmt: skip
 
 
 # The experiment.
@@ -297,14 +285,12 @@ def points(
     args: argparse.Namespace, shape: str, engine: Callable[[], DummyEngine]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Key and measurement of each point of a shape; the engine starts with the first of them."""
-    later = {
-        name: lambda *given, measure=measure: measure(engine(), *given)
-        for name, measure in (
-            ("start", start), ("step", step), ("speed", speed), ("profile", profile)
-        )
-    }  # fmt: skip
+
+    def later(measure: Callable[..., Any], *given: Any) -> Callable[[], Any]:
+        return lambda: measure(engine(), *given)
+
     diffusion = shape in shapes.D2F
-    yield f"{shape}/start", partial(later["start"], shape)
+    yield f"{shape}/start", later(start, shape)
     first = args.contexts[0]
     if "steps" in args.what:
         # A long context matters for the fit only: one window width is enough.
@@ -313,15 +299,15 @@ def points(
         for context, blocks in grid:
             for count in args.requests:
                 key = f"{shape}/steps/{context}/{blocks}/{count}"
-                yield key, partial(later["step"], count, context, blocks)
+                yield key, later(step, count, context, blocks)
     if "speed" in args.what:
         for rate in args.rates if diffusion else (1.0,):
             for count in args.requests:
-                given = (count, rate, first, args.answer)
-                yield f"{shape}/speed/{rate:g}/{count}", partial(later["speed"], *given)
+                measure = later(speed, count, rate, first, args.answer)
+                yield f"{shape}/speed/{rate:g}/{count}", measure
     if "profile" in args.what:
         for count in sorted({min(args.requests), min(max(args.requests), 64)}):
-            yield f"{shape}/profile/{count}", partial(later["profile"], count, first)
+            yield f"{shape}/profile/{count}", later(profile, count, first)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -353,34 +339,25 @@ def steps(run: Record) -> None:
     changes = {} if args.rehearse and args.variant == "full" else VARIANTS[args.variant]
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
-            engines: list[DummyEngine] = []
 
             @cache
-            def engine(shape: str = shape, engines: list[DummyEngine] = engines) -> DummyEngine:
-                one = DummyEngine(
-                    shapes.write(Path(folder), shape, args.rehearse),
-                    diffusion=shape in shapes.D2F,
-                    limits=SMALL if args.rehearse else Limits(),
-                    small=args.rehearse,
-                    **changes,
-                )
-                engines.append(one)
-                return one
+            def engine(shape: str = shape) -> DummyEngine:
+                where = shapes.write(Path(folder), shape, args.rehearse)
+                limits = SMALL if args.rehearse else Limits()
+                how = dict(diffusion=shape in shapes.D2F, limits=limits, small=args.rehearse)
+                return DummyEngine(where, **how, **changes)
 
             for key, measure in points(args, shape, engine):
                 run.point(key, measure, may_fail=True)
-            for one in engines:
-                shut_down(one.llm)
-            if engines and not args.rehearse:
-                run.stop()  # what an engine leaves in the device's memory must not meet the next
+            if engine.cache_info().currsize:
+                shut_down(engine().llm)
+                if not args.rehearse:
+                    run.stop()  # what an engine leaves on the device must not meet the next one
     measured = {key: value for key, value in run.points.items() if key != "machine"}
     report = run.report(
         simulated_tokens_per_forward=f"1 to {max(args.rates):g}",
-        rehearse=args.rehearse,
-        variant=args.variant,
-        units=UNITS,
-        floor=machine,
-        points=measured,
+        **{"rehearse": args.rehearse, "variant": args.variant, "units": UNITS},
+        **{"floor": machine, "points": measured},
     )
     run.write(report)
 
@@ -397,14 +374,15 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         """The same figure of the autoregressive shape."""
         return found.get(f"{shapes.D2F.get(shape)}/{key}", {}).get(field)
 
-    lines = [*record.head(f"Steps of 7B and 8B shapes, {report['variant']}", report)]
-    lines += [
-        f"Copy {machine['copy_gb_per_s']} GB/s, product {machine['matmul_gflop_per_s']} GFLOP/s"
+    lines = [
+        *record.head(f"Steps of 7B and 8B shapes, {report['variant']}", report),
+        f"Copy {machine['copy_gb_per_s']} GB/s, product {machine['matmul_gflop_per_s']} GFLOP/s",
+        "make the floors. Weights are dummies.",
+        "",
+        *(f"- {shape}: {p}" for shape, _, p in rows("start")),
+        "",
+        *record.bars(_bars(report, beside)),
     ]
-    lines += ["make the floors. Weights are dummies.", ""]
-    for shape, _, p in rows("start"):
-        lines.append(f"- {shape}: {p}")
-    lines += ["", *record.bars(_bars(report, beside))]
     measured = []
     for shape, (context, blocks, requests), p in rows("steps"):
         floor = step_floor_ms(shape, p["tokens"], p["context_tokens"], machine)

@@ -127,12 +127,9 @@ def structured(run: Record) -> int:
     """Measure and report; 1 if an answer does not validate."""
     from vllm_d2f.demo import bundled_problems
 
-    llm = start_llm(
-        "d2f-tiny",
-        enforce_eager=True,
-        max_num_seqs=32,
-        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-    )
+    backend = {"backend": "xgrammar", "disable_any_whitespace": True}
+    options = dict(enforce_eager=True, max_num_seqs=32, structured_outputs_config=backend)
+    llm = start_llm("d2f-tiny", **options)
     asked = cases([problem.question for problem in bundled_problems()], run.args.rounds)
     figures = {
         str(heat): run.point(f"temperature {heat}", partial(measure, llm, asked, heat))
@@ -140,8 +137,7 @@ def structured(run: Record) -> int:
     }
     shut_down(llm)
     run.need_all()
-    report = run.report(model="d2f-tiny", schemas=len(SCHEMAS), temperature=figures)
-    run.write(report)
+    run.write(run.report(model="d2f-tiny", schemas=len(SCHEMAS), temperature=figures))
     return int(any(row["valid"] != row["answers"] for row in figures.values()))
 
 

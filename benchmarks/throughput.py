@@ -15,9 +15,10 @@ prompts as fit `--vanilla-forwards`, others in the next run.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,16 +244,13 @@ def build(
         "units": UNITS,
         "d2f_vs_ar": against_ar,
         "d2f_vs_vanilla": [
-            {
-                "setting": key.mode,
-                "score_vanilla": scores[key.mode],
-                "ratio": paired_per_answer(runs[d2f], done),
-            }
+            {"setting": key.mode, "score_vanilla": scores[key.mode],
+             "ratio": paired_per_answer(runs[d2f], done)}
             for key, done in runs.items()
             if key.kind == "vanilla" and d2f
         ],
         "points": points,
-    }
+    }  # fmt: skip
 
 
 def best(runs: Runs, kind: str, batch_size: int) -> Key | None:
@@ -268,19 +266,13 @@ def _against_ar(runs: Runs) -> list[dict[str, Any]]:
         d2f, ar = best(runs, "d2f", size), best(runs, "ar", size)
         if not (d2f and ar):
             continue
-        modes = [key.mode for key in runs if (key.kind, key.batch_size) == ("d2f", size)]
-        rows.append(
-            {
-                "batch_size": size,
-                "modes": {"d2f": d2f.mode, "ar": ar.mode},
-                "ratio": paired(runs[d2f], runs[ar]),
-                "same_mode": {
-                    mode: paired(runs[Key("d2f", mode, size)], runs[Key("ar", mode, size)])
-                    for mode in modes
-                    if Key("ar", mode, size) in runs
-                },
-            }
-        )
+        same_mode = {
+            key.mode: paired(done, runs[replace(key, kind="ar")])
+            for key, done in runs.items()
+            if (key.kind, key.batch_size) == ("d2f", size) and replace(key, kind="ar") in runs
+        }
+        modes, ratio = {"d2f": d2f.mode, "ar": ar.mode}, paired(runs[d2f], runs[ar])
+        rows.append({"batch_size": size, "modes": modes, "ratio": ratio, "same_mode": same_mode})
     return rows
 
 
@@ -316,23 +308,15 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         sizes = [p["batch_size"] for p in rows]
         speed = {k: [p["useful_tokens_per_s"][k] for p in rows] for k in ("median", "min", "max")}
         label = f"{figure.NAMES[kind]}, {mode}, {report[f'score_{kind}']:.1%} right"
-        style = styles.get(mode, ":")
-        axes.plot(sizes, speed["median"], style, marker="o", color=figure.COLORS[kind], label=label)
-        axes.fill_between(
-            sizes, speed["min"], speed["max"], color=figure.COLORS[kind], alpha=0.15, lw=0
-        )
-    markers = iter("sD^vPX*")
+        style, color = styles.get(mode, ":"), figure.COLORS[kind]
+        axes.plot(sizes, speed["median"], style, marker="o", color=color, label=label)
+        axes.fill_between(sizes, speed["min"], speed["max"], color=color, alpha=0.15, lw=0)
+    markers, color = iter("sD^vPX*"), figure.COLORS["vanilla"]
     for p in (p for p in points if p["kind"] == "vanilla"):
-        axes.plot(
-            p["batch_size"],
-            p["useful_tokens_per_s"]["median"],
-            next(markers, "."),
-            color=figure.COLORS["vanilla"],
-            # Hollow: wrong answers, so what it is fast at is no use.
-            mfc=figure.COLORS["vanilla"] if p["score"] >= 0.5 else "none",
-            ls="none",
-            label=f"vanilla {p['mode']}, {p['score']:.0%} right",
-        )
+        # Hollow: wrong answers, so what it is fast at is no use.
+        how = dict(color=color, mfc=color if p["score"] >= 0.5 else "none", ls="none")
+        where, label = p["useful_tokens_per_s"]["median"], f"{p['mode']}, {p['score']:.0%} right"
+        axes.plot(p["batch_size"], where, next(markers, "."), label=f"vanilla {label}", **how)
     figure.logarithmic(axes, "batch size", "useful tokens per second")
     axes.set_xticks(sorted({p["batch_size"] for p in points}))
     figure.legend_below(axes)
@@ -354,12 +338,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
     add("--max-tokens", type=int, default=64)
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
-    add(
-        "--modes",
-        nargs="+",
-        choices=("eager", "compiled"),
-        help="of vLLM (default: both, on a GPU compiled, as each is an engine of its own)",
-    )
+    help = "of vLLM (default: both, on a GPU compiled, as each is an engine of its own)"
+    add("--modes", nargs="+", choices=("eager", "compiled"), help=help)
     add("--vanilla", nargs="+", default=["512:1", "512:4", "64:1", "64:4"], metavar="LEN:PER_STEP")
     add("--vanilla-forwards", type=int, default=512, help="forwards of the teacher per run")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
@@ -380,14 +360,9 @@ def throughput(run: Record) -> None:
         vanilla = tuple(Setting.parse(text) for text in args.vanilla)
     except ValueError as error:
         raise UsageError(f"--vanilla {error}") from None
-    plan = Plan(
-        items=tuple(load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)),
-        batch_sizes=tuple(sorted(set(args.batch_sizes))),
-        runs=args.runs,
-        prompts=args.prompts,
-        vanilla=vanilla,
-        vanilla_forwards=args.vanilla_forwards,
-    )
+    items = load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)
+    sizes = tuple(sorted(set(args.batch_sizes)))
+    plan = Plan(tuple(items), sizes, args.runs, args.prompts, vanilla, args.vanilla_forwards)
     options = parse_options("--engine-args", args.engine_args)
     models = {kind: resolve_model(*given) for kind, given in named.items() if given[1]}
     if "d2f" not in models:
@@ -397,9 +372,8 @@ def throughput(run: Record) -> None:
         for kind in ("d2f", "ar"):
             if kind in models:
                 table.append(Decoder(f"{kind} {mode}", models[kind], mode, options))
-    todo = [(number, size) for number in range(plan.runs) for size in plan.batch_sizes]
     try:
-        _measure_all(run, plan, table, todo)
+        _measure_all(run, plan, table)
     except KeyboardInterrupt:
         if not runs_of(plan, run.points):
             raise
@@ -410,16 +384,14 @@ def throughput(run: Record) -> None:
     has_text = all(item.answer is not None for item in plan.items)
     made_up = run.points["simulated"]
     parts = build(runs_of(plan, run.points), names, args.max_tokens, has_text, made_up)
-    report = run.report(**parts)
-    run.write(report)
+    run.write(run.report(**parts))
 
 
-def _measure_all(
-    run: Record, plan: Plan, table: Sequence[Decoder], todo: Sequence[tuple[int, int]]
-) -> None:
+def _measure_all(run: Record, plan: Plan, table: Sequence[Decoder]) -> None:
     from tqdm import tqdm
 
-    keys = {f"run {number}, batch {size}": (number, size) for number, size in todo}
+    every = itertools.product(range(plan.runs), plan.batch_sizes)
+    keys = {f"run {number}, batch {size}": (number, size) for number, size in every}
     if all(run.settled(key) for key in keys):
         return
     with workers(table, max(plan.batch_sizes), run.args.max_tokens) as decoders:

@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import on_gpu
 from benchmarks.harness.workload import Item, grade, simulated
+from vllm_d2f.d2f import D2FParams
 
 
 def start_llm(model: str, **options: Any) -> Any:
@@ -28,29 +29,29 @@ def start_llm(model: str, **options: Any) -> Any:
     from vllm_d2f import register
 
     register()
-    defaults: dict[str, Any] = dict(
-        dtype="auto" if on_gpu() else "float32",
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        seed=0,
-    )
+    defaults: dict[str, Any] = dict(enable_prefix_caching=False, disable_log_stats=True, seed=0)
     if not on_gpu():
-        defaults["kv_cache_memory_bytes"] = 1 << 28
+        defaults |= dict(dtype="float32", kv_cache_memory_bytes=1 << 28)
     return LLM(model=model, **(defaults | options))
 
 
 def start_engine(model: str, *, window: int, max_model_len: int, **options: Any) -> Any:
     """`vllm.LLM` set for comparison with the reference: float32, eager, token ids in and out."""
+    section = {"block_size": 4, "max_blocks": 1, "window": window}
     defaults: dict[str, Any] = dict(
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=64,
-        kv_cache_memory_bytes=1 << 28,
-        block_size=32,
-        skip_tokenizer_init=True,
-        additional_config={"d2f": {"block_size": 4, "max_blocks": 1, "window": window}},
-    )
+        dtype="float32", enforce_eager=True, max_num_seqs=64, kv_cache_memory_bytes=1 << 28,
+        block_size=32, skip_tokenizer_init=True, additional_config={"d2f": section},
+    )  # fmt: skip
     return start_llm(model, max_model_len=max_model_len, **(defaults | options))
+
+
+def greedy(max_tokens: int, params: Any = None, **more: Any) -> Any:
+    """Greedy decoding. The D2F settings in `params` (or a dictionary of some) travel with it."""
+    from vllm import SamplingParams
+
+    given = asdict(params) if isinstance(params, D2FParams) else params
+    extra = {f"d2f_{name}": value for name, value in given.items()} if given else None
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=extra, **more)
 
 
 def core_of(llm: Any) -> Any:
@@ -190,11 +191,8 @@ class Clock:
         """Seconds since `start`. What came after the last step counts as part of it."""
         now, cpu = time.perf_counter(), time.process_time()
         last = self.steps[-1]
-        self.steps[-1] = replace(
-            last,
-            ms=last.ms + 1e3 * (now - self._at),
-            cpu_ms=last.cpu_ms + 1e3 * (cpu - self._cpu_at),
-        )
+        ms, cpu_ms = last.ms + 1e3 * (now - self._at), last.cpu_ms + 1e3 * (cpu - self._cpu_at)
+        self.steps[-1] = replace(last, ms=ms, cpu_ms=cpu_ms)
         return now - self.began
 
 
@@ -204,17 +202,13 @@ class Engine:
     def __init__(
         self, model: str, *, mode: str, max_batch: int, max_tokens: int, options: dict[str, Any]
     ) -> None:
-        from vllm import SamplingParams
-
-        settings = dict(
-            enforce_eager=mode == "eager", max_num_seqs=max_batch, use_tqdm_on_load=False
-        )
-        self.llm = start_llm(model, **(settings | options))
+        settings = dict(max_num_seqs=max_batch, use_tqdm_on_load=False)
+        self.llm = start_llm(model, **(dict(settings, enforce_eager=mode == "eager") | options))
         # None, or the tokens per forward that are accepted whatever the model says.
         self.simulated = simulated(self.llm.llm_engine.model_config.hf_config)
         # Random weights and made-up acceptance end their answers anywhere: all get to the same end.
         endless = self.simulated is not None or options.get("load_format") == "dummy"
-        self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=endless)
+        self.sampling = greedy(max_tokens, ignore_eos=endless)
         self.clock = Clock().attach(self.llm)
 
     def measure(self, items: Sequence[Item], batch_size: int, offset: int = 0) -> list[Batch]:
@@ -252,17 +246,12 @@ class Engine:
         counters = completion.spec_decode_metrics
         graded = grade(item, completion.text, completion.finish_reason == "stop")
         return Answer(
-            item=index,
-            final=graded.final,
-            exact=graded.exact,
-            useful=tokens,
-            raw=tokens,
+            item=index, final=graded.final, exact=graded.exact, useful=tokens, raw=tokens,
             forwards=tokens if counters is None else denoising_forwards(completion),
             computed=tokens if counters is None else counters.num_draft_tokens,
             prompt=len(output.prompt_token_ids),
-            first_s=first - self.clock.began,
-            last_s=last - self.clock.began,
-        )
+            first_s=first - self.clock.began, last_s=last - self.clock.began,
+        )  # fmt: skip
 
 
 def _number(request_id: str) -> int:
@@ -299,7 +288,7 @@ def peak_mib() -> float:
 # Dummy weights: what a step costs, whatever is decoded.
 
 BLOCK, MAX_BLOCKS = 32, 8
-LASTING_WINDOWS = {"d2f_tau_add": 0.0, "d2f_tau_act": 1.0}
+LASTING_WINDOWS = {"tau_add": 0.0, "tau_act": 1.0}
 """A block is opened in every forward, and none but the first is fully active: each that is decodes
 one position per forward, whatever is simulated."""
 
@@ -336,16 +325,13 @@ class DummyEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self.diffusion, self.limits = diffusion, limits
         given: dict[str, Any] = dict(
+            load_format="dummy", skip_tokenizer_init=True, use_tqdm_on_load=False,
             dtype="float32" if small else "bfloat16",
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=limits.length,
-            max_num_seqs=limits.requests,
+            max_model_len=limits.length, max_num_seqs=limits.requests,
             # A prompt goes whole and beside windows that are full: without room for both the last
             # requests would wait until others end.
             max_num_batched_tokens=limits.step_tokens + limits.length,
-            use_tqdm_on_load=False,
-        )
+        )  # fmt: skip
         if small:
             given |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 27)
         else:
@@ -384,16 +370,8 @@ class DummyEngine:
 
     def sampling(self, max_tokens: int, blocks: int | None = None) -> Any:
         """Greedy, to the last token. With `blocks`, windows of so many that last."""
-        from vllm import SamplingParams
-
-        extra = {"d2f_max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra,
-        )
+        how = {"max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
+        return greedy(max_tokens, how, ignore_eos=True, detokenize=False)
 
     def unfit(self, requests: int, length: int, tokens: int) -> str | None:
         """Why so many requests cannot be in one step; None if they can."""

@@ -105,30 +105,18 @@ class Vanilla:
         reset_peak()
         began, cpu = time.perf_counter(), time.process_time()
         prompt = self.tokenizer(item.question).input_ids
-        canvas, forwards = decode_canvas(
-            self.model,
-            prompt,
-            setting,
-            mask_id=self.config.mask_token_id,
-            shift=self.config.logits_shift,
-        )
+        mask_id, shift = self.config.mask_token_id, self.config.logits_shift
+        canvas, forwards = decode_canvas(self.model, prompt, setting, mask_id=mask_id, shift=shift)
         ended, ids = up_to_end(canvas, self.config.end_token_ids)
         text: Any = self.tokenizer.decode(ids, skip_special_tokens=True)
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
         graded = grade(item, text, ended)
         answer = Answer(
-            item=index,
-            final=graded.final,
-            exact=graded.exact,
-            useful=len(ids) + ended,
-            raw=setting.length,
-            forwards=forwards,
-            computed=forwards * setting.length,
+            item=index, final=graded.final, exact=graded.exact, useful=len(ids) + ended,
+            raw=setting.length, forwards=forwards, computed=forwards * setting.length,
             prompt=len(prompt),
-            # The whole canvas is there at once.
-            first_s=seconds,
-            last_s=seconds,
-        )
+            first_s=seconds, last_s=seconds,  # the whole canvas is there at once
+        )  # fmt: skip
         return Batch(seconds, cpu_s, forwards, (answer,), peak_mib())
 
 

@@ -6,6 +6,7 @@ all of them stay loaded, and the parent asks them in turn: what is compared was 
 apart on the same machine.
 """
 
+import importlib
 import multiprocessing
 import os
 import traceback
@@ -50,12 +51,10 @@ def prepare_process() -> None:
     # Step times are read inside the engine, so it has to run in the worker itself.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # With more threads than idle cores every operator waits for the scheduler.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = dict(OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR", TORCH_CPP_LOG_LEVEL="ERROR")
+    quiet |= dict(PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
 
 
 class Worker:
@@ -132,9 +131,8 @@ def workers(
             vanilla = one.mode == "vanilla"
             arguments: dict[str, Any] = {"model": one.model}
             if not vanilla:
-                options = device_share(len(decoders), dict(one.options))
                 arguments |= dict(mode=one.mode, max_batch=max_batch, max_tokens=max_tokens)
-                arguments["options"] = options
+                arguments["options"] = device_share(len(decoders), dict(one.options))
             found[one.name] = Worker(vanilla, **arguments)
             if one.mode == "compiled" or on_gpu():
                 found[one.name].wait()
@@ -161,7 +159,8 @@ def device_share(decoders: int, options: dict[str, Any]) -> dict[str, Any]:
 def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
     """The worker's process: load, then answer until the parent closes the pipe or is gone."""
     try:
-        decoder = _load(vanilla, arguments)
+        module = importlib.import_module(f"benchmarks.harness.{'vanilla' if vanilla else 'engine'}")
+        decoder = (module.Vanilla if vanilla else module.Engine)(**arguments)
         pipe.send((True, decoder.simulated))
         while True:
             try:
@@ -175,13 +174,3 @@ def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
         pipe.close()
         # What vLLM leaves running must not keep the process.
         os._exit(0)
-
-
-def _load(vanilla: bool, arguments: dict[str, Any]) -> Any:
-    if vanilla:
-        from benchmarks.harness.vanilla import Vanilla
-
-        return Vanilla(**arguments)
-    from benchmarks.harness.engine import Engine
-
-    return Engine(**arguments)

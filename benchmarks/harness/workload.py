@@ -125,8 +125,7 @@ def parse_options(option: str, text: str) -> dict[str, Any]:
         UsageError: it is none.
     """
     try:
-        options = json.loads(text)
-        if isinstance(options, dict):
+        if isinstance(options := json.loads(text), dict):
             return options
         problem = f"a JSON object is needed, this is {type(options).__name__}"
     except ValueError as error:

@@ -27,6 +27,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.record import Parser
+
 ROOT = Path(__file__).resolve().parents[2]
 PIECE_BYTES = 60 << 20
 """Most of a piece: what can be copied to the host at once is little more."""
@@ -218,11 +220,7 @@ def _pip(words: list[str]) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.offline.bundle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("offline.bundle", __doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"))
     parser.add_argument("--wheels", type=Path, default=Path("build/gpu-wheels"))
     parser.add_argument("--python", default=PYTHON, help="the host's version (%(default)s)")

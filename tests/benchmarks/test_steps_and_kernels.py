@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
 def test_windows_of_measured_steps_fill_and_last(blocks):
     """One position per forward: full after as many forwards as blocks, for `LASTING` and more."""
-    extra = {name.removeprefix("d2f_"): value for name, value in LASTING_WINDOWS.items()}
+    extra = LASTING_WINDOWS
     params = D2FParams(block_size=BLOCK, max_blocks=blocks, tau_conf=0.9, **extra)
     window = Window.empty(1, params.window, 1, 0, CPU)
     answer = params.window + LASTING
