@@ -119,11 +119,7 @@ def cut_prompts(args: argparse.Namespace, samples: Sequence[dict[str, Any]], cha
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be known to fail before a model is loaded.
-
-    Raises:
-        UsageError: with what to pass.
-    """
+    """Refuse what can be known to fail before a model is loaded."""
     from benchmarks.tasks import data, sandbox
 
     if args.task == "math" and find_spec("math_verify") is None:
@@ -182,21 +178,16 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
         for key, value in found["results"][name].items()
         if isinstance(value, float) and not key.split(",")[0].endswith("_stderr")
     }
+    counts = found["n-samples"][name]
     return {
-        "score": found_scores,
-        "task": name,
-        "problems": found["n-samples"][name]["effective"],
-        "of": found["n-samples"][name]["original"],
-        "shots": found["n-shot"][name],
-        "model": Path(args.model).name,
-        "through": call["model"],
-        "preset": args.preset,
+        "score": found_scores, "task": name, "shots": found["n-shot"][name],
+        "problems": counts["effective"], "of": counts["original"],
+        "model": Path(args.model).name, "through": call["model"], "preset": args.preset,
         "d2f": d2f_section(args.task, args.preset) or "the model's own settings",
         "max_tokens": max_tokens(args.task, args.preset),
         "prompts_cut": cut_prompts(args, samples, chat),
-        "units": UNITS,
+        "units": UNITS, "lm_eval": lm_eval.__version__,
         "seconds": round(time.perf_counter() - started, 1),
-        "lm_eval": lm_eval.__version__,
         # A few prompts' ends and answers, for a person to look at.
         "samples": [
             {"prompt_end": s["arguments"][0][0][-300:], "answer": s["resps"][0][0],

@@ -94,12 +94,7 @@ def device_tests(folder: str) -> list[str]:
 
 
 def counts_of(output: str, code: int) -> dict[str, Any]:
-    """Counts from pytest's last line.
-
-    Raises:
-        Skip: pytest is not there.
-        AssertionError: something failed; names what.
-    """
+    """Counts from pytest's last line; an AssertionError names what failed."""
     if not output.strip():
         raise Skip("pytest is not installed on the host")
     kinds = r"(\d+) (passed|failed|skipped|deselected|error)"

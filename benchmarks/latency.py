@@ -35,18 +35,14 @@ KINDS = ("d2f", "ar")
 MOST_STEPS = 500
 """About so many steps of each decoder are kept for the picture; the fit sees all of them."""
 UNITS = {
-    "a_ms": "milliseconds of a step without tokens",
-    "b_ms_per_token": "milliseconds per token in the step",
-    "c_ms_per_context_token": "milliseconds per cached token the step's requests attend to",
-    "d_ms_per_request": "milliseconds per request that enters, its prompt's tokens beside them",
+    "cost": "milliseconds of a step, per token in it, per cached token, per request that enters",
     "steps": "measured: requests, new ones, tokens, context tokens, milliseconds of each step",
     "predicted": "useful tokens per second of a server that always has batch_size requests",
     "checks": "useful tokens per second of one LLM.generate call with batch_size prompts",
     "measured_runs": "the same, run by run; D2F and AR took turns in each",
     "error": "predicted / measured - 1",
     "ar_overtakes_at_batch": "predicted: fewest requests, always so many, at which AR is faster",
-    "checked_ratio": "D2F / AR of single batches: predicted, and measured as the median, lowest "
-    "and highest of the runs' ratios",
+    "checked_ratio": "D2F / AR of single batches: predicted, and measured run by run",
     "checked_crossing": "smallest batch of the measured sizes at which AR is faster, null: none",
 }
 CLOCKS = {
@@ -159,11 +155,7 @@ def decoder(
 
 
 def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
-    """Costs and traces from what `benchmarks.steps` measured on dummy weights.
-
-    Raises:
-        UsageError: points are missing; names what measures them.
-    """
+    """Costs and traces from what `benchmarks.steps` measured on dummy weights."""
     try:
         points = json.loads(Path(path).read_text(encoding="utf-8"))["points"]
     except (OSError, ValueError, KeyError) as error:
@@ -236,12 +228,12 @@ def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         ratios = [x / y for x, y in zip(d["measured_runs"], a["measured_runs"], strict=True)]
         predicted = float(f"{d['predicted'] / a['predicted']:.4g}")
         rows.append({"batch_size": size, "predicted": predicted, "measured": spread(ratios)})
-    sizes = [row["batch_size"] for row in rows]
-    found: dict[str, Any] = {"largest_batch": max(sizes)}
+    found: dict[str, Any] = {"largest_batch": max(row["batch_size"] for row in rows)}
     for name in ("predicted", "measured"):
-        ratios = [r[name]["median"] if name == "measured" else r[name] for r in rows]
-        found[name] = next((s for s, ratio in zip(sizes, ratios, strict=True) if ratio < 1), None)
-        found[f"{name}_between"] = cost.falls_below_1(sizes, ratios)
+        values = [row[name] if name == "predicted" else row[name]["median"] for row in rows]
+        by_size = dict(zip((row["batch_size"] for row in rows), values, strict=True))
+        found[name] = next((size for size, ratio in by_size.items() if ratio < 1), None)
+        found[f"{name}_between"] = cost.falls_below_1(by_size)
     return {"checked_ratio": rows, "checked_crossing": found}
 
 

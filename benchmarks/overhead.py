@@ -140,18 +140,14 @@ def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]
     ours = ("sampler", "model state", "scheduler", "stand-ins")
     labels = [*ours, "logits", "model", "vllm scheduler"]
 
-    def median(kind: int, label: str) -> float:
-        return round(1e3 * statistics.median(s[kind].get(label, 0.0) for s in per_step), 3)
-
     totals = [[1e3 * sum(s[k].get(x, 0.0) for x in ours) for s in per_step] for k in (0, 1)]
+    added = [round(statistics.median(total), 3) for total in totals]
     return {
-        "requests": num_reqs,
-        "steps": steps,
-        "added_cpu_ms": round(statistics.median(totals[0]), 3),
-        "added_wall_ms": round(statistics.median(totals[1]), 3),
-        "limit_ms": LIMIT_MS.get(num_reqs),
-        "cpu_ms": {label: median(0, label) for label in labels},
-    }
+        "requests": num_reqs, "steps": steps, "limit_ms": LIMIT_MS.get(num_reqs),
+        "added_cpu_ms": added[0], "added_wall_ms": added[1],
+        "cpu_ms": {label: round(1e3 * statistics.median(s[0].get(label, 0.0) for s in per_step), 3)
+                   for label in labels},
+    }  # fmt: skip
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:

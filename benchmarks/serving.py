@@ -6,10 +6,9 @@
     python -m benchmarks.serving --quick                                      # under a minute
 
 Every model gets a server of its own, one after the other. The problems first go through
-/v1/completions and are graded (which also warms the server up), then `vllm bench serve`, as it
-comes with vLLM, sends the same problems at each request rate; its answers are graded too, so each
-speed has the score of the very answers it was measured on. What D2F did is read from the server's
-counters.
+/v1/completions and are graded (which also warms the server up), then vLLM's own `vllm bench serve`
+sends the same problems at each request rate; its answers are graded too. What D2F did is read from
+the server's counters.
 
     python -m benchmarks.serving --streaming --at-once 1 8     # d2f-tiny, no server
 
@@ -46,8 +45,7 @@ UNITS = {
     "spread": "lowest and highest run",
     "tokens_per_s": "output tokens per second; answers end by themselves, so all are useful",
     "first_token_ms": "milliseconds until the first tokens arrive",
-    "per_token_ms": "milliseconds per further token, per request; near 0 where a whole answer "
-    "arrives in one piece",
+    "per_token_ms": "milliseconds per further token; near 0 where an answer comes in one piece",
     "request_ms": "milliseconds until the answer is complete: the figure to compare",
     "tokens_per_forward": "counters: committed tokens / denoising forwards of a request",
     "positions_per_token": "counters: window positions computed / committed tokens",

@@ -64,15 +64,14 @@ def start(engine: DummyEngine, shape: str) -> dict[str, Any]:
     from vllm.model_executor.layers.attention import Attention
 
     config = engine.llm.llm_engine.vllm_config
-    layers = get_layers_from_vllm_config(config, Attention)
+    layer = next(iter(get_layers_from_vllm_config(config, Attention).values()))
     return {
-        "seconds": round(engine.start_s, 1),
-        "cache_tokens": engine.cache_tokens,
-        "attention": type(next(iter(layers.values())).impl).__name__,
+        "seconds": round(engine.start_s, 1), "cache_tokens": engine.cache_tokens,
+        "attention": type(layer.impl).__name__,
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "weights_gb": round(shapes.weight_bytes(shape)["step"] / 1e9, 3),
-    }
+    }  # fmt: skip
 
 
 def fit_in(engine: DummyEngine, requests: int, length: int, width: int) -> None:
@@ -113,14 +112,10 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
     # [requests, new, tokens, context, ms]
     rows = [[*astuple(s)[:4], round(s.ms, 4)] for s in steps]
     return {
-        "tokens": requests * width,
-        "context_tokens": requests * context,
-        "ms": round(statistics.median(full), 4),
-        "ms_min": round(min(full), 4),
-        "measured": len(full),
-        "steps": rows[-KEPT_STEPS:],
-        "entering": [row for row in rows if row[1]][:KEPT_STEPS],
-    }
+        "tokens": requests * width, "context_tokens": requests * context, "measured": len(full),
+        "ms": round(statistics.median(full), 4), "ms_min": round(min(full), 4),
+        "steps": rows[-KEPT_STEPS:], "entering": [row for row in rows if row[1]][:KEPT_STEPS],
+    }  # fmt: skip
 
 
 def warm_up(engine: DummyEngine, run: Callable[[], Any], requests: int, width: int) -> int:
@@ -155,16 +150,12 @@ def speed(
     tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
     first = statistics.median(engine.clock.first.values())
     row: dict[str, Any] = {
-        "tokens": tokens,
-        "seconds": round(min(seconds), 4),
-        "tokens_per_s": round(tokens / min(seconds), 2),
-        "steps": len(engine.clock.steps),
+        "tokens": tokens, "seconds": round(min(seconds), 4),
+        "tokens_per_s": round(tokens / min(seconds), 2), "steps": len(engine.clock.steps),
         "first_token_ms": round(1e3 * (first - engine.clock.began), 2),
-        "peak_mib": round(engines.peak_mib(), 1),
-        "prompt_tokens": prompt,
-        "answer_tokens": answer,
+        "peak_mib": round(engines.peak_mib(), 1), "prompt_tokens": prompt, "answer_tokens": answer,
         "token_budget": engine.limits.step_tokens + engine.limits.length,
-    }
+    }  # fmt: skip
     if engine.diffusion:
         forwards = sum(denoising_forwards(o.outputs[0]) for o in outputs)
         computed = sum(o.outputs[0].spec_decode_metrics.num_draft_tokens for o in outputs)
@@ -255,15 +246,11 @@ def profile_summary(spans: Sequence[Span], steps: int) -> dict[str, Any]:
         "device_idle_ms": ms(idle),
         "kernels_per_step": round(len(device) / steps, 1),
         "top_kernels": _largest(kernels, steps, counts),
-        "top_gaps": [
-            {"after": a[:80], "before": b[:80], "ms_per_step": ms(us)}
-            for (a, b), us in largest_gaps
-        ],
-        "waits": {
-            name: {"per_step": round(len(times) / steps, 2), "ms_per_step": ms(sum(times))}
-            for name, times in sorted(waits.items())
-        },
-    }
+        "top_gaps": [{"after": a[:80], "before": b[:80], "ms_per_step": ms(us)}
+                     for (a, b), us in largest_gaps],
+        "waits": {name: {"per_step": round(len(times) / steps, 2), "ms_per_step": ms(sum(times))}
+                  for name, times in sorted(waits.items())},
+    }  # fmt: skip
 
 
 def _largest(

@@ -45,7 +45,6 @@ UNITS = {
     "useful_tokens_per_s": "tokens up to and including the end token, per second of wall time",
     "useful_tokens_per_cpu_s": "the same per second of CPU time of the decoder's process",
     "raw_tokens_per_s": "all decoded tokens, those behind the end token too, per second",
-    "requests_per_s": "answers per second",
     "tokens_per_forward": "useful tokens per forward the request took part in",
     "computed_per_committed": "positions run through the model after the prompt, per useful token",
     "time_to_first_token_ms": "from handing in the batch to the request's first tokens",
@@ -53,8 +52,7 @@ UNITS = {
     "step_ms": "wall time per engine step (forward), everything included",
     "peak_mib": "peak resident memory of the decoder's process (on a GPU: of the device)",
     "score": "share of answers that end by themselves with the right number",
-    "simulated_tokens_per_forward": "null: the models decided; a number: so many positions were "
-    "accepted per forward whatever the model said, and scores mean nothing",
+    "simulated_tokens_per_forward": "accepted whatever the model said; null: the models decided",
     "exact": "share of answers that are the expected text to the letter, null without such a text",
     "ratio": "paired: of two measurements in the same run; median, lowest and highest run",
 }
@@ -150,7 +148,7 @@ def answers(runs: Sequence[Sequence[Batch]]) -> list[Answer]:
 def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> float:
     """Tokens of a run per second of `per` ("seconds" or "cpu_s")."""
     tokens = sum(getattr(answer, field) for answer in answers([run]))
-    return tokens / max(sum(getattr(batch, per) for batch in run), 1e-9)
+    return tokens / max(_total(run, per), 1e-9)
 
 
 def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
@@ -168,9 +166,7 @@ def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
         "computed_per_committed": rounded(sum(a.computed for a in every) / useful),
         "time_to_first_token_ms": percentiles(1e3 * a.first_s for a in every),
         "time_per_token_ms": percentiles(1e3 * a.last_s / a.useful for a in every),
-        "step_ms": spread(
-            1e3 * sum(b.seconds for b in run) / sum(b.steps for b in run) for run in runs
-        ),
+        "step_ms": spread(1e3 * _total(run, "seconds") / _total(run, "steps") for run in runs),
         "peak_mib": round(max(batch.peak_mib for run in runs for batch in run)),
         "score": rounded(sum(a.final for a in every) / len(every)),
         "exact": rounded(sum(a.exact for a in every) / len(every)) if has_text else None,
@@ -200,8 +196,12 @@ def paired_per_answer(
     return {"answers": spread(per_answer), "tokens": spread(per_token)}
 
 
+def _total(run: Sequence[Batch], field: str) -> float:
+    return sum(getattr(batch, field) for batch in run)
+
+
 def _seconds_per_answer(run: Sequence[Batch]) -> float:
-    return sum(batch.seconds for batch in run) / len(answers([run]))
+    return _total(run, "seconds") / len(answers([run]))
 
 
 def build(

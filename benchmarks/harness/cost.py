@@ -5,6 +5,7 @@ Pure functions. `floor` bounds a step from below by the bytes and operations tha
 at the bandwidth and speed measured on the machine; `Cost` is fitted to measured steps.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -58,10 +59,8 @@ class Cost:
     def relative_error(self, steps: "Sequence[StepCost]") -> dict[str, float]:
         """Of the measured steps: median and 90th percentile of |predicted / measured - 1|."""
         errors = [abs(self.ms(s.tokens, s.context, s.new) / s.ms - 1) for s in steps]
-        return {
-            "median": round(float(np.median(errors)), 4),
-            "p90": round(float(np.quantile(errors, 0.9)), 4),
-        }
+        median, p90 = (round(float(np.quantile(errors, q)), 4) for q in (0.5, 0.9))
+        return {"median": median, "p90": p90}
 
     def __str__(self) -> str:
         if self.points:
@@ -90,14 +89,12 @@ class Trace:
     @classmethod
     def mean(cls, traces: "Sequence[Trace]") -> "Trace":
         """Of many requests: totals divided by totals."""
-        forwards = sum(t.forwards for t in traces)
-        answer = sum(t.answer_tokens for t in traces)
-        return cls(
-            tokens_per_forward=answer / forwards,
-            window_tokens=sum(t.window_tokens * t.forwards for t in traces) / forwards,
-            answer_tokens=answer / len(traces),
-            prompt_tokens=sum(t.prompt_tokens for t in traces) / len(traces),
+        forwards, count = sum(t.forwards for t in traces), len(traces)
+        answer, prompt = (
+            sum(getattr(t, name) for t in traces) for name in ("answer_tokens", "prompt_tokens")
         )
+        window = sum(t.window_tokens * t.forwards for t in traces)
+        return cls(answer / forwards, window / forwards, answer / count, prompt / count)
 
     @property
     def forwards(self) -> float:
@@ -230,10 +227,9 @@ def crossing(d2f: Cost, d2f_trace: Trace, ar: Cost, ar_trace: Trace) -> int | No
     return None
 
 
-def falls_below_1(sizes: Sequence[float], ratios: Sequence[float]) -> float | None:
+def falls_below_1(ratios: Mapping[int, float]) -> float | None:
     """Where a ratio over batch sizes falls below 1, on straight lines between logarithms."""
-    pairs = list(zip(sizes, ratios, strict=True))
-    for (a, high), (b, low) in zip(pairs, pairs[1:], strict=False):
+    for (a, high), (b, low) in itertools.pairwise(ratios.items()):
         if high >= 1 > low:
             share = math.log(high) / (math.log(high) - math.log(low))
             return float(f"{a * (b / a) ** share:.4g}")

@@ -133,10 +133,7 @@ class Record:
     def identify(self, **identity: Any) -> None:
         """Say what the points depend on beside versions and machine, and read earlier points.
 
-        Without a call, that is every option.
-
-        Raises:
-            UsageError: the journal holds points of something else.
+        Without a call, that is every option. A journal of anything else is a UsageError.
         """
         if self._opened:
             return
@@ -210,11 +207,7 @@ class Record:
         self._deadline = 0.0
 
     def need_all(self) -> None:
-        """End here where points are left.
-
-        Raises:
-            TimeIsUp: `--minutes` are over.
-        """
+        """End here, with TimeIsUp, where points are left."""
         if self.late:
             raise TimeIsUp
 

@@ -72,11 +72,7 @@ class Worker:
         """Tokens per forward of a simulated acceptance, known once it is loaded."""
 
     def wait(self) -> None:
-        """Return when the decoder is loaded.
-
-        Raises:
-            WorkerError: it could not be.
-        """
+        """Return when the decoder is loaded; a WorkerError where it cannot be."""
         if not self._ready:
             if not self._pipe.poll(START_S):
                 raise WorkerError(f"a decoder was not loaded after {START_S:.0f} s")

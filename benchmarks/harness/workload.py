@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks ask, and how answers are graded."""
+"""What the benchmarks ask, and how answers are graded.
+
+What the command line names and is not there, or is something else, is a UsageError.
+"""
 
 import json
 import random
@@ -51,11 +54,7 @@ def grade(item: Item, text: str, ended: bool) -> Grade:
 
 
 def load_items(count: int, data: str | None, seed: int) -> list[Item]:
-    """`count` generated problems of the test split, or the first ones of a JSONL file.
-
-    Raises:
-        UsageError: no such file, a line that is no question, fewer lines than asked for.
-    """
+    """`count` generated problems of the test split, or the first ones of a JSONL file."""
     if data is None:
         try:
             from training.arithmetic import problems
@@ -94,12 +93,7 @@ def _rows(data: str, count: int) -> Iterator[Any]:
 
 
 def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
-    """Token ids of questions from a JSONL file, of generated problems, or, without a tokenizer,
-    at random.
-
-    Raises:
-        UsageError: no such file, or a line that is no question.
-    """
+    """Token ids of questions from a file or generated ones, without a tokenizer at random."""
     if data is None and not (Path(model) / "tokenizer.json").exists():
         from transformers import AutoConfig
 
@@ -119,11 +113,7 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
 
 
 def parse_options(option: str, text: str) -> dict[str, Any]:
-    """Engine arguments from a JSON object.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """Engine arguments from a JSON object."""
     try:
         if isinstance(options := json.loads(text), dict):
             return options
@@ -135,11 +125,7 @@ def parse_options(option: str, text: str) -> dict[str, Any]:
 
 
 def resolve_model(option: str, name: str) -> str:
-    """The folder or Hub id of a model; a folder that is not there is an error.
-
-    Raises:
-        UsageError: names the option and what it takes.
-    """
+    """The folder or Hub id of a model; a folder that is not there is an error."""
     from vllm_d2f.hub.names import UnknownModelError, resolve
 
     names = "an embedded name (d2f-tiny, ar-tiny, dream-tiny)"
@@ -155,11 +141,7 @@ def resolve_model(option: str, name: str) -> str:
 
 
 def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
-    """The folder of a D2F model, its config, and its own settings.
-
-    Raises:
-        UsageError: it is not there, or is no D2F model.
-    """
+    """The folder of a D2F model, its config, and its own settings."""
     from transformers import AutoConfig
 
     from vllm_d2f import register
@@ -179,11 +161,7 @@ def simulated(hf_config: Any) -> float | None:
 
 
 def refuse_simulated(option: str, hf_config: Any, measures: str) -> None:
-    """For benchmarks whose result is a score.
-
-    Raises:
-        UsageError: acceptance is simulated, so there is none.
-    """
+    """Refuse a model without a score, for benchmarks whose result is one."""
     if simulated(hf_config) is not None:
         raise UsageError(
             f"{option}: its config simulates acceptance (d2f.simulate_tokens_per_forward), and "

@@ -143,9 +143,6 @@ def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset:
 
     Returns:
         The number of files.
-
-    Raises:
-        BundleError: two files of one name.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -178,11 +175,7 @@ def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset:
 
 
 def download(wheels: Path, root: Path, python: str) -> list[Path]:
-    """The wheels of the host's packages and of this one, from pip's index unless they are here.
-
-    Raises:
-        BundleError: pip finds one of them not.
-    """
+    """The wheels of the host's packages and of this one, from pip's index unless they are here."""
     wheels.mkdir(parents=True, exist_ok=True)
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     abis = (f"cp{python.replace('.', '')}", "abi3", "none")

@@ -20,9 +20,16 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     ),
     "math": (
         "EleutherAI/hendrycks_math",
-        (
-            *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
-            *("number_theory", "prealgebra", "precalculus"),
+        tuple(
+            [
+                "algebra",
+                "counting_and_probability",
+                "geometry",
+                "intermediate_algebra",
+                "number_theory",
+                "prealgebra",
+                "precalculus",
+            ]
         ),
         {"test": ("math_test.jsonl", "test.jsonl", "test/*/*.json")},
     ),
@@ -42,15 +49,11 @@ MBPP_TEST = range(11, 511)
 
 
 class DataMissing(Exception):
-    """No such folder or file, and what to pass instead."""
+    """No such folder or file; names what was looked for, and what to pass instead."""
 
 
 def load(name: str, data: str | None = None, splits: Sequence[str] = ("test",), **_: Any) -> dict:
-    """The splits of a task as data sets.
-
-    Raises:
-        DataMissing: names the files that were looked for.
-    """
+    """The splits of a task as data sets."""
     from datasets import Dataset
 
     if name == "arithmetic":
@@ -61,11 +64,7 @@ def load(name: str, data: str | None = None, splits: Sequence[str] = ("test",), 
 
 
 def read(name: str, folder: Path, split: str) -> list[dict[str, Any]]:
-    """One split's questions from a local folder.
-
-    Raises:
-        DataMissing: names the files that were looked for.
-    """
+    """One split's questions from a local folder."""
     files = SOURCES[name][2][split]
     if not folder.is_dir():
         raise DataMissing(f"--data {folder}: no such folder; pass one with {' or '.join(files)}")

@@ -48,11 +48,7 @@ def run_program(
     wall_seconds: float = WALL_SECONDS,
     memory: int = MEMORY,
 ) -> Outcome:
-    """Run a program in the sandbox.
-
-    Raises:
-        SandboxError: this machine cannot confine it; it was not run.
-    """
+    """Run a program in the sandbox; a SandboxError where this machine cannot confine it."""
     # A program that merely exits has not passed: only its end is followed by this word.
     word = secrets.token_hex(16)
     reader, writer = os.pipe()
@@ -95,11 +91,7 @@ def run_program(
 
 
 def check() -> None:
-    """Fail early, before hours of generation, where programs could not be run.
-
-    Raises:
-        SandboxError: not allowed, or this machine cannot confine them.
-    """
+    """Fail early, before hours of generation, where programs could not be run."""
     if os.environ.get(ALLOW) != "1":
         raise SandboxError(
             "this task runs programs that the model wrote. They are confined, but run only if you "
@@ -146,11 +138,7 @@ DISK = 1 << 20
 
 
 def call(name: str, *args: object) -> None:
-    """Call the C library.
-
-    Raises:
-        OSError: it failed.
-    """
+    """Call the C library; an OSError where that fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*args) != 0:
         number = ctypes.get_errno()

@@ -229,9 +229,9 @@ def test_the_cost_model_is_found_again(tmp_path, capsys):
 
 
 def test_crossing_lies_between_the_sizes_around_it():
-    assert falls_below_1([1, 2, 4], [2.0, 2.0, 0.5]) == pytest.approx(8**0.5, rel=1e-3)
-    assert falls_below_1([1, 2], [1.2, 1.1]) is None
-    assert falls_below_1([1, 2], [0.5, 0.4]) is None
+    assert falls_below_1({1: 2.0, 2: 2.0, 4: 0.5}) == pytest.approx(8**0.5, rel=1e-3)
+    assert falls_below_1({1: 1.2, 2: 1.1}) is None
+    assert falls_below_1({1: 0.5, 2: 0.4}) is None
 
 
 def test_without_enough_points_it_says_what_to_run(tmp_path, capsys):
