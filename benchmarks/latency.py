@@ -131,27 +131,20 @@ def decoder(
     for size, runs in speeds.items():
         range_ = spread(runs)
         predicted = cost.predict_batch(fitted, traces, size, budget)
-        checks.append(
-            {
-                "batch_size": size,
-                "predicted": float(f"{predicted:.5g}"),
-                "measured": range_["median"],
-                "measured_range": range_,
-                "measured_runs": [float(f"{s:.5g}") for s in runs],
-                "error": round(predicted / range_["median"] - 1, 4),
-            }
-        )
+        checks.append({
+            "batch_size": size, "predicted": float(f"{predicted:.5g}"),
+            "measured": range_["median"], "measured_range": range_,
+            "measured_runs": [float(f"{s:.5g}") for s in runs],
+            "error": round(predicted / range_["median"] - 1, 4),
+        })  # fmt: skip
     names = ("requests", "new", "tokens", "context")
+    some = steps[:: max(1, len(steps) // MOST_STEPS)]
     return {
-        "cost": asdict(fitted),
-        "fit_error": fitted.relative_error(steps),
-        "trace": Trace.mean(traces).as_dict(),
-        "checks": checks,
-        "steps": [
-            {name: getattr(s, name) for name in names} | {"ms": round(s.ms, 3)}
-            for s in steps[:: max(1, len(steps) // MOST_STEPS)]
-        ],
-    }
+        "cost": asdict(fitted), "fit_error": fitted.relative_error(steps),
+        "trace": Trace.mean(traces).as_dict(), "checks": checks,
+        "steps": [{name: getattr(s, name) for name in names} | {"ms": round(s.ms, 3)}
+                  for s in some],
+    }  # fmt: skip
 
 
 def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
@@ -201,22 +194,16 @@ def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
             for size, speed in speeds[kind].items()
         ]
     errors = [abs(check["error"]) for one in decoders.values() for check in one["checks"]]
+    error = {"mean": sum(errors) / len(errors), "worst": max(errors)}
+    ratios = {str(size): round(speeds["d2f"][size] / speeds["ar"][size], 3) for size in SIZES}
     return {
-        "benchmark": "latency",
-        "predicted_speedup": {
-            str(size): round(speeds["d2f"][size] / speeds["ar"][size], 3) for size in SIZES
-        },
+        "benchmark": "latency", "predicted_speedup": ratios,
         "ar_overtakes_at_batch": cost.crossing(*given["d2f"], *given["ar"]),
         **_checked_crossing(decoders),
-        "prediction_error": {
-            "mean": round(sum(errors) / len(errors), 3),
-            "worst": round(max(errors), 3),
-        },
+        "prediction_error": {name: round(value, 3) for name, value in error.items()},
         "simulated_tokens_per_forward": decoders["d2f"].get("simulated_tokens_per_forward"),
-        "clock": clock,
-        "units": UNITS,
-        "decoders": decoders,
-    }
+        "clock": clock, "units": UNITS, "decoders": decoders,
+    }  # fmt: skip
 
 
 def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

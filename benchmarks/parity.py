@@ -260,15 +260,11 @@ def parity(run: Record) -> int:
         got = engine_answers(llm, cases, way, args.seed)
         wrong = list(differences(cases, expected, got))
         return {
-            "equal": len(cases) - len(wrong),
-            "of": len(cases),
-            "ties": sum(item["tie"] for item in wrong),
-            "equal_tokens": equal_tokens(expected, got),
-            "score": score(got),
-            "seconds": round(time.perf_counter() - began, 2),
-            "preemptions": preemptions(llm),
-            "differences": wrong[:20],
-        }
+            "equal": len(cases) - len(wrong), "of": len(cases),
+            "ties": sum(item["tie"] for item in wrong), "score": score(got),
+            "equal_tokens": equal_tokens(expected, got), "preemptions": preemptions(llm),
+            "seconds": round(time.perf_counter() - began, 2), "differences": wrong[:20],
+        }  # fmt: skip
 
     for options, ways in engines(args.ways, cases, max_model_len):
         if all(run.settled(way) for way in ways):
@@ -288,16 +284,12 @@ def parity(run: Record) -> int:
     rate = sum(len(a.tokens) for a in answers) / sum(a.forwards for a in answers)
     on = run.environment["hardware"].get("gpu", "CPU")
     report = run.report(
-        model=Path(args.model).name,
-        prompts=len(prompts),
-        settings=len(settings),
+        model=Path(args.model).name, prompts=len(prompts), settings=len(settings),
         answers_with_a_tie=sum(e.margin < TIE for e in expected),
-        tokens_per_forward=round(rate, 3),
-        reference_seconds=round(reference_s, 1),
-        reference_score=score(answers),
-        ways={way: run.points[way] for way in args.ways},
+        tokens_per_forward=round(rate, 3), reference_seconds=round(reference_s, 1),
+        reference_score=score(answers), ways={way: run.points[way] for way in args.ways},
         machine=f"{platform.machine()}, {platform.system()}, {on}, {args.dtype}",
-    )
+    )  # fmt: skip
     run.write(report)
     return int(any(not holds(report, row) for row in report["ways"].values()))
 

@@ -110,15 +110,11 @@ def ask(
     engine.sampling = greedy(engine.sampling.max_tokens, params)
     batches = engine.measure(items, batch)
     answers = [answer for one in batches for answer in one.answers]
+    sums = ("exact", "final", "useful", "forwards")
     return {
-        "params": asdict(params),
-        "repeat": repeat,
-        "problems": len(answers),
-        "exact": sum(a.exact for a in answers),
-        "final": sum(a.final for a in answers),
+        **{"params": asdict(params), "repeat": repeat, "problems": len(answers)},
+        **{name: sum(getattr(answer, name) for answer in answers) for name in sums},
         "wrong": [a.item for a in answers if not a.exact],
-        "useful": sum(a.useful for a in answers),
-        "forwards": sum(a.forwards for a in answers),
         "seconds": round(sum(one.seconds for one in batches), 4),
         "cpu_seconds": round(sum(one.cpu_s for one in batches), 4),
     }

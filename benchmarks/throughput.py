@@ -232,17 +232,13 @@ def build(
     return {
         "benchmark": "throughput",
         "speedup_vs_ar_batch1": next(
-            (row["ratio"]["median"] for row in against_ar if row["batch_size"] == 1), None
-        ),
+            (row["ratio"]["median"] for row in against_ar if row["batch_size"] == 1), None),
         **{f"score_{kind}": p["score"] for kind, p in largest.items()},
         **{f"exact_{kind}": p["exact"] for kind, p in largest.items()},
         "score_problems": {kind: p["problems"] for kind, p in largest.items()},
-        "score_vanilla": scores,
-        "simulated_tokens_per_forward": simulated,
+        "score_vanilla": scores, "simulated_tokens_per_forward": simulated,
         "models": {kind: f"{name} ({NOTE[kind]})" for kind, name in names.items()},
-        "max_tokens": max_tokens,
-        "units": UNITS,
-        "d2f_vs_ar": against_ar,
+        "max_tokens": max_tokens, "units": UNITS, "d2f_vs_ar": against_ar,
         "d2f_vs_vanilla": [
             {"setting": key.mode, "score_vanilla": scores[key.mode],
              "ratio": paired_per_answer(runs[d2f], done)}

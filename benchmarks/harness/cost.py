@@ -74,15 +74,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a request asks of the engine, whatever else is in the batch.
+    """What a request asks of the engine, whatever else is in the batch."""
 
-    Attributes:
-        tokens_per_forward: useful tokens per forward; 1 for an autoregressive model.
-        window_tokens: tokens it puts into a forward, beside its prompt; 1 for such a model.
-    """
-
-    tokens_per_forward: float
-    window_tokens: float
+    tokens_per_forward: float  # useful ones; 1 for an autoregressive model
+    window_tokens: float  # what it puts into a forward, beside its prompt; 1 for such a model
     answer_tokens: float
     prompt_tokens: float
 

@@ -8,7 +8,7 @@ come out of it. vLLM's own statistics stay off, as they would be paid per step.
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,48 +77,30 @@ def shut_down(llm: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one request gave and cost.
-
-    Attributes:
-        useful: tokens up to the end token, it included.
-        raw: decoded tokens, those behind the end token too.
-        forwards: forwards the request took part in.
-        computed: tokens run through the model after the prompt, all forwards together.
-        first_s: from handing in the batch to the request's first tokens.
-        last_s: the same to its last ones.
-    """
+    """What one request gave and cost."""
 
     item: int
     final: bool
     exact: bool
-    useful: int
-    raw: int
-    forwards: int
-    computed: int
+    useful: int  # tokens up to the end token, it included
+    raw: int  # decoded tokens, those behind the end token too
+    forwards: int  # those the request took part in
+    computed: int  # tokens run through the model after the prompt, all forwards together
     prompt: int
-    first_s: float
-    last_s: float
+    first_s: float  # from handing in the batch to the request's first tokens
+    last_s: float  # the same to its last ones
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """One engine step.
-
-    Attributes:
-        requests: in the step.
-        new: of them, those that enter with their prompt.
-        tokens: in the step, prompts included.
-        context: cached tokens that the others attend to.
-        ms: wall time since the step before, everything that happened between included.
-        cpu_ms: the same, CPU time of this process.
-    """
+    """One engine step."""
 
     requests: int
-    new: int
-    tokens: int
-    context: int
-    ms: float
-    cpu_ms: float = 0.0
+    new: int  # of them, those that enter with their prompt
+    tokens: int  # prompts included
+    context: int  # cached tokens that the others attend to
+    ms: float  # wall time since the step before, everything that happened between included
+    cpu_ms: float = 0.0  # the same, CPU time of this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +212,8 @@ class Engine:
         cpu = time.process_time()
         outputs = self.llm.generate([i.question for i in items], self.sampling, use_tqdm=False)
         seconds, cpu_s = self.clock.stop(), time.process_time() - cpu
-        # Requests enter and are numbered in the order of the prompts.
-        ids = sorted(self.clock.last, key=_number)
+        # vLLM numbers the requests of a call; a suffix makes an id unique.
+        ids = sorted(self.clock.last, key=lambda name: int(name.split("-")[0]))
         answers = tuple(
             self._answer(item, offset + at, output, self.clock.first[key], self.clock.last[key])
             for at, (item, output, key) in enumerate(zip(items, outputs, ids, strict=True))
@@ -254,35 +236,24 @@ class Engine:
         )  # fmt: skip
 
 
-def _number(request_id: str) -> int:
-    """vLLM numbers the requests of `LLM.generate`; a suffix makes the id unique."""
-    return int(request_id.split("-")[0])
-
-
 def reset_peak() -> None:
     """Let the peak of this process's memory start over, where the kernel offers it."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def peak_mib() -> float:
     """Peak resident memory since `reset_peak`, or of the device where there is one."""
-    import resource
-
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 # Dummy weights: what a step costs, whatever is decoded.
@@ -295,17 +266,11 @@ one position per forward, whatever is simulated."""
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine is started for.
+    """What an engine is started for."""
 
-    Attributes:
-        requests: most of them at once.
-        step_tokens: most tokens of a step.
-        length: longest request, prompt and answer.
-    """
-
-    requests: int = 256
+    requests: int = 256  # at once
     step_tokens: int = 256 * 4 * BLOCK
-    length: int = 3072
+    length: int = 3072  # of a request, prompt and answer
 
 
 SMALL = Limits(requests=8, step_tokens=8 * 4 * BLOCK, length=512)

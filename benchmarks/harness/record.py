@@ -102,14 +102,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Record:
-    """The points of one experiment.
-
-    Attributes:
-        points: values by key.
-        skipped, failed: reasons by key.
-        late: `--minutes` are over and points are left.
-        spoiled: a point failed; no further one is measured in this process.
-    """
+    """The points of one experiment."""
 
     def __init__(
         self, args: argparse.Namespace, markdown: Tables, figures: Mapping[str, Drawing]
@@ -117,9 +110,10 @@ class Record:
         self.args, self.markdown, self.figures = args, markdown, figures
         self.environment = environment(args.seed, args.argv, f"benchmarks.{args.experiment}")
         self.points: dict[str, Any] = {}
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # reasons by key, as are these:
         self.failed: dict[str, str] = {}
-        self.late = self.spoiled = False
+        self.late = False  # `--minutes` are over and points are left
+        self.spoiled = False  # a point failed; no further one is measured in this process
         self.keep_journal = False
         self.path = Path(args.json) if args.json else None
         self._deadline = time.monotonic() + 60 * (args.minutes or float("inf"))
@@ -372,8 +366,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in pairs}
+    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
     name, model = fields.get("model name", "unknown"), fields.get("model", "")
     return f"{name} (family {fields.get('cpu family', '?')}, model {model})" if model else name
 

@@ -63,15 +63,11 @@ def launch(model: str, options: Sequence[str], timeout: float) -> Iterator[Launc
     url = f"http://127.0.0.1:{port}"
     command = [str(VLLM), "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
+        # A group of its own: Ctrl-C ends this benchmark, and this benchmark ends the server.
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-            # A group of its own: Ctrl-C ends this benchmark, and this benchmark ends the server.
-            start_new_session=True,
-        )
+            command, env=_environment(), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         server = Launched(url, process, log)
         try:
             # A benchmark that is told to end (by `timeout`, say) ends its server too.
@@ -119,14 +115,9 @@ def _stop(process: subprocess.Popen) -> None:
 def run_command(command: Sequence[str], timeout: float) -> str:
     """Run to the end and return the output; a failure shows how it ended."""
     done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=_environment(),
-        timeout=timeout,
-    )
+        command, env=_environment(), timeout=timeout, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     if done.returncode:
         shown = " ".join(["vllm", *command[1:4]])
         raise subprocess.SubprocessError(f"{shown} failed. It ends:\n{done.stdout[-3000:]}")

@@ -27,19 +27,12 @@ START_S = 900.0
 
 @dataclass(frozen=True)
 class Decoder:
-    """A row of an experiment's table of decoders.
-
-    Attributes:
-        name: by which the experiment knows it.
-        model: folder or Hub id.
-        mode: "eager" or "compiled" (vLLM's default); "vanilla": the teacher in plain transformers.
-        options: more arguments of vLLM's engine.
-    """
+    """A row of an experiment's table of decoders."""
 
     name: str
-    model: str
-    mode: str = "compiled"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str  # folder or Hub id
+    mode: str = "compiled"  # or "eager", of vLLM; "vanilla": the teacher in plain transformers
+    options: Mapping[str, Any] = field(default_factory=dict)  # more arguments of vLLM's engine
 
 
 class WorkerError(Failure):

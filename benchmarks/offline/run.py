@@ -35,18 +35,12 @@ FRUITLESS = 2
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An experiment with its options.
+    """An experiment with its options."""
 
-    Attributes:
-        name: of its result, OUT/NAME.json.
-        command: module and options on a GPU; `rehearsal`: what is added to them on a CPU.
-        seconds: most that one of its processes may take.
-    """
-
-    name: str
-    command: str
-    seconds: float
-    rehearsal: str = "--rehearse"
+    name: str  # of its result, OUT/NAME.json
+    command: str  # module and options on a GPU
+    seconds: float  # most that one of its processes may take
+    rehearsal: str = "--rehearse"  # what is added on a CPU
 
 
 CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"

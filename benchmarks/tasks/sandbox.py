@@ -182,16 +182,10 @@ def shut_in(folder: str) -> None:
 
 
 def limit(cpu_seconds: int, memory: int) -> None:
-    for kind, value in (
-        (resource.RLIMIT_CPU, cpu_seconds),
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, DISK),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-        # Processes are counted per user: no further one, however many there are.
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(kind, (value, value))
+    # Processes are counted per user: no further one, however many there are.
+    limits = dict(CPU=cpu_seconds, AS=memory, FSIZE=DISK, NOFILE=64, CORE=0, NPROC=0)
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def child() -> None:
