@@ -158,15 +158,11 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         found = lm_eval.simple_evaluate(
-            **call,
-            tasks=[name],
+            **call, tasks=[name], limit=args.limit, bootstrap_iters=0,
             task_manager=TaskManager(include_defaults=False, **where),
-            limit=args.limit,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
+            apply_chat_template=chat, fewshot_as_multiturn=chat,
             confirm_run_unsafe_code=args.allow_code_execution,
-            bootstrap_iters=0,
-        )
+        )  # fmt: skip
     except Exception as error:
         # lm-eval loads the task files as modules of its own, so the class is another one there.
         if type(error).__name__ in (DataMissing.__name__, "SandboxError"):

@@ -26,12 +26,9 @@ from benchmarks.harness.record import Record, Skip
 
 VOCABULARIES = {"dream": 152064, "llada": 126464}
 RULES: dict[str, dict[str, float]] = {
-    "greedy": {},
-    "temperature": {},
-    "top_k": {"top_k_R": 50},
-    "top_p": {"top_p_R": 0.9},
-    "min_p": {"min_p_R": 0.05},
-}
+    "greedy": {}, "temperature": {},
+    "top_k": {"top_k_R": 50}, "top_p": {"top_p_R": 0.9}, "min_p": {"min_p_R": 0.05},
+}  # fmt: skip
 
 
 def found(device: torch.device) -> dict[str, Any]:

@@ -159,11 +159,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         "",
         *record.table(
             ("requests", "added CPU ms", "limit", "added wall ms", *parts),
-            (
-                (r["requests"], r["added_cpu_ms"], r["limit_ms"] or "", r["added_wall_ms"],
-                 *(r["cpu_ms"][part] for part in parts))
-                for r in report["rows"]
-            ),
+            ((r["requests"], r["added_cpu_ms"], r["limit_ms"] or "", r["added_wall_ms"],
+              *(r["cpu_ms"][part] for part in parts)) for r in report["rows"]),
         ),
     ]  # fmt: skip
 

@@ -73,7 +73,7 @@ def bench_serve(
     tokenizer: str,
     data: Path,
     rate: float,
-    run: int = 0,
+    run: int,
 ) -> dict[str, Any]:
     """One run of `vllm bench serve`: the JSON that it writes. Each run has arrivals of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def bench_serve(
             *("--dataset-name", "custom", "--dataset-path", str(data), "--skip-chat-template"),
             *("--custom-output-len", str(args.max_tokens), "--disable-shuffle"),
             *("--num-prompts", str(args.prompts), "--request-rate", str(rate), "--burstiness", "1"),
-            *("--seed", str(args.seed + run), "--temperature", "0", "--disable-tqdm"),
+            *("--seed", str(args.seed + n), "--temperature", "0", "--disable-tqdm"),
             *("--percentile-metrics", ",".join(LATENCIES)),
             *("--metric-percentiles", ",".join(PERCENTILES)),
             *("--save-result", "--save-detailed"),
@@ -149,7 +149,7 @@ def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dic
         grade(item, text, 0 < length < max_tokens)
         for item, text, length in zip(items, texts, lengths, strict=True)
     ]
-    point: dict[str, Any] = {
+    return {
         "completed": found["completed"],
         "failed": found.get("failed", len(items) - found["completed"]),
         "duration_s": round(found["duration"], 3),
@@ -157,10 +157,9 @@ def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dic
         "tokens_per_s": round(found["output_throughput"], 2),
         "most_at_once": found.get("max_concurrent_requests"),
         "score": _score(grades),
-    }
-    for theirs, ours in LATENCIES.items():
-        point[ours] = {f"p{p}": round(found[f"p{p}_{theirs}_ms"], 2) for p in PERCENTILES}
-    return point
+        **{ours: {f"p{p}": round(found[f"p{p}_{theirs}_ms"], 2) for p in PERCENTILES}
+           for theirs, ours in LATENCIES.items()},
+    }  # fmt: skip
 
 
 def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -366,7 +365,7 @@ def summary(sent: Sequence[float], pieces: Sequence[Pieces]) -> dict[str, float]
 
 def keep_running(
     llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at_once: int
-) -> Any:
+) -> tuple[list[Timeline], list[float]]:
     """Keep `at_once` requests in the engine; the timelines and the ends of all forwards."""
     engine, waiting = llm.llm_engine, deque(enumerate(prompts))
     lines: dict[str, Timeline] = {}
@@ -412,13 +411,10 @@ def streaming(run: Record) -> None:
     shut_down(llm)
     run.need_all()
     report = run.report(
-        units=STREAMED_UNITS,
-        model=Path(args.models[0]).name,
-        block_size=block_size,
-        prompts=len(prompts),
-        at_once={str(n): ways for n, ways in found.items()},
+        units=STREAMED_UNITS, model=Path(args.models[0]).name, block_size=block_size,
+        prompts=len(prompts), at_once={str(n): ways for n, ways in found.items()},
         machine=f"{record.platform.machine()}, {record.platform.system()}, CPU, float32",
-    )
+    )  # fmt: skip
     run.write(report)
 
 

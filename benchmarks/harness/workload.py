@@ -29,10 +29,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """`final`: ended by itself with the right number. `exact`: is the expected text."""
-
-    final: bool
-    exact: bool
+    final: bool  # ended by itself with the right number
+    exact: bool  # is the expected text
 
 
 def final_number(text: str) -> float | None:

@@ -56,21 +56,14 @@ DROPPED = {
 """By package; `*` matches across folders."""
 
 LIBRARIES = {
-    "_C_stable_libtorch.abi3.so",
-    "cumem_allocator.abi3.so",
-    "spinloop.abi3.so",
-    "fs_io_C.abi3.so",
-    "_vllm_fa3_C.abi3.so",
+    f"{name}.abi3.so"
+    for name in ["_C_stable_libtorch", "cumem_allocator", "spinloop", "fs_io_C", "_vllm_fa3_C"]
 }
 """Compiled parts of vLLM that stay; the others serve MoE models and other devices."""
 
 DATA = (
-    "include/*",
-    "cutlass/include/*",
-    "cutlass/tools/util/include/*",
-    "cccl/*",
-    "spdlog/include/*",
-    "csrc/xqa/*",
+    *("include/*", "cutlass/include/*", "cutlass/tools/util/include/*", "cccl/*"),
+    *("spdlog/include/*", "csrc/xqa/*"),
 )
 """Of `flashinfer/data`, beside the sources at the top of `csrc`."""
 

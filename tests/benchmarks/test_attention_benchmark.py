@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import attention
-from benchmarks.attention_problem import VARIANTS, Case, Layer, Problem, Unavailable
+from benchmarks.attention import VARIANTS, Case, Layer, Problem, Unavailable
 
 CPU = torch.device("cpu")
 LAYER = Layer(4, 2, 32)
