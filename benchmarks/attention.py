@@ -249,11 +249,7 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def sdpa(problem: Problem, paged: bool = False) -> Run:
-    """PyTorch's fused attention with a dense mask.
-
-    Args:
-        paged: keys are gathered from a paged cache first, in every layer; else they lie together.
-    """
+    """PyTorch's fused attention with a dense mask; with `paged` on keys that it gathers first."""
     mask_WL = problem.mask_WL()
     query_RWHD = problem.query_THD.unflatten(0, (problem.case.requests, problem.case.window))
     query_RHWD = query_RWHD.transpose(1, 2)
@@ -274,11 +270,8 @@ def sdpa(problem: Problem, paged: bool = False) -> Run:
     return run
 
 
-VARIANTS: dict[str, Callable[[Problem], Run]] = {
-    "virtual": virtual,
-    "sdpa": sdpa,
-    "sdpa_paged": partial(sdpa, paged=True),
-}
+VARIANTS: dict[str, Callable[[Problem], Run]] = {"virtual": virtual, "sdpa": sdpa}
+VARIANTS["sdpa_paged"] = partial(sdpa, paged=True)
 """The one interface of all variants: set up for a problem, get what a layer runs."""
 
 

@@ -13,7 +13,6 @@ In this process with vLLM (`lm_eval --model vllm`), or against a running `vllm s
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -33,7 +32,6 @@ FOLDER = Path(__file__).with_name("tasks")
 PROMPT_ROOM = {"arithmetic": 192, "gsm8k": 1800, "math": 2048, "humaneval": 1024, "mbpp": 1800}
 UNITS = {
     "score": "fraction of problems, by lm-eval's metric of that name",
-    "seconds": "wall time",
     "prompts_cut": "prompts without their beginning, as the model has too few positions",
 }
 
@@ -56,8 +54,8 @@ def d2f_section(task: str, preset: str | None) -> dict[str, Any]:
     """The preset with a window for the whole answer, as the paper decodes; {} without one."""
     if preset is None:
         return {}
-    size = PRESETS[preset]["block_size"]
-    return {**PRESETS[preset], "max_blocks": math.ceil(max_tokens(task, preset) / size)}
+    section = PRESETS[preset]
+    return section | {"max_blocks": -(-max_tokens(task, preset) // section["block_size"])}
 
 
 def model_call(args: argparse.Namespace) -> dict[str, Any]:

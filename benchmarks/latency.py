@@ -84,8 +84,7 @@ def measured(run: Record) -> dict[str, dict[str, Any]]:
 
     with workers(table, max(args.batch_sizes), args.max_tokens) as decoders:
         for worker in decoders.values():
-            for size in args.batch_sizes:
-                worker.measure(known[: max(size, 2)], size)
+            worker.warm_up(known, args.batch_sizes)
         for number in range(args.runs):
             for size in args.batch_sizes:
                 run.point(f"run {number}, batch {size}", partial(one, size))
@@ -120,12 +119,7 @@ def decoder(
     budget: int,
     knots: bool = False,
 ) -> dict[str, Any]:
-    """The fit of one decoder and its check.
-
-    Args:
-        speeds: measured tokens per second of each run, by batch size.
-        budget: most tokens of a step.
-    """
+    """The fit of one decoder and its check against `speeds`, tokens per second by batch size."""
     fitted = cost.fit(steps, knots)
     checks = []
     for size, runs in speeds.items():

@@ -31,10 +31,9 @@ LIMIT_MS = {1: 1.5, 64: 3.0}
 MOST_STEPS = 26
 """So long all windows stay fully open."""
 UNITS = {
-    "added_cpu_ms": "milliseconds of CPU time a step that vllm-d2f adds, median of the steps",
+    "added_cpu_ms": "milliseconds of CPU time a step that vllm-d2f adds, median; limit_ms: at most",
     "added_wall_ms": "the same of wall time",
     "cpu_ms": "milliseconds of CPU time a step by part; logits and model are not counted as added",
-    "limit_ms": "what added_cpu_ms must not exceed, null: no limit set",
 }
 
 

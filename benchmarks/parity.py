@@ -38,11 +38,10 @@ from vllm_d2f.reference import Forward, decode, hf_forward
 
 WAYS = ("batch", "single", "arrivals", "preempt", "again")
 
+TAUS = ((0.1, 0.95, 0.9), (0.7, 0.95, 0.6), (0.9, 0.5, 0.3))
 GRID = [
     D2FParams(block_size, max_blocks, *taus)
-    for block_size, max_blocks, taus in itertools.product(
-        (4, 8, 16, 32), (1, 2, 4, 8), ((0.1, 0.95, 0.9), (0.7, 0.95, 0.6), (0.9, 0.5, 0.3))
-    )
+    for block_size, max_blocks, taus in itertools.product((4, 8, 16, 32), (1, 2, 4, 8), TAUS)
 ]
 """Block sizes, window widths and three threshold settings (tau_add, tau_act, tau_conf)."""
 

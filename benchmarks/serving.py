@@ -67,23 +67,17 @@ LATENCIES = {"ttft": "first_token_ms", "tpot": "per_token_ms", "e2el": "request_
 
 
 def bench_serve(
-    args: argparse.Namespace,
-    url: str,
-    model: str,
-    tokenizer: str,
-    data: Path,
-    rate: float,
-    run: int,
+    args: argparse.Namespace, url: str, model: str, tokenizer: str, data: str, rate: float, run: int
 ) -> dict[str, Any]:
     """One run of `vllm bench serve`: the JSON that it writes. Each run has arrivals of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(str(server.VLLM), "bench", "serve", "--backend", "openai", "--base-url", url),
             *("--endpoint", "/v1/completions", "--model", model, "--tokenizer", tokenizer),
-            *("--dataset-name", "custom", "--dataset-path", str(data), "--skip-chat-template"),
+            *("--dataset-name", "custom", "--dataset-path", data, "--skip-chat-template"),
             *("--custom-output-len", str(args.max_tokens), "--disable-shuffle"),
             *("--num-prompts", str(args.prompts), "--request-rate", str(rate), "--burstiness", "1"),
-            *("--seed", str(args.seed + n), "--temperature", "0", "--disable-tqdm"),
+            *("--seed", str(args.seed + run), "--temperature", "0", "--disable-tqdm"),
             *("--percentile-metrics", ",".join(LATENCIES)),
             *("--metric-percentiles", ",".join(PERCENTILES)),
             *("--save-result", "--save-detailed"),
@@ -117,7 +111,7 @@ def measure_model(args: argparse.Namespace, model: str, items: Sequence[Item]) -
             for rate in args.rates:
                 before = server.parse_counters(server.metrics(url))
                 found = [
-                    bench_serve(args, url, model, tokenizer, data, rate, run)
+                    bench_serve(args, url, model, tokenizer, str(data), rate, run)
                     for run in range(args.runs)
                 ]
                 runs = [_point(one, items, args.max_tokens) for one in found]

@@ -31,7 +31,7 @@ from benchmarks.harness import engine as engines
 from benchmarks.harness import record, shapes, timing
 from benchmarks.harness.cost import step_floor_ms
 from benchmarks.harness.engine import BLOCK, SMALL, DummyEngine, Limits, shut_down
-from benchmarks.harness.record import Record, Skip
+from benchmarks.harness.record import Record
 
 RATE = 2.9
 """Tokens per forward of the published 7B model."""
@@ -74,12 +74,6 @@ def start(engine: DummyEngine, shape: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fit_in(engine: DummyEngine, requests: int, length: int, width: int) -> None:
-    """Skip a point whose requests cannot all be in one step."""
-    if reason := engine.unfit(requests, length, requests * width):
-        raise Skip(reason)
-
-
 def width_of(engine: DummyEngine, blocks: int = 4) -> int:
     """Tokens of a request in a step."""
     return blocks * BLOCK if engine.diffusion else 1
@@ -89,7 +83,7 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
     """The time of a step in which every window is full."""
     width = width_of(engine, blocks)
     answer = width + LASTING
-    fit_in(engine, requests, context + answer, width)
+    engine.fit(requests, context + answer, width)
     engine.simulate(1.0)
     clock = engine.clock
     full: list[float] = []
@@ -138,7 +132,7 @@ def speed(
     """Tokens per second of a batch from its first prompt to its last token."""
     from vllm_d2f.metrics import denoising_forwards
 
-    fit_in(engine, requests, prompt + answer, width_of(engine))
+    engine.fit(requests, prompt + answer, width_of(engine))
     engine.simulate(rate)
     prompts, seconds = engine.prompts(requests, prompt), []
     engines.reset_peak()
@@ -183,7 +177,7 @@ def profile(engine: DummyEngine, requests: int, context: int) -> dict[str, Any]:
     from torch.profiler import profile as trace
 
     width = width_of(engine)
-    fit_in(engine, requests, context + width + LASTING, width)
+    engine.fit(requests, context + width + LASTING, width)
     engine.simulate(1.0)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with engine.running(requests, context, 4, width + LASTING) as run:

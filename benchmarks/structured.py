@@ -85,11 +85,9 @@ def measure(llm: Any, asked: Sequence[tuple[str, str, int]], temperature: float)
                 temperature=temperature,
                 seed=seed if temperature else None,
                 max_tokens=MAX_TOKENS,
-                structured_outputs=(
-                    StructuredOutputsParams(json=SCHEMAS[name]) if constrained else None
-                ),
+                structured_outputs=StructuredOutputsParams(json=json) if constrained else None,
             )
-            for name, _, seed in asked
+            for json, seed in ((SCHEMAS[name], seed) for name, _, seed in asked)
         ]
         outputs = llm.generate([prompt for _, prompt, _ in asked], params, use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]

@@ -129,11 +129,7 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 
 def sign_test(worse: set[int], better: set[int]) -> float:
-    """How likely chance alone makes two points differ so much on the same problems.
-
-    Args:
-        worse, better: the problems each got wrong.
-    """
+    """How likely chance alone makes two points differ so much, by the problems each got wrong."""
     only_worse, only_better = len(worse - better), len(better - worse)
     total, least = only_worse + only_better, min(only_worse, only_better)
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
@@ -211,10 +207,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         return all(row[name] == base[name] for name in NAMES if name not in free)
 
     def cell(row: Mapping[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        speeds = f"{row['tokens_per_forward']:.2f} / {row['tokens_per_s']:.0f}"
-        return f"{speeds} / {100 * row['exact']:.1f}"
+        form = "{tokens_per_forward:.2f} / {tokens_per_s:.0f} / {percent:.1f}"
+        return form.format(**row, percent=100 * row["exact"]) if row else ""
 
     def grid(title: str, corner: str, keys: tuple[str, str], rows: list[Any]) -> list[str]:
         found = {tuple(row[key] for key in keys): row for row in rows}

@@ -68,6 +68,8 @@ class Key:
 
 
 Runs = dict[Key, list[list[Batch]]]
+Done = Sequence[Sequence[Batch]]
+"""The runs of one key."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,15 @@ def needed(batch_sizes: Sequence[int], prompts: int) -> int:
 
 
 def warm_up(plan: Plan, decoders: Mapping[str, Worker]) -> None:
-    """What comes first pays for memory and code that are touched for the first time."""
+    """Let every decoder run once, the teacher in its fastest setting."""
     for name, worker in decoders.items():
         if name == "vanilla":
             worker.measure(plan.items[:1], plan.vanilla[-1])
         else:
-            for size in plan.batch_sizes:
-                worker.measure(plan.items[: max(size, 2)], size)
+            worker.warm_up(plan.items, plan.batch_sizes)
 
 
-def measure(
-    plan: Plan, decoders: Mapping[str, Worker], run: int, size: int
-) -> dict[str, list[Batch]]:
+def measure(plan: Plan, decoders: Mapping[str, Worker], run: int, size: int) -> dict[str, Any]:
     """One batch size in one run: every decoder once, by "kind mode". Who begins alternates."""
     found = {}
     engines = [(name, worker) for name, worker in decoders.items() if name != "vanilla"]
@@ -141,7 +140,7 @@ def runs_of(plan: Plan, points: Mapping[str, Any]) -> Runs:
 # From measured batches to figures.
 
 
-def answers(runs: Sequence[Sequence[Batch]]) -> list[Answer]:
+def answers(runs: Done) -> list[Answer]:
     return [answer for run in runs for batch in run for answer in batch.answers]
 
 
@@ -151,7 +150,7 @@ def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> f
     return tokens / max(_total(run, per), 1e-9)
 
 
-def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
+def point(runs: Done, has_text: bool) -> dict[str, Any]:
     """The figures of one decoder at one batch size. `has_text`: whole answers are expected."""
     every = answers(runs)
     useful = sum(a.useful for a in every)
@@ -174,14 +173,12 @@ def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
     }
 
 
-def paired(mine: Sequence[Sequence[Batch]], other: Sequence[Sequence[Batch]]) -> dict[str, float]:
+def paired(mine: Done, other: Done) -> dict[str, float]:
     """How many times the useful tokens per second of `other`, run by run."""
     return spread(rate(a) / rate(b) for a, b in zip(mine, other, strict=True))
 
 
-def paired_per_answer(
-    mine: Sequence[Sequence[Batch]], other: Sequence[Sequence[Batch]]
-) -> dict[str, dict[str, float]]:
+def paired_per_answer(mine: Done, other: Done) -> dict[str, dict[str, float]]:
     """Against a decoder that answered some of the problems, one at a time: on those problems only.
 
     `answers` compares seconds per answer, `tokens` useful tokens per second. They differ where one

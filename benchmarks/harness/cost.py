@@ -109,26 +109,16 @@ def traces_of(batches: "Sequence[Batch]") -> list[Trace]:
 
 
 def floor(bytes_: float, flops: float, machine: Mapping[str, float]) -> tuple[float, str]:
-    """The least milliseconds for so many bytes and operations, and which of the two decides.
-
-    Args:
-        machine: `copy_gb_per_s` and `matmul_gflop_per_s`, as `timing.machine` measures them.
+    """The least milliseconds for so many bytes and operations on a machine of `timing.machine`,
+    and which of the two decides.
     """
-    times = {
-        "bytes": bytes_ / machine["copy_gb_per_s"] / 1e6,
-        "flops": flops / machine["matmul_gflop_per_s"] / 1e6,
-    }
-    bound = max(times, key=lambda name: times[name])
-    return times[bound], bound
+    by_bytes, by_flops = bytes_ / machine["copy_gb_per_s"], flops / machine["matmul_gflop_per_s"]
+    return max((by_bytes / 1e6, "bytes"), (by_flops / 1e6, "flops"))
 
 
 def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[str, float]) -> float:
-    """Of a step in bfloat16: weights and cached keys read once, or two operations per weight and
-    token, whichever takes longer.
-
-    Args:
-        shape: one of `shapes.SHAPES`.
-        context: cached tokens that are attended to.
+    """Of a step in bfloat16: weights and `context` cached keys read once, or two operations per
+    weight and token, whichever takes longer.
     """
     weights = shapes.weight_bytes(shape)["step"]
     bytes_ = weights + shapes.kv_bytes_per_token(shape) * context
@@ -138,9 +128,8 @@ def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[st
 def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
     """Least squares of relative errors, outliers weighed down: a busy machine has slow steps.
 
-    Args:
-        knots: the cost of tokens is a line with knots at powers of two, never falling, as on a GPU,
-            whose steps cost the same until it runs out of arithmetic. Else it is a straight line.
+    With `knots` the cost of tokens is a line with knots at powers of two, never falling: a GPU's
+    steps cost the same until it runs out of arithmetic. Else it is a straight line.
     """
     new, tokens, context, ms = (
         np.array([getattr(s, name) for s in steps], dtype=float)
@@ -192,9 +181,8 @@ def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
 def predict_batch(cost: Cost, traces: Sequence[Trace], size: int, budget: int) -> float:
     """Useful tokens per second of batches that begin together and end with their last request.
 
-    Args:
-        traces: the requests, dealt out in batches; repeated to fill a batch larger than all.
-        budget: most tokens of a step; what is more goes into further steps.
+    `traces` are dealt out in batches, and repeated to fill a batch larger than all of them. What is
+    beyond the `budget` of a step's tokens goes into further steps.
     """
     useful = ms = 0.0
     count = max(1, len(traces) // size)

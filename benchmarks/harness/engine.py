@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.record import on_gpu
+from benchmarks.harness.record import Skip, on_gpu
 from benchmarks.harness.workload import Item, grade, simulated
 from vllm_d2f.d2f import D2FParams
 
@@ -338,18 +338,17 @@ class DummyEngine:
         how = {"max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
         return greedy(max_tokens, how, ignore_eos=True, detokenize=False)
 
-    def unfit(self, requests: int, length: int, tokens: int) -> str | None:
-        """Why so many requests cannot be in one step; None if they can."""
+    def fit(self, requests: int, length: int, width: int) -> None:
+        """Skip a point whose requests cannot all be in one step."""
         limits = self.limits
         for asked, room, what in (
             (requests, limits.requests, "requests"),
-            (tokens, limits.step_tokens, "tokens in a step"),
+            (requests * width, limits.step_tokens, "tokens in a step"),
             (length, limits.length, "positions of a request"),
             (requests * length, self.cache_tokens, "cached positions"),
         ):
             if asked > room:
-                return f"{asked} {what}, the engine has room for {room}"
-        return None
+                raise Skip(f"{asked} {what}, the engine has room for {room}")
 
     @contextmanager
     def running(

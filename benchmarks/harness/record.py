@@ -72,12 +72,8 @@ class Parser(argparse.ArgumentParser):
         positive: Sequence[str] = (),
         rehearse: bool = False,
     ) -> argparse.Namespace:
-        """Parse.
-
-        Args:
-            quick: what `--quick` changes, where the user has not chosen otherwise.
-            positive: options that must be at least 1.
-            rehearse: the experiment is one for a GPU and has tiny shapes for a CPU.
+        """Parse: `quick` is what `--quick` changes where the user has not chosen otherwise, what is
+        `positive` must be at least 1, and `rehearse` offers tiny shapes on a CPU.
         """
         add = self.add_argument
         add("--seed", type=int, default=0, help="of everything that is drawn")
@@ -170,9 +166,8 @@ class Record:
     def point(self, key: str, measure: Callable[[], Any], may_fail: bool = False) -> Any:
         """Measure a point unless that is done, and return its value; None if it has none.
 
-        Args:
-            may_fail: a failure is a result, too: it is recorded, and no further point is measured
-                in this process, whose device it may have spoiled.
+        A failure that `may_fail` allows is a result: it is recorded, and no further point is
+        measured in this process, whose device it may have spoiled.
         """
         if self.settled(key):
             return self.points.get(key)
@@ -386,10 +381,8 @@ SIMULATED = (
 
 
 def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -> list[str]:
-    """The first lines of every result: title, made-up acceptance, command, machine, versions.
-
-    Args:
-        simulated: the parts of the report that say whether acceptance was simulated.
+    """The first lines of every result: title, acceptance that the `simulated` parts of the report
+    made up, command, machine, versions.
     """
     made_up = {part.get("simulated_tokens_per_forward") for part in simulated or [report]}
     lines = [f"# {title}", ""]
@@ -413,11 +406,7 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 
 def columns(keys: str, rows: Iterable[Mapping[str, Any]], **titles: str) -> list[str]:
-    """A table of these keys of each row; `a.b` looks into a dictionary.
-
-    Args:
-        titles: of columns that are not called by their key.
-    """
+    """A table of these keys of each row, called by them or by `titles`; `a.b` looks into a."""
 
     def cell(row: Any, key: str) -> str:
         for name in key.split("."):

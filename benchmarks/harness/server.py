@@ -87,7 +87,6 @@ def _environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -155,8 +154,7 @@ def parse_counters(text: str) -> dict[str, float]:
     """The counters of interest, summed over engines; absent ones are left out."""
     found: dict[str, float] = {}
     for line in text.splitlines():
-        name = COUNTERS.get(line.split("{")[0].split(" ")[0])
-        if name is not None and not line.startswith("#"):
+        if name := COUNTERS.get(line.split("{")[0].split(" ")[0]):
             found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
     return found
 

@@ -41,11 +41,8 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 def percentiles(values: Iterable[float]) -> dict[str, float]:
     """The 50th and 99th percentile (nearest rank)."""
     ordered = sorted(values)
-
-    def rank(percent: int) -> float:
-        return rounded(ordered[math.ceil(percent / 100 * len(ordered)) - 1])
-
-    return {"p50": rank(50), "p99": rank(99)}
+    at = {f"p{percent}": math.ceil(percent / 100 * len(ordered)) - 1 for percent in (50, 99)}
+    return {name: rounded(ordered[index]) for name, index in at.items()}
 
 
 def copies(bytes_: int, device: torch.device, most: int = 8) -> int:
@@ -84,10 +81,8 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Times of one call of each, by name: `ms` the median, `ms_min`, `host_us` to queue it.
 
-    They are interleaved, so that what else runs on the machine hits all alike.
-
-    Args:
-        runs: by name, calls that do the same on different inputs and take turns.
+    Of a name there are several calls on different inputs, which take turns. All are interleaved, so
+    that what else runs on the machine hits them alike.
     """
     turns = {name: itertools.cycle(calls) for name, calls in runs.items()}
     for name, turn in turns.items():

@@ -52,14 +52,9 @@ class Setting:
 def decode_canvas(
     model: torch.nn.Module, prompt: Sequence[int], setting: Setting, *, mask_id: int, shift: bool
 ) -> tuple[list[int], int]:
-    """Decode one canvas greedily, to its very end.
+    """Decode one canvas greedily, to its very end; its tokens, and the number of forwards.
 
-    Args:
-        model: transformers' Qwen2 (Dream) or Llama (LLaDA).
-        shift: the output at position i - 1 predicts position i (Dream); else the one at i.
-
-    Returns:
-        The canvas's tokens and the number of forwards.
+    With `shift` the output at position i - 1 predicts position i (Dream); else the one at i.
     """
     device = next(model.parameters()).device
     ids_T = torch.tensor([*prompt, *[mask_id] * setting.length], device=device)

@@ -20,6 +20,7 @@ from benchmarks.harness.record import Failure, on_gpu
 
 if TYPE_CHECKING:
     from benchmarks.harness.engine import Batch, StepCost
+    from benchmarks.harness.workload import Item
 
 START_S = 900.0
 """Longest a decoder may take to load; compilation is part of it."""
@@ -75,6 +76,11 @@ class Worker:
     def measure(self, *arguments: Any) -> "list[Batch]":
         """See `Engine.measure` and `Vanilla.measure`."""
         return self._call("measure", *arguments)
+
+    def warm_up(self, items: "Sequence[Item]", sizes: Sequence[int]) -> None:
+        """What comes first pays for memory and code that are touched for the first time."""
+        for size in sizes:
+            self.measure(items[: max(size, 2)], size)
 
     def steps(self, *arguments: Any) -> "list[StepCost]":
         """See `Engine.steps`."""

@@ -132,11 +132,7 @@ def repository_files(root: Path) -> Iterator[Source]:
 
 
 def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset: int = 3) -> int:
-    """Write the archive in pieces of at most `limit` bytes, their checksums, and run.sh.
-
-    Returns:
-        The number of files.
-    """
+    """Write pieces of at most `limit` bytes, their checksums, and run.sh; the number of files."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     files: dict[str, str] = {}

@@ -57,14 +57,9 @@ def run_program(
         limits = (str(cpu_seconds), str(memory), str(writer))
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", __file__, "--child", folder, *limits],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={},
-            cwd=folder,
-            pass_fds=(writer,),
-            start_new_session=True,
-        )
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env={}, cwd=folder, pass_fds=(writer,), start_new_session=True,
+        )  # fmt: skip
         os.close(writer)
         timed_out = False
         try:
