@@ -4,11 +4,9 @@
 docs/patches.md lists them. Importing this package does not import vLLM; `apply` does.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
-from vllm_d2f.patches import (
+from vllm_d2f.patches import (  # noqa: F401
     p01_sampling_params,
     p02_cpu_start,
     p03_cpu_kernels,
@@ -30,26 +28,13 @@ from vllm_d2f.patches.patch import (
     Point,
     check_sources,
     configs,
+    declared,
 )
 
 __all__ = ["PATCHES", "SUPPORTED_VLLM", "Patch", "applied", "apply", "table"]
 
-PATCHES: tuple[Patch, ...] = (
-    p01_sampling_params.p01_sampling_params,
-    p02_cpu_start.p02_cpu_start,
-    p03_cpu_kernels.p03_cpu_kernels,
-    p04_forget_finished.p04_forget_finished,
-    p05_model_names.p05_model_names,
-    p06_cpu_package_name.p06_cpu_package_name,
-    p07_refusals.p07_beam_search,
-    p08_request_fields.p08_request_fields,
-    p09_cpu_async.p09_cpu_async,
-    p10_exit_status.p10_exit_status,
-    p07_refusals.p11_streamed_input,
-    p12_cuda_graphs.p12_cuda_graphs,
-    p13_warm_up.p13_warm_up,
-    p14_engine_args.p14_engine_args,
-)
+PATCHES: tuple[Patch, ...] = tuple(sorted(declared, key=lambda patch: patch.name))
+"""The patches that the files imported above declare."""
 
 _applied: dict[str, str] = {}
 
@@ -67,7 +52,7 @@ def apply(point: Point, config: Any = None) -> None:
     """
     configs[point] = config
     for patch in PATCHES:
-        if patch.point != point:
+        if patch.apply != point:
             continue
         if not patch.needed(config):
             _applied.setdefault(patch.name, f"skipped: applies only when {patch.when}")
@@ -82,7 +67,7 @@ def apply(point: Point, config: Any = None) -> None:
 def applied() -> dict[str, str]:
     """Patch name -> its state in this process, for bug reports."""
     return {
-        patch.name: _applied.get(patch.name, f"not in this process: for {POINTS[patch.point]}")
+        patch.name: _applied.get(patch.name, f"not in this process: for {POINTS[patch.apply]}")
         for patch in PATCHES
     }
 
@@ -93,7 +78,7 @@ def table() -> str:
     lines = [head, "|---|---|---|---|---|---|---|"]
     for patch in PATCHES:
         functions = "<br>".join(f"`{t.rpartition(':')[2]}`" for t in patch.written_against)
-        where = POINTS[patch.point] + (f", when {patch.when}" if patch.when != "always" else "")
+        where = POINTS[patch.apply] + (f", when {patch.when}" if patch.when != "always" else "")
         cells = [f"`{patch.name}`", functions, patch.why, patch.how, where]
         lines.append("| " + " | ".join([*cells, patch.upstream, patch.remove_when]) + " |")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""numpy versions of Triton kernels of vLLM's V2 model runner (registered by p03).
+"""numpy versions of Triton kernels of vLLM's V2 model runner, and of three methods (used by p03).
 
-Each function has the parameters of the kernel that it replaces, computes the whole grid at once,
+Each function has the parameters of what it replaces, computes the whole grid of a kernel at once,
 and writes into the same tensors through numpy views (`Tensor.numpy()` shares memory). A step
 touches a few hundred integers, for which a numpy call costs about a microsecond and a torch call
 about five.
@@ -11,16 +11,20 @@ of batch row `b` are `query_start_loc[b]:query_start_loc[b + 1]`. Strides and bl
 signatures because the launch passes them; numpy views do not need them.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-Ints = NDArray[np.integer]
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
+
+PAD_SLOT_ID = -1  # vllm.v1.attention.backends.utils.PAD_SLOT_ID; a test compares
 
 
-def spread(lengths: Ints) -> tuple[Ints, Ints]:
+def spread(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the row, and the offset in that row, of each element of ragged rows.
 
     `spread([2, 0, 3])` is `([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])`.
@@ -217,8 +221,7 @@ def apply_write(
 ) -> None:
     """Write staged pieces: piece `i` into row `write_indices[i]`, from `write_starts[i]` on.
 
-    The variant for several KV cache groups gets raw pointers; `cpu_block_tables.apply_fused`
-    replaces its only caller.
+    The variant for several KV cache groups gets raw pointers; `apply` replaces its only caller.
     """
     assert not MULTI_GROUP
     length = np.diff(write_cu_lens_ptr.numpy(), prepend=0)
@@ -226,3 +229,70 @@ def apply_write(
     # int64 before the product: row times stride exceeds int32 for long contexts.
     base = write_indices_ptr.numpy().astype(np.int64) * output_stride + write_starts_ptr.numpy()
     output_ptr.view(-1).numpy()[base[row] + offset] = write_contents_ptr.numpy()[: len(row)]
+
+
+def gather_block_tables(
+    self: "BlockTables",
+    idx_mapping: Tensor,
+    num_reqs_padded: int,
+    out: tuple[Tensor, ...] | None = None,
+    out_ptrs: Tensor | None = None,
+    num_computed_tokens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the block tables of the batch rows; padded rows are zero.
+
+    As in the kernel, the entries behind a request's last block keep values of earlier steps.
+    vLLM 0.33 added `num_computed_tokens`, for sliding windows, which no D2F model has.
+    """
+    state = idx_mapping.numpy()
+    num_reqs = len(state)
+    targets = tuple(self.input_block_tables) if out is None else out
+    num_blocks = self.num_blocks.gpu.numpy()
+    for group, target in enumerate(targets):
+        width = num_blocks[group, state].max(initial=0)
+        table = target.numpy()
+        table[:num_reqs, :width] = self.block_tables[group].gpu.numpy()[state, :width]
+        table[num_reqs:num_reqs_padded] = 0
+    return tuple(target[:num_reqs_padded] for target in targets)
+
+
+def compute_slot_mappings(
+    self: "BlockTables",
+    idx_mapping: Tensor,
+    query_start_loc: Tensor,
+    positions: Tensor,
+    num_tokens_padded: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the KV cache slot of each token: PAD behind the last token and in unused rows."""
+    if self.cp_size != 1:
+        raise NotImplementedError("context parallelism has no CPU version in vllm-d2f")
+    result = self.slot_mappings if out is None else out
+    slots = result.numpy()
+    state = idx_mapping.numpy()
+    bounds = query_start_loc.numpy()[: len(state) + 1]
+    first, last = bounds[0], bounds[-1]
+    owner = state.repeat(bounds[1:] - bounds[:-1])
+    position = positions.numpy()[first:last]
+    enabled = self.slot_mapping_enabled.numpy()
+    for group, size in enumerate(self.block_sizes):
+        slots[group, first:] = PAD_SLOT_ID
+        if enabled[group]:
+            block = position // size
+            # An unused row has a negative owner: it reads another request's table, and keeps PAD.
+            number = self.block_tables[group].gpu.numpy()[owner, block]
+            # number * size + position % size, without a second division.
+            slot = (number - block) * size + position
+            slots[group, first:last] = np.where(owner < 0, PAD_SLOT_ID, slot)
+    return result[:, :num_tokens_padded]
+
+
+def apply(
+    self: "FusedStagedWriter",
+    tensors: Sequence["StagedWriteTensor"],
+    output_ptrs: Tensor,
+    output_strides: Tensor,
+) -> None:
+    """Write and clear each tensor's staged pieces; one launch for all is no faster on a CPU."""
+    for tensor in tensors:
+        tensor.apply_write()

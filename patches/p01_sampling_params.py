@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """p01: D2F models check their own sampling parameters."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, StructuredOutputsConfig
@@ -28,16 +25,12 @@ STRUCTURED = "vllm.sampling_params:SamplingParams._validate_structured_outputs"
     "`check_grammar`. For every other model the original runs.",
     upstream="none yet: vLLM lacks a hook by which a model declares the parameters it supports",
     remove_when="vLLM asks the model which sampling parameters it supports",
-    written_against={
-        PARAMETERS: "2fbdc056cf142309",
-        STRUCTURED: "ebca6891dea0cd50",
-    },
+    written_against={PARAMETERS: "2fbdc056cf142309", STRUCTURED: "ebca6891dea0cd50"},
 )
 def p01_sampling_params(
-    original: Callable[..., None], self: SamplingParams, model_config: ModelConfig
+    original: Original, self: "SamplingParams", model_config: "ModelConfig"
 ) -> None:
     from vllm_d2f.admission import check_sampling_params
-    from vllm_d2f.settings import is_d2f
 
     check = check_sampling_params if is_d2f(model_config) else original
     check(self, model_config)
@@ -45,14 +38,13 @@ def p01_sampling_params(
 
 @p01_sampling_params.also(STRUCTURED)
 def _structured_outputs(
-    original: Callable[..., None],
-    self: SamplingParams,
-    model_config: ModelConfig,
-    structured_outputs_config: StructuredOutputsConfig | None,
+    original: Original,
+    self: "SamplingParams",
+    model_config: "ModelConfig",
+    structured_outputs_config: "StructuredOutputsConfig | None",
     *args: Any,
 ) -> None:
     from vllm_d2f.admission import check_grammar, check_structured_outputs
-    from vllm_d2f.settings import is_d2f
 
     if self.structured_outputs is None or not is_d2f(model_config):
         return original(self, model_config, structured_outputs_config, *args)

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p02: D2F models start on the V2 model runner on a CPU whose Triton has no CPU backend."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,12 +25,6 @@ def needed(_config: Any = None) -> bool:
     return current_platform.is_cpu() and not HAS_TRITON
 
 
-def _serves_d2f(config: VllmConfig) -> bool:
-    from vllm_d2f.settings import is_d2f
-
-    return config.model_config is not None and is_d2f(config.model_config)
-
-
 @patch(
     CHOICE,
     apply="process",
@@ -46,23 +37,20 @@ def _serves_d2f(config: VllmConfig) -> bool:
     remove_when="the V2 runner starts on a CPU without Triton, or triton-cpu is on PyPI",
     when=CPU_WITHOUT_TRITON,
     needed=needed,
-    written_against={
-        CHOICE: "515385db129cfb73",
-        CHECK: "1264ae02af3433ee",
-    },
+    written_against={CHOICE: "515385db129cfb73", CHECK: "1264ae02af3433ee"},
 )
-def p02_cpu_start(original: Callable[..., bool], self: VllmConfig) -> bool:
+def p02_cpu_start(original: Original, self: "VllmConfig") -> bool:
     from vllm import envs
 
     # With the variable set to 0 vLLM refuses: "V1 does not support diffusion models".
-    if envs.VLLM_USE_V2_MODEL_RUNNER is None and _serves_d2f(self):
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None and is_d2f(self.model_config):
         return True
     return original(self)
 
 
 @p02_cpu_start.also(CHECK)
-def _check(original: Callable[..., None], self: VllmConfig) -> None:
-    if not _serves_d2f(self):
+def _check(original: Original, self: "VllmConfig") -> None:
+    if not is_d2f(self.model_config):
         return original(self)
     # The original checks that Triton is there and that the runner has all features asked for. p03
     # stands in for Triton; the features must still be checked. One thread makes a configuration,

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """p03: numpy versions of the Triton kernels that the V2 model runner launches for a D2F model."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from vllm_d2f.patches.p02_cpu_start import CPU_WITHOUT_TRITON, needed
-from vllm_d2f.patches.patch import check_parameters, check_sources, find, patch, replace
+from vllm_d2f.patches.patch import Original, check_parameters, check_sources, find, patch, replace
 
 NAME = "p03_cpu_kernels"
 HOOK = "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides"
@@ -18,37 +16,35 @@ _INPUT_BATCH = "vllm.v1.worker.gpu.input_batch"
 _BUFFERS = "vllm.v1.worker.gpu.buffer_utils"
 _TABLES = "vllm.v1.worker.gpu.block_table"
 
-# Kernel -> function of `cpu_kernels`, registered through vLLM's own `register_kernels`.
+# What is replaced, and its source's hash. A worker checks the sources of all; other processes must
+# not import the modules. Kernels are replaced through vLLM's own `register_kernels`.
 KERNELS = {
-    f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": "prepare_prefill_inputs",
-    f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": "prepare_pos_seq_lens",
-    f"{_INPUT_BATCH}:_combine_sampled_and_draft_tokens_kernel": "combine_sampled_and_draft_tokens",
-    f"{_INPUT_BATCH}:_post_update_kernel": "post_update",
-    f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": "expand_idx_mapping",
-    f"{_BUFFERS}:_apply_write_kernel": "apply_write",
-}
-# Method -> function of `cpu_block_tables`. The kernels that these methods launch get raw pointers,
-# and one needs its grid, which `register_kernels` does not pass on, so the methods are replaced.
-METHODS = {
-    f"{_TABLES}:BlockTables.gather_block_tables": "gather_block_tables",
-    f"{_TABLES}:BlockTables.compute_slot_mappings": "compute_slot_mappings",
-    f"{_BUFFERS}:FusedStagedWriter.apply": "apply_fused",
-}
-# The kernels that the METHODS launch are among them, because the replacements do the same. A worker
-# checks these sources; other processes must not import the modules.
-SOURCES = {
     f"{_INPUT_BATCH}:_prepare_prefill_inputs_kernel": "96d1b0d0dffd63d4",
     f"{_INPUT_BATCH}:_prepare_pos_seq_lens_kernel": "33c07567a9fe63e1",
     f"{_INPUT_BATCH}:_combine_sampled_and_draft_tokens_kernel": "c02435e0be07b2fa",
     f"{_INPUT_BATCH}:_post_update_kernel": "1f8738a0c9e9928a",
     f"{_INPUT_BATCH}:_expand_idx_mapping_kernel": "7636f8d252d474bf",
     f"{_BUFFERS}:_apply_write_kernel": "8f46fe0cc9897007",
+}
+# The kernels that these methods launch get raw pointers, and one needs its grid, which
+# `register_kernels` does not pass on. The methods are replaced, and do what their kernels do.
+METHODS = {
     f"{_TABLES}:BlockTables.gather_block_tables": "871191e91a4e3286",
     f"{_TABLES}:BlockTables.compute_slot_mappings": "d62049117725d625",
     f"{_BUFFERS}:FusedStagedWriter.apply": "42b569d01807d61e",
+}
+LAUNCHED = {
     f"{_TABLES}:_gather_block_tables_kernel": "e9f87a675c06a40b",
     f"{_TABLES}:_compute_slot_mappings_kernel": "a20a277ea0a5b778",
 }
+
+
+def replacement(target: str) -> Callable[..., Any]:
+    """The function of `cpu_kernels` for a kernel `_NAME_kernel`, or for a method `NAME`."""
+    from vllm_d2f.patches import cpu_kernels
+
+    name = target.replace(":", ".").rpartition(".")[2]
+    return vars(cpu_kernels)[name.removeprefix("_").removesuffix("_kernel")]
 
 
 def register() -> None:
@@ -56,28 +52,21 @@ def register() -> None:
     from vllm.triton_utils import triton
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
     from vllm.utils.math_utils import next_power_of_2
-    from vllm_d2f.patches import cpu_block_tables, cpu_kernels
 
     # The functions that launch the kernels compute a block size with this; vLLM's placeholder
     # for a missing Triton has `cdiv` but not this one.
     triton.next_power_of_2 = next_power_of_2
 
-    overrides: dict[str, Callable[..., Any]] = {}
-    sources = dict(SOURCES)
-    for target, name in KERNELS.items():
-        kernel = find(NAME, target)[2]
-        if isinstance(kernel, KernelOverride):  # of an earlier call, or vLLM's own
-            del sources[target]
-            continue
-        new = vars(cpu_kernels)[name]
-        check_parameters(NAME, target, kernel, new)
-        overrides[target.replace(":", ".")] = new
-    if overrides:
-        check_sources(NAME, sources)
-        register_kernels(overrides)
-    for target, name in METHODS.items():
-        new = vars(cpu_block_tables)[name]
-        replace(NAME, target, lambda _original, new=new: new)
+    kernels = {target: find(NAME, target)[2] for target in KERNELS}
+    # An override is of an earlier call, or vLLM's own.
+    stock = {t: kernel for t, kernel in kernels.items() if not isinstance(kernel, KernelOverride)}
+    for target, kernel in stock.items():
+        check_parameters(NAME, target, kernel, replacement(target))
+    if stock:
+        check_sources(NAME, {target: KERNELS[target] for target in stock} | METHODS | LAUNCHED)
+        register_kernels({target.replace(":", "."): replacement(target) for target in stock})
+    for target in METHODS:
+        replace(NAME, target, lambda _original, target=target: replacement(target))
 
 
 @patch(
@@ -95,18 +84,15 @@ def register() -> None:
     remove_when="vLLM registers CPU versions of these kernels, or triton-cpu is on PyPI",
     when=CPU_WITHOUT_TRITON,
     needed=needed,
-    written_against={
-        HOOK: "950067cb061535be",
-        SCAN: "68f705141997c1e3",
-    },
+    written_against={HOOK: "950067cb061535be", SCAN: "68f705141997c1e3"},
 )
-def p03_cpu_kernels(original: Callable[..., None], cls: type) -> None:
+def p03_cpu_kernels(original: Original, cls: type) -> None:
     original(cls)
     register()
 
 
 @p03_cpu_kernels.also(SCAN)
-def _rebind_kernels(original: Callable[..., None], overrides: list[Any]) -> None:
+def _rebind_kernels(original: Original, overrides: list[Any]) -> None:
     # The search reads `__dict__` of each module. `llvmlite.binding.ffi.lib` answers every attribute
     # with a C function, on which the search fails. It holds no kernel.
     names = [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p04: a model state learns which removed requests are finished, and which are preempted only."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, patch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -27,7 +24,7 @@ TARGET = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
     written_against={TARGET: "d78030bf2a4431a7"},
 )
 def p04_forget_finished(
-    original: Callable[..., None], self: GPUModelRunner, scheduler_output: SchedulerOutput
+    original: Original, self: "GPUModelRunner", scheduler_output: "SchedulerOutput"
 ) -> None:
     forget = getattr(self.model_state, "forget_requests", None)
     if forget is not None:

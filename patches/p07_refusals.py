@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """p07 and p11: vLLM refuses beam search and prompts in pieces for D2F models."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import BeamSearchParams, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 BEAM_SEARCH = "vllm.config.vllm:VllmConfig._check_supports_watermarking"
@@ -28,26 +23,20 @@ STREAMED_INPUT = "vllm.v1.engine.async_llm:AsyncLLM._add_streaming_input_request
     "that names the remedy. Every other call goes to the original.",
     upstream="none yet: vLLM does not refuse beam search for diffusion models",
     remove_when="vLLM refuses beam search for diffusion models",
-    written_against={
-        BEAM_SEARCH: "63a4979b48653559",
-    },
+    written_against={BEAM_SEARCH: "63a4979b48653559"},
 )
 def p07_beam_search(
-    original: Callable[..., bool],
-    self: VllmConfig,
-    config: SamplingParams | BeamSearchParams | None = None,
-    **kwargs: Any,
+    original: Original, self: "VllmConfig", config: Any = None, **kwargs: Any
 ) -> bool:
     # No other function sees both the parameters of a beam search and the model.
-    if config is not None and type(config).__name__ == "BeamSearchParams":
-        from vllm_d2f.settings import is_d2f
+    if type(config).__name__ == "BeamSearchParams" and is_d2f(self.model_config):
+        from vllm_d2f.request_fields import refuse
 
-        if self.model_config is not None and is_d2f(self.model_config):
-            raise _error(
-                "beam search is not supported for D2F models: they decide several tokens per "
-                "forward, in any order. Remove use_beam_search; for several answers use n.",
-                "use_beam_search",
-            )
+        refuse(
+            "use_beam_search",
+            "beam search is not supported for D2F models: they decode several tokens per "
+            "forward, in any order. Remove use_beam_search; for several answers use n.",
+        )
     return original(self, config, **kwargs)
 
 
@@ -61,27 +50,18 @@ def p07_beam_search(
     "before anything is sent to the engine. For other models the original runs.",
     upstream="vLLM refuses it for pooling models, n > 1 and stop strings in the same place",
     remove_when="vLLM refuses streamed input for diffusion models, or D2F windows can be reopened",
-    written_against={
-        STREAMED_INPUT: "0c7d0fd89495b10c",
-    },
+    written_against={STREAMED_INPUT: "0c7d0fd89495b10c"},
 )
 async def p11_streamed_input(
-    original: Callable[..., Any], self: AsyncLLM, *args: Any, **kwargs: Any
+    original: Original, self: "AsyncLLM", *args: Any, **kwargs: Any
 ) -> Any:
-    from vllm_d2f.settings import is_d2f
-
     if is_d2f(self.model_config):
-        raise _error(
-            "a prompt in pieces (an async generator) is not supported for D2F models: what "
-            "was answered to the first piece would become part of the prompt of the next. "
-            "Send the whole prompt at once",
+        from vllm_d2f.request_fields import refuse
+
+        refuse(
             "prompt",
+            "a prompt in pieces (an async generator) is not supported for D2F models: the answer "
+            "to the first piece would become part of the prompt of the next. Send the whole "
+            "prompt at once",
         )
     return await original(self, *args, **kwargs)
-
-
-def _error(message: str, parameter: str) -> VLLMValidationError:
-    """vLLM's error for a bad request: HTTP 400."""
-    from vllm.exceptions import VLLMValidationError
-
-    return VLLMValidationError(message, parameter=parameter)

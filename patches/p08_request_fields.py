@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """p08: D2F's options in every request, wherever they are given; HTTP 400 for a bad stream."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import configs, patch
+from vllm_d2f.patches.patch import Original, configs, patch
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 COMPLETION = "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params"
@@ -46,8 +42,8 @@ MIDDLEWARE = "vllm.entrypoints.launchers.app:init_entrypoints_middleware"
     },
 )
 def p08_request_fields(
-    original: Callable[..., SamplingParams], self: Any, *args: Any, **kwargs: Any
-) -> SamplingParams:
+    original: Original, self: Any, *args: Any, **kwargs: Any
+) -> "SamplingParams":
     from vllm_d2f.request_fields import add_request_fields, check_default_greedy
 
     check_default_greedy(self, args[1] if args[1:] else kwargs.get("default_sampling_params"))
@@ -55,12 +51,19 @@ def p08_request_fields(
     add_request_fields(params, self.model_extra or {})
     served = configs.get("server")
     if self.stream and served is not None:
-        _verify(params, served)
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+        # As the engine does when it gets the parameters, but before the stream begins. vLLM's check
+        # writes into the parameters, and later runs once more on the originals.
+        tokenizer = cached_tokenizer_from_config(served.model_config)
+        copy.deepcopy(params).verify(
+            served.model_config, None, served.structured_outputs_config, tokenizer
+        )
     return params
 
 
 @p08_request_fields.also(MIDDLEWARE)
-def _middleware(original: Callable[..., None], args: Any, app: FastAPI, *rest: Any) -> None:
+def _middleware(original: Original, args: Any, app: "FastAPI", *rest: Any) -> None:
     from vllm_d2f.request_fields import RequestFields
     from vllm_d2f.settings import served_settings
 
@@ -69,16 +72,3 @@ def _middleware(original: Callable[..., None], args: Any, app: FastAPI, *rest: A
         # Added first it is the innermost: vLLM authenticates a request before this reads it.
         app.add_middleware(RequestFields, settings=served_settings(served.model_config))
     original(args, app, *rest)
-
-
-def _verify(params: SamplingParams, config: VllmConfig) -> None:
-    """Check parameters before a stream begins, as the engine does when it gets them."""
-    from vllm.tokenizers.registry import cached_tokenizer_from_config
-
-    # vLLM's check writes into the parameters, and later runs once more on the originals.
-    copy.deepcopy(params).verify(
-        config.model_config,
-        None,
-        config.structured_outputs_config,
-        cached_tokenizer_from_config(config.model_config),
-    )

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p09: `--async-scheduling` works for D2F models on a CPU."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,10 +31,8 @@ def needed(_config: Any = None) -> bool:
     needed=needed,
     written_against={TARGET: "d2960ad5d1836767"},
 )
-def p09_cpu_async(original: Callable[..., None], cls: type, vllm_config: VllmConfig) -> None:
-    from vllm_d2f.settings import is_d2f
-
+def p09_cpu_async(original: Original, cls: type, vllm_config: "VllmConfig") -> None:
     wanted = vllm_config.scheduler_config.async_scheduling
     original(cls, vllm_config)
-    if vllm_config.model_config is not None and is_d2f(vllm_config.model_config):
+    if is_d2f(vllm_config.model_config):
         vllm_config.scheduler_config.async_scheduling = wanted

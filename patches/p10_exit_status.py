@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """p10: a server whose engine has died exits with status 1."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, is_d2f, patch
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 TARGET = "vllm.entrypoints.launchers.api_server.entry:build_and_serve"
 HTTP = "vllm.entrypoints.launchers.launcher:serve_http"
-
-MESSAGE = (
-    "The engine died, see the first error above; the server ends with status 1 so that a "
-    "supervisor starts it again."
-)
 
 
 @patch(
@@ -32,16 +25,11 @@ MESSAGE = (
     "as before.",
     upstream="none yet: vLLM does not exit with an error after `EngineDeadError`",
     remove_when="`vllm serve` exits with another status than 0 when its engine has died",
-    written_against={
-        TARGET: "5b8b058238d9df87",
-        HTTP: "f471b91743318731",
-    },
+    written_against={TARGET: "5b8b058238d9df87", HTTP: "f471b91743318731"},
 )
 async def p10_exit_status(
-    original: Callable[..., Any], engine_client: EngineClient, *args: Any, **kwargs: Any
+    original: Original, engine_client: "EngineClient", *args: Any, **kwargs: Any
 ) -> Coroutine[Any, Any, None]:
-    from vllm_d2f.settings import is_d2f
-
     closing = await original(engine_client, *args, **kwargs)
     # vLLM returns a coroutine of this name if the HTTP server has ended by itself. After a signal
     # it stops the engine itself and returns the coroutine that closes the connections.
@@ -53,4 +41,7 @@ async def p10_exit_status(
 
 async def _fail_after(closing: Coroutine[Any, Any, None]) -> None:
     await closing
-    raise SystemExit(MESSAGE)
+    raise SystemExit(
+        "The engine died, see the first error above; the server ends with status 1 so that a "
+        "supervisor starts it again."
+    )

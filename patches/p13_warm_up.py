@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p13: a model state runs its own warm-up steps before the first request."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, patch
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -25,16 +22,10 @@ STEPS = "vllm.v1.worker.gpu.warmup:_warmup_kernels"
     how="`warm_up` of the model state runs instead, where a model state has that method.",
     upstream="none yet: vLLM lacks a warm-up that the model state can replace",
     remove_when="a model state can say which steps warm it up",
-    written_against={
-        TARGET: "911fbe29d6ec1b18",
-        STEPS: "ac83e86438da1a4e",
-    },
+    written_against={TARGET: "911fbe29d6ec1b18", STEPS: "ac83e86438da1a4e"},
 )
 def p13_warm_up(
-    original: Callable[..., None],
-    model_runner: GPUModelRunner,
-    worker_execute_model: Callable[..., Any],
-    worker_sample_tokens: Callable[..., Any],
+    original: Original, model_runner: "GPUModelRunner", *args: Any, **kwargs: Any
 ) -> None:
     warm_up = getattr(model_runner.model_state, "warm_up", None) or original
-    warm_up(model_runner, worker_execute_model, worker_sample_tokens)
+    warm_up(model_runner, *args, **kwargs)

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """p14: the engine arguments as the user gave them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_d2f.patches.patch import patch
+from vllm_d2f.patches.patch import Original, patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,8 +25,8 @@ CREATE = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
     written_against={CREATE: "b9b94288f46d2f67"},
 )
 def p14_engine_args(
-    original: Callable[..., VllmConfig], self: EngineArgs, *args: Any, **kwargs: Any
-) -> VllmConfig:
+    original: Original, self: "EngineArgs", *args: Any, **kwargs: Any
+) -> "VllmConfig":
     from vllm_d2f.engine_args import given
 
     with given(self):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decorator that declares a patch, and how a patch checks and replaces functions of vLLM."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib
@@ -27,9 +25,15 @@ POINTS: dict[Point, str] = {
 configs: dict[Point, Any] = {}
 """The `VllmConfig` with which each point was last applied in this process."""
 
+declared: list["Patch"] = []
+"""Every patch under the decorator, in the order in which their files are imported."""
+
 logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Original = Callable[..., Any]
+"""vLLM's function, as a replacement gets it."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +42,30 @@ class Patch:
 
     Attributes:
         name: The name of the decorated function.
-        point: Where it is applied.
+        apply: The point at which it is applied.
         why: What does not work without it.
         how: What the replacement does, and for whom vLLM stays unchanged.
         upstream: What vLLM has or plans, and what it lacks.
         remove_when: The observable fact that makes the patch unnecessary.
         written_against: `module:attribute` -> `source_hash` of it. These are the functions that
             the patch replaces, and those on whose behaviour it relies.
-        when: The condition that `needed` tests, in words.
-        needed: Whether this process needs the patch, given the configuration (None in `process`).
         replacements: `module:attribute` -> the function that replaces it.
         setup: What to call instead, for a patch that replaces no function.
+        when: The condition that `needed` tests, in words.
+        needed: Whether this process needs the patch, given the configuration (None in `process`).
     """
 
     name: str
-    point: Point
+    apply: Point
     why: str
     how: str
     upstream: str
     remove_when: str
     written_against: Mapping[str, str] = field(repr=False)
-    when: str
-    needed: Callable[[Any], bool] = field(repr=False)
-    replacements: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    setup: Callable[[], None] | None = field(default=None, repr=False)
+    replacements: dict[str, Callable[..., Any]] = field(repr=False)
+    setup: Callable[[], None] | None = field(repr=False)
+    when: str = "always"
+    needed: Callable[[Any], bool] = field(default=lambda config: True, repr=False)
 
     def also(self, target: str) -> Callable[[F], F]:
         """Declare another function that this patch replaces."""
@@ -90,40 +94,30 @@ class Patch:
             replace(self.name, target, functools.partial(self.wrap, target))
 
 
-def patch(
-    *targets: str,
-    apply: Point,
-    why: str,
-    how: str,
-    upstream: str,
-    remove_when: str,
-    written_against: Mapping[str, str],
-    when: str = "always",
-    needed: Callable[[Any], bool] = lambda config: True,
-) -> Callable[[Callable[..., Any]], Patch]:
+def patch(*targets: str, **ledger: Any) -> Callable[[Callable[..., Any]], Patch]:
     """Declare a patch. The decorated function replaces the targets and bears the patch's name.
 
     It gets the original function first and then the original's parameters: it names those that it
     reads, in the original's order, and passes on the others as `*args, **kwargs`. Without targets
-    it is called once, without arguments.
+    (`module:attribute`) it is called once, without arguments. `ledger` has the attributes of
+    `Patch` from `apply` to `written_against`, `when` and `needed`.
     """
 
     def declare(function: Callable[..., Any]) -> Patch:
-        return Patch(
-            name=function.__name__,
-            point=apply,
-            why=why,
-            how=how,
-            upstream=upstream,
-            remove_when=remove_when,
-            written_against=written_against,
-            when=when,
-            needed=needed,
-            replacements=dict.fromkeys(targets, function),
-            setup=None if targets else function,
-        )
+        replacements = dict.fromkeys(targets, function)
+        setup = None if targets else function
+        made = Patch(function.__name__, replacements=replacements, setup=setup, **ledger)
+        declared.append(made)
+        return made
 
     return declare
+
+
+def is_d2f(model_config: Any) -> bool:
+    """Whether vLLM serves this model through vllm-d2f; not where there is no model."""
+    from vllm_d2f.settings import is_d2f
+
+    return model_config is not None and is_d2f(model_config)
 
 
 def gone(patch: str, target: str, problem: str) -> RuntimeError:
@@ -146,12 +140,7 @@ def _inner(attribute: Any) -> Any:
 
 
 def find(patch: str, target: str) -> tuple[Any, str, Any]:
-    """Resolve `module:Class.attribute`.
-
-    Returns:
-        The object that holds the attribute, the attribute's name, and its raw value (a
-        `property` or `classmethod` object, not what it evaluates to).
-    """
+    """Resolve `module:Class.attribute` to its owner, name and raw value, such as a `property`."""
     module_name, _, path = target.partition(":")
     *outer, name = path.split(".")
     try:
@@ -169,13 +158,10 @@ def source_hash(attribute: Any) -> str:
 
 
 def check_sources(patch: str, written_against: Mapping[str, str]) -> list[str]:
-    """Compare vLLM's sources with those that the patch was written against.
+    """Return the targets whose source is not the one that the patch was written against.
 
     A changed body is a warning, because a small release of vLLM must not stop users. A missing
     function is an error.
-
-    Returns:
-        The targets whose source has changed.
     """
     changed = [
         target
@@ -199,30 +185,22 @@ def check_parameters(patch: str, target: str, original: Any, new: Any) -> None:
     `new` may name only the first of them and pass on the rest as `*args`, and it may name further
     ones with defaults, which a later version of vLLM has.
     """
-    theirs, _ = _positional(original)
-    ours, passes_on = _positional(new)
-    names = [p.name for p in ours]
-    expected = theirs[: len(ours)] if passes_on else theirs
-    later = ours[len(theirs) :]
-    if names[: len(theirs)] != [p.name for p in expected] or any(
-        p.default is p.empty for p in later
-    ):
-        raise gone(patch, target, f"takes {[p.name for p in theirs]}, expected {names}")
+    theirs, ours = _positional(original), _positional(new)
+    passes_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(new).parameters.values())
+    expected = list(theirs)[: len(ours)] if passes_on else list(theirs)
+    later = list(ours.values())[len(theirs) :]
+    if list(ours)[: len(theirs)] != expected or any(p.default is p.empty for p in later):
+        raise gone(patch, target, f"takes {list(theirs)}, expected {list(ours)}")
 
 
-def _positional(function: Any) -> tuple[list[inspect.Parameter], bool]:
-    """The parameters that are not keyword-only, and whether the function also has `*args`."""
-    parameters = inspect.signature(function).parameters.values()
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return (
-        [p for p in parameters if p.kind in by_position],
-        any(p.kind is p.VAR_POSITIONAL for p in parameters),
-    )
+def _positional(function: Any) -> dict[str, inspect.Parameter]:
+    """The parameters that are not keyword-only, by name."""
+    parameters = inspect.signature(function).parameters
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {name: p for name, p in parameters.items() if p.kind in kinds}
 
 
-def replace(
-    patch: str, target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
+def replace(patch: str, target: str, make: Callable[[Original], Callable[..., Any]]) -> None:
     """Replace the function `target` by `make(original)`, once.
 
     The new function carries the original in `_d2f_original`, by which a second call recognises

@@ -171,7 +171,7 @@ def make_builder(
             max_model_len=length,
             hf_config=SimpleNamespace(
                 d2f={"max_blocks": blocks, "block_size": block_size},
-                model_type="Dream",
+                family=None,
                 canvas_length=canvas,
             ),
         ),

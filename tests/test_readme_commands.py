@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  # before anything imports distutils, which it replaces
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (

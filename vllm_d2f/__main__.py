@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_d2f`: what is installed and what the plugin did. Paste it into a bug report."""
+"""`python -m vllm_d2f`: a report for a bug (versions, patches, settings), and models by name."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_d2f.hub import HubError
-from vllm_d2f.hub.command import USAGE, add_commands, overview
+from vllm_d2f.hub.command import add_commands, overview
 from vllm_d2f.models import FAMILIES, PRESETS
 from vllm_d2f.settings import settings_from_dict
 
@@ -26,7 +26,7 @@ PACKAGES = (
     "flashinfer-python",
 )
 
-# Shown if set. Only what decides how the plugin behaves: no keys, no tokens.
+# The report shows those that are set. They decide how the plugin behaves; no key is among them.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "D2F_CACHE",
@@ -101,12 +101,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand, or print the report. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_d2f",
-        description=__doc__,
-        epilog=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m vllm_d2f", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     add_commands(parser.add_subparsers(title="models by name", metavar="COMMAND"))
     args = parser.parse_args(arguments)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_d2f.request_fields import add_http_options
+from vllm_d2f.request_fields import add_http_options, refuse
 from vllm_d2f.sampling.logprobs import MODES as LOGPROB_MODES
 from vllm_d2f.settings import SIMULATE, request_params, served_settings, wants_trace
 
@@ -40,18 +40,22 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
     Raises:
         VLLMValidationError: with the parameter's name and what is allowed.
     """
-    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind
 
     add_http_options(params)
     try:
         request_params(served_settings(model_config), params.extra_args)
     except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-
+        refuse("vllm_xargs", str(error))
     if wants_trace(params.extra_args):
-        _check_trace(params)
-    for name, reason in _unsupported(params, model_config).items():
-        raise VLLMValidationError(f"{name}: {reason}", parameter=name)
+        # vLLM puts the field that carries a trace into whole responses, once for each response.
+        if params.output_kind == RequestOutputKind.DELTA:
+            refuse("vllm_xargs", "d2f_trace comes with whole answers; set stream to false")
+        if params.n != 1:
+            refuse("vllm_xargs", f"d2f_trace needs n = 1, got {params.n}; send n requests")
+    for name, (hit, reason) in _unsupported(params, model_config).items():
+        if hit:
+            refuse(name, f"{name}: {reason}")
     if not params.ignore_eos:
         # Some checkpoints end a turn with a token that generation_config.json does not list.
         stops = list(params.stop_token_ids or ())
@@ -65,7 +69,6 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
     params.all_stop_token_ids.intersection_update(there)
     # A top_k above the vocabulary's size limits nothing, and above 64 bits it fits no tensor.
     params.top_k = min(params.top_k, vocabulary)
-    _check_something_is_allowed(params, model_config)
 
 
 def check_structured_outputs(
@@ -78,24 +81,24 @@ def check_structured_outputs(
     Raises:
         VLLMValidationError: with what to change.
     """
-    from vllm.exceptions import VLLMValidationError
-
-    reasons = {
-        "Structured outputs with allowed_token_ids or bad_words are not supported for D2F models: "
-        "together they can leave no token. Remove these, or write them into the grammar.": bool(
-            params.allowed_token_ids or params.bad_words
-        ),
-        "Structured outputs behind reasoning are not supported for D2F models. Start the server "
-        "without --reasoning-parser, or with structured_outputs_config.enable_in_reasoning.": (
-            config is not None and bool(config.reasoning_parser) and not config.enable_in_reasoning
-        ),
-        f"Structured outputs need real tokens; start the server without d2f.{SIMULATE}.": (
-            served_settings(model_config).simulate_tokens_per_forward is not None
-        ),
-    }
-    for reason, hit in reasons.items():
-        if hit:
-            raise VLLMValidationError(reason, parameter="structured_outputs")
+    parameter = "structured_outputs"
+    if params.allowed_token_ids or params.bad_words:
+        refuse(
+            parameter,
+            "Structured outputs with allowed_token_ids or bad_words are not supported for D2F "
+            "models: together they can leave no token. Remove these, or write them into the "
+            "grammar.",
+        )
+    if config is not None and config.reasoning_parser and not config.enable_in_reasoning:
+        refuse(
+            parameter,
+            "Structured outputs behind reasoning are not supported for D2F models. Start the "
+            "server without --reasoning-parser, or with "
+            "structured_outputs_config.enable_in_reasoning.",
+        )
+    if served_settings(model_config).simulate_tokens_per_forward is not None:
+        without = f"start the server without d2f.{SIMULATE}."
+        refuse(parameter, f"Structured outputs need real tokens; {without}")
 
 
 def check_grammar(structured: "StructuredOutputsParams") -> None:
@@ -114,7 +117,6 @@ def check_grammar(structured: "StructuredOutputsParams") -> None:
     if structured._backend != "xgrammar" or (structured.grammar is None and not refers):
         return
     import xgrammar
-    from vllm.exceptions import VLLMValidationError
 
     if structured.grammar is not None:
         stuck = stuck_rules(xgrammar.Grammar.from_ebnf(structured.grammar))
@@ -125,10 +127,8 @@ def check_grammar(structured: "StructuredOutputsParams") -> None:
         stuck = stuck_rules(xgrammar.Grammar.from_json_schema(schema))
         problem, remedy = "json: no text matches a part of it", "every `$ref` to itself"
     if stuck:
-        raise VLLMValidationError(
-            f"structured_outputs.{problem}. Give {remedy} an alternative that begins with a text.",
-            parameter="structured_outputs",
-        )
+        change = f"Give {remedy} an alternative that begins with a text."
+        refuse("structured_outputs", f"structured_outputs.{problem}. {change}")
 
 
 def stuck_rules(grammar: "Grammar") -> list[str]:
@@ -171,23 +171,11 @@ def _byte_compiler() -> "GrammarCompiler":
     return xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
 
 
-def _check_trace(params: "SamplingParams") -> None:
-    """vLLM puts the field that carries a trace into whole responses, once for each response."""
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import RequestOutputKind
-
-    for reason, hit in {
-        "d2f_trace comes with whole answers; set stream to false": (
-            params.output_kind == RequestOutputKind.DELTA
-        ),
-        f"d2f_trace needs n = 1, got {params.n}; send n requests": params.n != 1,
-    }.items():
-        if hit:
-            raise VLLMValidationError(reason, parameter="vllm_xargs")
-
-
-def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[str, str]:
-    """The given parameters that D2F decoding cannot honour, each with the reason."""
+def _unsupported(
+    params: "SamplingParams", model_config: "ModelConfig"
+) -> dict[str, tuple[bool, str]]:
+    """For each parameter whether D2F decoding cannot honour what is given, and the reason."""
+    removed = "not supported for D2F models; remove it."
     no_prompt = (
         "not supported for D2F models. A prompt is one bidirectional block, so its tokens have no "
         "probability given those before them. Remove it; `echo` asks for it too, in a chat always "
@@ -195,12 +183,16 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
     )
     mode, modes = model_config.logprobs_mode, " or ".join(LOGPROB_MODES)
     simulated = served_settings(model_config).simulate_tokens_per_forward is not None
-    vocabulary = model_config.get_vocab_size()
+    vocabulary, config = model_config.get_vocab_size(), model_config.hf_config
+    # What is left to sample at the positions with the fewest tokens.
+    left = set(params.allowed_token_ids or ()) - {config.mask_token_id}
+    if params.min_tokens:
+        left -= {*config.end_token_ids, *(params.stop_token_ids or ())}
 
     def outside(tokens: Sequence[int] | None, end: int) -> bool:
         return not all(0 <= token < end for token in tokens or ())
 
-    cases = {
+    return {
         "stop_token_ids": (
             outside(params.stop_token_ids, 1 << 31),
             "must be token ids, integers in [0, 2**31 - 1].",
@@ -227,33 +219,14 @@ def _unsupported(params: "SamplingParams", model_config: "ModelConfig") -> dict[
             params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63,
             "must be an integer in [-2**63, 2**63 - 1].",
         ),
-        "thinking_token_budget": (
-            params.thinking_token_budget is not None,
-            "not supported for D2F models; remove it.",
-        ),
-        "watermarking": (
-            params.watermarking is True,
-            "not supported for D2F models; remove it.",
-        ),
-        "trace_decode_token_ids": (
-            params.trace_decode_token_ids is not None,
-            "not supported for D2F models; remove it.",
+        "thinking_token_budget": (params.thinking_token_budget is not None, removed),
+        "watermarking": (params.watermarking is True, removed),
+        "trace_decode_token_ids": (params.trace_decode_token_ids is not None, removed),
+        "allowed_token_ids": (
+            bool(params.allowed_token_ids) and not left,
+            (
+                "no token is left that may be proposed: the mask token never may, and end tokens "
+                "may not before min_tokens. Allow at least one more."
+            ),
         ),
     }
-    return {name: reason for name, (hit, reason) in cases.items() if hit}
-
-
-def _check_something_is_allowed(params: "SamplingParams", model_config: "ModelConfig") -> None:
-    """Refuse `allowed_token_ids` that leave no token to sample at some position."""
-    from vllm.exceptions import VLLMValidationError
-
-    config = model_config.hf_config
-    left = set(params.allowed_token_ids or ()) - {config.mask_token_id}
-    if params.min_tokens:
-        left -= {*config.end_token_ids, *(params.stop_token_ids or ())}
-    if params.allowed_token_ids and not left:
-        raise VLLMValidationError(
-            "allowed_token_ids: no token is left that may be proposed: the mask token never may, "
-            "and end tokens may not before min_tokens. Allow at least one more.",
-            parameter="allowed_token_ids",
-        )

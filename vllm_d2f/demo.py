@@ -16,25 +16,34 @@ import os
 import platform
 import re
 import statistics
-import sys
 import textwrap
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_d2f.metrics import denoising_forwards
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import RequestOutput
 
 MAX_TOKENS = 64
 REPEATS = 3
 WIDTH = 100
 NUMBER = re.compile(r"\d+")
+ENVIRONMENT = {
+    # One process starts sooner, and no message passing is timed.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # With more threads than idle cores, every operator waits for the operating system.
+    "OMP_NUM_THREADS": "1",
+    # The warnings of a plain start are nothing that a newcomer could act on.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""Defaults of this process's environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +57,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one model did with the problems.
-
-    Attributes:
-        right: problems whose answer ended with the right number.
-        tokens, forwards: sums over all requests.
-        batch_tokens_per_s: all problems in one batch, median of `REPEATS` runs.
-        single_tokens_per_s: one problem after the other.
-    """
+    """What one model did with the problems."""
 
     model: str
     problems: int
-    right: int
-    tokens: int
+    right: int  # problems whose answer ended with the right number
+    tokens: int  # of all requests, as the forwards are
     forwards: int
-    batch_tokens_per_s: float
-    single_tokens_per_s: float
+    batch_tokens_per_s: float  # all problems in one batch, median of `REPEATS` runs
+    single_tokens_per_s: float  # one problem after the other
 
 
 def bundled_problems() -> list[Problem]:
@@ -85,42 +87,15 @@ def is_right(output: "RequestOutput", problem: Problem) -> bool:
 
 
 def count_forwards(output: "RequestOutput") -> int:
-    """Return the forwards that a request took part in."""
+    """Return the forwards that a request took part in: for an autoregressive model its tokens."""
     completion = output.outputs[0]
-    if completion.spec_decode_metrics is None:  # an autoregressive model
-        return len(completion.token_ids)
-    return denoising_forwards(completion)
+    autoregressive = completion.spec_decode_metrics is None
+    return len(completion.token_ids) if autoregressive else denoising_forwards(completion)
 
 
 def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
-    """Answer all problems with one model, in one batch and then one by one.
-
-    Args:
-        show: print a progress bar and every answer.
-    """
-    llm = _load(model, len(problems))
-    prompts = [problem.question for problem in problems]
-    _timed(llm, prompts)  # warms up
-    outputs, _ = _timed(llm, prompts, show)
-    right = [is_right(output, problem) for output, problem in zip(outputs, problems, strict=True)]
-    if show:
-        _print_answers(problems, outputs, right)
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    batch_seconds = statistics.median(_timed(llm, prompts)[1] for _ in range(REPEATS))
-    single_seconds = sum(_timed(llm, [prompt])[1] for prompt in prompts)
-    return Figures(
-        model=model,
-        problems=len(problems),
-        right=sum(right),
-        tokens=tokens,
-        forwards=sum(map(count_forwards, outputs)),
-        batch_tokens_per_s=tokens / batch_seconds,
-        single_tokens_per_s=tokens / single_seconds,
-    )
-
-
-def _load(model: str, num_problems: int) -> "LLM":
-    from vllm import LLM
+    """Answer all problems in one batch and then one by one; `show` prints bar and answers."""
+    from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
     print(f"\nLoading {model} into vLLM ...", flush=True)
@@ -129,34 +104,41 @@ def _load(model: str, num_problems: int) -> "LLM":
         model=model,
         dtype="float32" if current_platform.is_cpu() else "auto",
         enforce_eager=True,
-        max_num_seqs=num_problems,
+        max_num_seqs=len(problems),
         kv_cache_memory_bytes=1 << 27,
         # Each timed run must compute its prompts.
         enable_prefix_caching=False,
         use_tqdm_on_load=False,
     )
     print(f"Loaded in {time.perf_counter() - began:.0f} s.\n", flush=True)
-    return llm
-
-
-def _timed(
-    llm: "LLM", prompts: list[str], show: bool = False
-) -> "tuple[list[RequestOutput], float]":
-    """Answer prompts. Return the outputs and the seconds."""
-    from vllm import SamplingParams
-
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    began = time.perf_counter()
-    return llm.generate(prompts, sampling, use_tqdm=show), time.perf_counter() - began
+
+    def seconds(*prompts: str) -> float:
+        began = time.perf_counter()
+        llm.generate(list(prompts), sampling, use_tqdm=False)
+        return time.perf_counter() - began
+
+    questions = [problem.question for problem in problems]
+    seconds(*questions)  # warms up
+    outputs = llm.generate(questions, sampling, use_tqdm=show)
+    if show:
+        _print_answers(problems, outputs)
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return Figures(
+        model=model,
+        problems=len(problems),
+        right=sum(map(is_right, outputs, problems)),
+        tokens=tokens,
+        forwards=sum(map(count_forwards, outputs)),
+        batch_tokens_per_s=tokens / statistics.median(seconds(*questions) for _ in range(REPEATS)),
+        single_tokens_per_s=tokens / sum(map(seconds, questions)),
+    )
 
 
-def _print_answers(
-    problems: Sequence[Problem], outputs: "Sequence[RequestOutput]", right: Sequence[bool]
-) -> None:
+def _print_answers(problems: Sequence[Problem], outputs: "Sequence[RequestOutput]") -> None:
     print()
-    rows = zip(problems, outputs, right, strict=True)
-    for number, (problem, output, correct) in enumerate(rows, start=1):
-        mark = "right" if correct else f"WRONG, {problem.final} expected"
+    for number, (problem, output) in enumerate(zip(problems, outputs, strict=True), start=1):
+        mark = "right" if is_right(output, problem) else f"WRONG, {problem.final} expected"
         lines = textwrap.wrap(problem.question, WIDTH - 4)
         lines += textwrap.wrap(f"{output.outputs[0].text.strip()}   [{mark}]", WIDTH - 4)
         print(f"{number:2}. " + "\n    ".join(lines))
@@ -165,23 +147,23 @@ def _print_answers(
 
 def summary(figures: Sequence[Figures]) -> str:
     """Return the closing table, one line per model."""
+    width = max(len("model"), *(len(Path(f.model).name) for f in figures))
     batch = f"batch of {figures[0].problems}"
-    rows = [
-        ("", "right", "tokens per", "tokens/s,", "tokens/s,"),
-        ("model", "answers", "forward", batch, "one by one"),
+    lines = [
+        f"{'':{width}}     right  tokens per    tokens/s,    tokens/s,",
+        f"{'model':{width}}   answers     forward  {batch:>11}   one by one",
     ]
     for f in figures:
-        score, per_forward = f"{f.right} of {f.problems}", f"{f.tokens / f.forwards:.2f}"
-        speeds = f"{f.batch_tokens_per_s:.0f}", f"{f.single_tokens_per_s:.0f}"
-        rows.append((Path(f.model).name, score, per_forward, *speeds))
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{a:{width}}  {b:>8}  {c:>10}  {d:>11}  {e:>11}" for a, b, c, d, e in rows)
+        lines.append(
+            f"{Path(f.model).name:{width}}  {f'{f.right} of {f.problems}':>8}"
+            f"  {f.tokens / f.forwards:10.2f}"
+            f"  {f.batch_tokens_per_s:11.0f}  {f.single_tokens_per_s:11.0f}"
+        )
+    return "\n".join(lines)
 
 
 def _machine() -> dict[str, str]:
     """Return what a reader of the figures must know about this machine."""
-    import torch
-    import vllm
     from vllm.platforms import current_platform
 
     return {
@@ -189,35 +171,27 @@ def _machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "threads": os.environ["OMP_NUM_THREADS"],
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
+        **{name: import_module(name).__version__ for name in ("torch", "vllm")},
     }
 
 
 def _prepare_process() -> None:
     """Set environment and log levels before vLLM and torch are imported; the user's own win."""
-    # One process starts sooner, and no message passing is timed.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # With more threads than idle cores, every operator waits for the operating system.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The warnings of a plain start are nothing that a newcomer could act on.
-    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if level == "ERROR":
-        logging.getLogger("vllm").setLevel(level)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
+        logging.getLogger("vllm").setLevel("ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_d2f.demo",
-        description="A D2F model and its autoregressive twin answer 16 problems in stock vLLM.",
-    )
+def main() -> None:
+    """Run the command."""
+    about = "A D2F model and its autoregressive twin answer 16 problems in stock vLLM."
+    parser = argparse.ArgumentParser(prog="python -m vllm_d2f.demo", description=about)
     parser.add_argument("--model", default="d2f-tiny", help="a D2F model: name or folder")
     parser.add_argument("--baseline", default="ar-tiny", help='a plain model, "" for none')
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
 
     _prepare_process()
     problems = bundled_problems()
@@ -230,10 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures.append(run(options.baseline, problems, show=False))
     print(summary(figures))
     if options.json:
-        report: dict[str, Any] = {"machine": _machine(), "figures": [asdict(f) for f in figures]}
+        report = {"machine": _machine(), "figures": [asdict(f) for f in figures]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -35,40 +35,22 @@ def given(args: "EngineArgs") -> Iterator[None]:
 
 
 def check_engine_args(vllm_config: "VllmConfig", settings: Settings) -> None:
-    """Refuse options that D2F decoding cannot honour, by the flag to change.
-
-    Args:
-        vllm_config: as vLLM has built it, before D2F changes it.
-        settings: of the model.
+    """Refuse options that D2F decoding cannot honour. vLLM has built the configuration of them.
 
     Raises:
         ValueError: names every such flag, each with the remedy.
     """
-    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    scheduler_config = vllm_config.scheduler_config
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    scheduler_config, cache = vllm_config.scheduler_config, vllm_config.cache_config
     bidirectional = settings.prompt_attention == "bidirectional"
-    widest = model_config.max_model_len
-    if not bidirectional:
-        widest = min(2 * settings.window, widest)  # twice with asynchronous scheduling
+    # Two windows with asynchronous scheduling.
+    widest = model.max_model_len if bidirectional else min(2 * settings.window, model.max_model_len)
     tokens = scheduler_config.max_num_scheduled_tokens
 
     def asked(name: str) -> Any:
         return getattr(_given.get(), name, None)
 
-    unsupported = {
-        "--enable-dbo": parallel.enable_dbo,
-        "--logits-processors": model_config.logits_processors,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size is not None,
-        "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
-        "--watermark-config": vllm_config.watermark_config is not None,
-        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-        "--use-fp64-gumbel": model_config.use_fp64_gumbel,
-        "--enable-trace-replay": model_config.enable_trace_replay,
-        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
-        "--model-class-overrides": asked("model_class_overrides"),
-    }
-    cases = {
+    refused = {
         "--speculative-config: D2F already decodes several tokens per step; remove it": (
             vllm_config.speculative_config is not None
         ),
@@ -94,16 +76,25 @@ def check_engine_args(vllm_config: "VllmConfig", settings: Settings) -> None:
             scheduler_config.long_prefill_token_threshold_adaptive
         ),
         "--enable-lora: an adapter is merged into its base instead; run `python -m vllm_d2f merge "
-        f"--base {model_config.model} --adapter DIR --out FOLDER`, then `vllm serve FOLDER`": (
+        f"--base {model.model} --adapter DIR --out FOLDER`, then `vllm serve FOLDER`": (
             vllm_config.lora_config is not None
         ),
-        "--enable-prompt-embeds: a prompt is token ids; remove it": (
-            model_config.enable_prompt_embeds
-        ),
-        "--runner pooling: D2F models generate text; remove it": (
-            model_config.runner_type != "generate"
-        ),
-        **{f"{flag}: not supported; remove it": bool(hit) for flag, hit in unsupported.items()},
+        "--enable-prompt-embeds: a prompt is token ids; remove it": model.enable_prompt_embeds,
+        "--runner pooling: D2F models generate text; remove it": model.runner_type != "generate",
     }
-    if refused := [message for message, hit in cases.items() if hit]:
-        raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(refused))
+    unsupported = {
+        "--enable-dbo": parallel.enable_dbo,
+        "--logits-processors": model.logits_processors,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--kv-offloading-size": cache.kv_offloading_size is not None,
+        "--ec-transfer-config": vllm_config.ec_transfer_config is not None,
+        "--watermark-config": vllm_config.watermark_config is not None,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "--use-fp64-gumbel": model.use_fp64_gumbel,
+        "--enable-trace-replay": model.enable_trace_replay,
+        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
+        "--model-class-overrides": asked("model_class_overrides"),
+    }
+    refused |= {f"{flag}: not supported; remove it": hit for flag, hit in unsupported.items()}
+    if messages := [message for message, hit in refused.items() if hit]:
+        raise ValueError("vllm-d2f cannot serve with these options: " + "; ".join(messages))

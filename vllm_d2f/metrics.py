@@ -72,19 +72,10 @@ LABELS = ("model_name", "engine")
 
 COUNTERS = {
     "forwards": ("vllm:d2f_forwards", "Denoising forwards, one per request and step."),
-    "processed": (
-        "vllm:d2f_processed_tokens",
-        "Positions that went through the model, prompts included.",
-    ),
-    "committed": (
-        "vllm:d2f_committed_tokens",
-        "Positions whose keys and values became final.",
-    ),
+    "processed": ("vllm:d2f_processed_tokens", "Positions that the model computed, with prompts."),
+    "committed": ("vllm:d2f_committed_tokens", "Positions whose keys and values became final."),
     "output": ("vllm:d2f_output_tokens", "Tokens that the engine emitted."),
-    "active": (
-        "vllm:d2f_fully_activated_accepts",
-        "Positions decoded in fully activated blocks.",
-    ),
+    "active": ("vllm:d2f_fully_activated_accepts", "Positions decoded in fully activated blocks."),
     "semi": ("vllm:d2f_semi_activated_accepts", "Positions decoded in semi-activated blocks."),
     "dropped": ("vllm:d2f_dropped_blocks", "Open blocks given up behind an end token."),
     "nonfinite": (
@@ -99,10 +90,7 @@ SIMULATED = (
     "vllm:d2f_simulated_tokens_per_forward",
     "Acceptance is simulated (else this is not there): text and scores mean nothing.",
 )
-TOKENS_PER_FORWARD = (
-    "vllm:d2f_tokens_per_forward",
-    "Tokens of a finished request, divided by its forwards.",
-)
+TOKENS_PER_FORWARD = ("vllm:d2f_tokens_per_forward", "Tokens per forward of a finished request.")
 BUCKETS = (1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 8, 12, 16, 32)
 
 
@@ -129,18 +117,14 @@ class _StatLogger:
             return {i: metric.labels(model, str(i)) for i in self.engine_indexes}
 
         self.open_blocks = per_engine(Gauge(*OPEN_BLOCKS, LABELS, multiprocess_mode="mostrecent"))
-        self.tokens_per_forward = per_engine(
-            Histogram(*TOKENS_PER_FORWARD, LABELS, buckets=BUCKETS)
-        )
+        histogram = Histogram(*TOKENS_PER_FORWARD, LABELS, buckets=BUCKETS)
+        self.tokens_per_forward = per_engine(histogram)
         simulated = served_settings(self.model_config).simulate_tokens_per_forward
         if simulated is not None:
             gauge = Gauge(*SIMULATED, LABELS, multiprocess_mode="mostrecent")
             for metric in per_engine(gauge).values():
                 metric.set(simulated)
-        self.counters = {
-            field: per_engine(Counter(name, text, LABELS))
-            for field, (name, text) in COUNTERS.items()
-        }
+        self.counters = {k: per_engine(Counter(*v, LABELS)) for k, v in COUNTERS.items()}
 
     def record(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration with vLLM: version check, patches, models, attention, start-up."""
+"""Registration with vLLM: version check, patches, models, attention backend, start-up hook."""
 
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def check_version(version: str | None) -> None:
-    """Refuse a vLLM that this release was not written against; None: it does not say what it is.
+    """Refuse a vLLM that this release does not support, and one without a version.
 
-    Development builds count as the version they lead to.
+    A development build counts as the version that it precedes.
 
     Raises:
         RuntimeError: with the command that installs a supported one.
@@ -33,7 +33,7 @@ def check_version(version: str | None) -> None:
 
 
 def register_all(*families: "Family") -> None:
-    """Everything `vllm_d2f.register` does. Idempotent."""
+    """Do what `vllm_d2f.register` promises; a second call changes nothing."""
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def register_all(*families: "Family") -> None:
     apply("process")
     register_configs()
     for architecture in FAMILIES:
-        # vLLM makes the class when it is first used. Registering again changes nothing.
+        # vLLM builds the class at its first use.
         vllm.ModelRegistry.register_model(architecture, f"vllm_d2f.worker.model:{architecture}")
 
     from vllm_d2f.attention.selection import register as register_attention

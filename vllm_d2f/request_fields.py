@@ -11,7 +11,7 @@ needs to know of them, and endpoints of later vLLM versions are covered too.
 import json
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_d2f.settings import Settings, request_params
 
@@ -33,28 +33,25 @@ _requested: ContextVar[Mapping[str, Any] | None] = ContextVar("d2f_options", def
 """The D2F options of the HTTP request that the current task serves."""
 
 
-def options_beside(fields: Mapping[str, Any], xargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the `d2f_*` options among the fields of a request.
+def refuse(parameter: str, message: str) -> NoReturn:
+    """Raise vLLM's error for a bad request: HTTP 400, with the parameter's name."""
+    from vllm.exceptions import VLLMValidationError
 
-    Args:
-        fields: of the request.
-        xargs: its `vllm_xargs`, in which the same option must not be given again.
+    raise VLLMValidationError(message, parameter=parameter)
+
+
+def options_beside(fields: Mapping[str, Any], xargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the `d2f_*` options among a request's fields; `xargs` are its `vllm_xargs`.
 
     Raises:
         VLLMValidationError: a field that vLLM removed, or an option given twice.
     """
-    from vllm.exceptions import VLLMValidationError
-
     for name, successor in REMOVED_FIELDS.items():
         if fields.get(name) is not None:
-            raise VLLMValidationError(
-                f"{name} is not supported any more; use {successor}.", parameter=name
-            )
+            refuse(name, f"{name} is not supported any more; use {successor}.")
     options = {k: v for k, v in fields.items() if k.startswith("d2f_") and v is not None}
     for name in sorted(options.keys() & (xargs or {}).keys()):
-        raise VLLMValidationError(
-            f"{name} stands in vllm_xargs and beside it; remove one of them.", parameter=name
-        )
+        refuse(name, f"{name} stands in vllm_xargs and beside it; remove one of them.")
     return options
 
 
@@ -62,18 +59,18 @@ def add_request_fields(params: "SamplingParams", fields: Mapping[str, Any]) -> N
     """Add the `d2f_*` options among a request's unknown fields to its sampling parameters.
 
     Commands such as `vllm run-batch` make sampling parameters of requests that no HTTP server has
-    read (`patches/p08`).
-
-    Raises:
-        VLLMValidationError: a field that vLLM removed, or an option given twice.
+    read (`patches/p08`). `options_beside` says what is refused.
     """
-    if options := options_beside(fields, params.extra_args):
-        params.extra_args = {**(params.extra_args or {}), **options}
+    _add(params, options_beside(fields, params.extra_args))
 
 
 def add_http_options(params: "SamplingParams") -> None:
     """Add the options that `RequestFields` read, for endpoints that drop them on the way."""
-    if options := _requested.get():
+    _add(params, _requested.get())
+
+
+def _add(params: "SamplingParams", options: Mapping[str, Any] | None) -> None:
+    if options:
         params.extra_args = {**(params.extra_args or {}), **options}
 
 
@@ -83,15 +80,13 @@ def check_default_greedy(request: Any, default_sampling_params: Mapping[str, Any
     Raises:
         VLLMValidationError: the request has `n` > 1 and leaves the temperature at a default of 0.
     """
-    from vllm.exceptions import VLLMValidationError
-
     n = getattr(request, "n", None) or 1
     default = (default_sampling_params or {}).get("temperature")
     if n > 1 and default == 0 and request.temperature is None:
-        raise VLLMValidationError(
+        refuse(
+            "n",
             f"n must be 1 when using greedy sampling, got {n}. The default temperature of this "
             'model is 0, which is greedy; send "temperature" above 0 beside n, for example 0.7.',
-            parameter="n",
         )
 
 
@@ -122,15 +117,11 @@ class RequestFields:
             _requested.reset(token)
 
     def options(self, body: bytes) -> dict[str, Any]:
-        """Return the D2F options of a request.
-
-        Raises:
-            ValueError: what `options_beside` and `request_params` refuse.
-        """
+        """Return a request's D2F options, unless `options_beside` or `request_params` refuse."""
         try:
             fields = json.loads(body)
         except ValueError:
-            return {}  # the endpoint answers what it answers to broken JSON
+            fields = None  # the endpoint answers what it answers to broken JSON
         if not isinstance(fields, dict):
             return {}
         # `/inference/v1/generate` takes sampling parameters as an object of their own.

@@ -7,6 +7,8 @@ request's `vllm_xargs`. Every unknown name and every value out of range raises a
 the allowed ones.
 """
 
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -64,13 +66,9 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a `d2f` section of which `settings_from_dict` makes them again."""
-        return {
-            **asdict(self.params),
-            "window": self.window,
-            "prompt_attention": self.prompt_attention,
-            "block_origin": self.block_origin,
-            SIMULATE: self.simulate_tokens_per_forward,
-        }
+        section = asdict(self)
+        del section["family"]
+        return section.pop("params") | section
 
 
 def settings_from_dict(
@@ -87,13 +85,15 @@ def settings_from_dict(
     Raises:
         ValueError: no section at all, an unknown key, or a value out of range.
     """
-    if all(section is None for section in sections):
-        raise ValueError(_hint())
-    merged: dict[str, Any] = {}
-    for section in sections:
-        if section is not None:
-            merged |= _with_preset(section)
-    window = merged.pop("window", None)
+    given = [_with_preset(section) for section in sections if section is not None]
+    if not given:
+        raise ValueError(
+            "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it "
+            'decodes, for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": '
+            f'4}}}}\' or --additional-config \'{{"d2f": {{"preset": "{next(iter(PRESETS))}"}}}}\' '
+            f"(presets: {', '.join(PRESETS)})"
+        )
+    merged = functools.reduce(operator.or_, given)
     rules: dict[str, Any] = {}
     for name, (default, allowed) in _ATTENTION_RULES.items():
         rules[name] = merged.pop(name, getattr(family, name, default))
@@ -101,7 +101,7 @@ def settings_from_dict(
             raise ValueError(
                 f"d2f: {name} must be one of {', '.join(allowed)}, got {rules[name]!r:.80}"
             )
-    simulate = merged.pop(SIMULATE, None)
+    window, simulate = merged.pop("window", None), merged.pop(SIMULATE, None)
     try:
         params = D2FParams(**merged)
     except ValueError as error:
@@ -127,13 +127,8 @@ def settings_from_dict(
             raise ValueError(
                 f"d2f: {SIMULATE} must be a number in [1, {window}], got {simulate!r:.80}"
             )
-    return Settings(
-        params,
-        window,
-        **rules,
-        simulate_tokens_per_forward=simulate,
-        family=family.name if family else "",
-    )
+    name = family.name if family else ""
+    return Settings(params, window, **rules, simulate_tokens_per_forward=simulate, family=name)
 
 
 def _with_preset(section: Any) -> dict[str, Any]:
@@ -144,33 +139,18 @@ def _with_preset(section: Any) -> dict[str, Any]:
         raise ValueError(
             f"d2f: unknown setting {unknown[0]!r:.80}; known are {', '.join(sorted(_KNOWN))}"
         )
-    section = dict(section)
-    preset = section.pop("preset", None)
-    if preset is None:
-        return section
-    if preset not in PRESETS:
+    rest = dict(section)
+    preset = rest.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
         raise ValueError(f"d2f: unknown preset {preset!r:.80}; known are {', '.join(PRESETS)}")
-    return PRESETS[preset] | section
-
-
-def _hint() -> str:
-    return (
-        "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it "
-        'decodes, for example --additional-config \'{"d2f": {"block_size": 32, "max_blocks": 4}}\' '
-        f'or --additional-config \'{{"d2f": {{"preset": "{next(iter(PRESETS))}"}}}}\' '
-        f"(presets: {', '.join(PRESETS)})"
-    )
+    return PRESETS.get(preset, {}) | rest
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
     """The decoding parameters of a request: the served ones, its `d2f_preset`, its other options.
 
     A request with larger blocks and without a `d2f_max_blocks` gets as many blocks as the served
-    window holds.
-
-    Args:
-        settings: of the served model.
-        extra_args: the request's `d2f_*` options, as vLLM keeps its `vllm_xargs`.
+    window holds. `extra_args` are its `d2f_*` options, as vLLM keeps its `vllm_xargs`.
 
     Raises:
         ValueError: an unknown option, a value out of range, or blocks that exceed the window.
@@ -178,13 +158,16 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     given = dict(extra_args or {})
     options = {f"d2f_{name}": name for name in _PARAM_NAMES}
     if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE}):
+        kv = unknown[0].endswith("_transfer_params")
+        remedy = "a D2F server has no connector that takes it, remove it; " if kv else ""
         known = ", ".join(sorted({*options, _PRESET, _TRACE}))
-        raise ValueError(f"unknown option {unknown[0]!r:.80}; {_remedy(unknown[0])} are {known}")
+        raise ValueError(f"unknown option {unknown[0]!r:.80}; {remedy}D2F options are {known}")
     wants_trace(given)
-    base, window = settings.params, settings.window
-    preset = _preset(settings, given.pop(_PRESET)) if _PRESET in given else {}
+    window = settings.window
     given.pop(_TRACE, None)
-    chosen = asdict(base) | preset | {options[k]: _number(k, v) for k, v in given.items()}
+    preset = _preset(settings, given.pop(_PRESET)) if _PRESET in given else {}
+    numbers = {options[name]: _number(name, value) for name, value in given.items()}
+    chosen = asdict(settings.params) | preset | numbers
     block_size, max_blocks = chosen["block_size"], chosen["max_blocks"]
     for name, value in (("d2f_block_size", block_size), ("d2f_max_blocks", max_blocks)):
         if isinstance(value, float) or not 1 <= value <= window:
@@ -198,17 +181,10 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
             f"{window // block_size} blocks of {block_size}, or start the server with a larger "
             '--additional-config \'{"d2f": {"window": N}}\''
         )
-    for name in ("tau_add", "tau_act", "tau_conf"):
-        if not 0 <= chosen[name] <= 1:
-            raise ValueError(f"d2f_{name} must be a number in [0, 1], got {chosen[name]!r}")
-    return D2FParams(**chosen)
-
-
-def _remedy(option: str) -> str:
-    """The words between an unknown option's name and the list of the known ones."""
-    if option.endswith("_transfer_params"):
-        return "a D2F server has no connector that takes it, remove it; D2F options"
-    return "D2F options"
+    try:
+        return D2FParams(**chosen)
+    except ValueError as error:  # a threshold out of range
+        raise ValueError(f"d2f_{error}") from None
 
 
 def _preset(settings: Settings, name: Any) -> dict[str, Any]:
@@ -235,12 +211,10 @@ def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
     Raises:
         ValueError: the option is neither yes nor no.
     """
-    value = (extra_args or {}).get(_TRACE, False)
-    if value in ("0", "1"):
-        value = int(value)
-    if value not in (0, 1, False, True):
+    value = (extra_args or {}).get(_TRACE, 0)
+    if value not in (0, 1, "0", "1"):
         raise ValueError(f"{_TRACE} must be 0 or 1, got {value!r:.80}")
-    return bool(value)
+    return value not in (0, "0")
 
 
 def _number(name: str, value: Any) -> int | float:

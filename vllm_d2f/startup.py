@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up: turn a checkpoint of a D2F family into a deployment, or refuse with the remedy."""
+"""Start-up: turn a checkpoint of a D2F family into a deployment, or refuse it with the remedy."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+# Asynchronous scheduling hides the host's work of a step, at the cost of wider queries. It is off
+# until a device is faster with it; on a CPU no other device's work could hide that of the host.
+ASYNC_BY_DEFAULT = False
+
 
 class D2FConfigHook(VerifyAndUpdateConfig):
-    """vLLM calls this for the architectures of `register_hook` when it builds its configuration."""
+    """vLLM's hook for an architecture; it runs when vLLM builds its configuration."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -39,16 +43,16 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         if model_config.trust_remote_code:
             logger.warning(
                 "--trust-remote-code is switched off: D2F models need none. Config, tokenizer and "
-                "model are classes of vllm-d2f and transformers, and no code of a checkpoint runs."
+                "model are classes of vllm-d2f and transformers; a checkpoint's code does not run."
             )
             model_config.trust_remote_code = False
         scheduler_config = vllm_config.scheduler_config
-        # Both travel to the engine and worker processes inside the model's config.
-        model_config.hf_config.d2f = settings.as_dict()
         scheduler_config.scheduler_cls = SCHEDULER
-        _set_async(vllm_config)
-        # vLLM takes a model with a canvas for a diffusion model; ours is the widest query.
+        _set_async(scheduler_config)
+        # vLLM treats a model with a canvas as a diffusion model; D2F's canvas is the widest query.
         canvas = widest_query(settings, scheduler_config)
+        # vLLM hands the model's config to the engine and the workers, and these two with it.
+        model_config.hf_config.d2f = settings.as_dict()
         model_config.hf_config.canvas_length = canvas
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas)
 
@@ -59,14 +63,14 @@ class D2FConfigHook(VerifyAndUpdateConfig):
             _bound_cpu_cache(vllm_config)
         _set_prefill(settings, model_config.max_model_len, scheduler_config)
 
-        # The published setting is greedy. A request or the user's own default still decides.
+        # The published setting is greedy. A request and the user's own default come first.
         if "temperature" not in model_config.get_diff_sampling_param():
             model_config.override_generation_config.setdefault("temperature", 0.0)
         logger.info("D2F settings: %s", settings)
         if settings.simulate_tokens_per_forward is not None:
             logger.warning(
-                "SIMULATED ACCEPTANCE: %s tokens per forward whatever the model says. Speeds can "
-                "be read, the text and any score cannot.",
+                "SIMULATED ACCEPTANCE: %s tokens per forward whatever the model says. Speeds are "
+                "meaningful, the text and any score are not.",
                 settings.simulate_tokens_per_forward,
             )
 
@@ -80,41 +84,32 @@ def register_hook() -> None:
 def widest_query(settings: Settings, scheduler_config: "SchedulerConfig") -> int:
     """Positions of a request's widest query without its prompt.
 
-    Scheduled ahead it is a window and what the forward before it committed: at most what was open
-    and one block, and a block is at most a window.
+    With asynchronous scheduling a query holds a window and what the forward before it committed:
+    at most another window.
     """
     return settings.window * (2 if scheduler_config.async_scheduling else 1)
 
 
-def _set_async(vllm_config: "VllmConfig") -> None:
-    """Decide whether a step is scheduled while the one before it runs.
+def _set_async(scheduler_config: "SchedulerConfig") -> None:
+    """Decide whether vLLM schedules a step while the one before it runs.
 
     Raises:
         ValueError: the user asked for it where it is not possible.
     """
-    scheduler_config = vllm_config.scheduler_config
-    if envs.VLLM_RAISE_ON_LOGIT_NANS and scheduler_config.async_scheduling:
-        raise ValueError(
-            "--async-scheduling: VLLM_RAISE_ON_LOGIT_NANS takes the place in which widths come "
-            "back; unset it, or give --no-async-scheduling"
-        )
+    count_nans = envs.VLLM_RAISE_ON_LOGIT_NANS
     if scheduler_config.async_scheduling is None:
-        scheduler_config.async_scheduling = not envs.VLLM_RAISE_ON_LOGIT_NANS and async_by_default()
-
-
-def async_by_default() -> bool:
-    """Off until a device has shown that it wins there.
-
-    Asynchronous scheduling hides the host's work of a step and costs wider queries. A CPU has
-    nothing to overlap that work with.
-    """
-    return False
+        scheduler_config.async_scheduling = ASYNC_BY_DEFAULT and not count_nans
+    elif scheduler_config.async_scheduling and count_nans:
+        raise ValueError(
+            "--async-scheduling: VLLM_RAISE_ON_LOGIT_NANS needs the field that brings the widths "
+            "of windows back; unset it, or give --no-async-scheduling"
+        )
 
 
 def _set_prefill(
     settings: Settings, max_model_len: int, scheduler_config: "SchedulerConfig"
 ) -> None:
-    """Have prompts prefilled in one step, unless they may be cut between their attention blocks."""
+    """Prefill a prompt in one step, unless it may be cut between its attention blocks."""
     budget = scheduler_config.max_num_batched_tokens
     if settings.prompt_attention == "block_causal":
         least = min(widest_query(settings, scheduler_config), max_model_len)
@@ -136,51 +131,41 @@ def _set_prefill(
 
 
 def _refuse_on_cpu(vllm_config: "VllmConfig") -> None:
-    """Refuse options that need CUDA, which vLLM's CPU platform would drop without a message."""
+    """Refuse options that need CUDA: vLLM's CPU platform drops them without a message."""
     backend = vllm_config.attention_config.backend
     mode = vllm_config.compilation_config.cudagraph_mode
-    found = []
     if backend not in (None, AttentionBackendEnum.CPU_ATTN):
-        found.append(f"--attention-backend {backend.name}")
-    if mode not in (None, CUDAGraphMode.NONE):
-        found.append(f"cudagraph_mode {mode.name} in --compilation-config")
-    if found:
-        raise ValueError(
-            f"{found[0]} needs CUDA, and this is vLLM for CPUs; remove it, or install the build "
-            "for CUDA: pip install 'vllm-d2f[gpu]'"
-        )
+        option = f"--attention-backend {backend.name}"
+    elif mode not in (None, CUDAGraphMode.NONE):
+        option = f"cudagraph_mode {mode.name} in --compilation-config"
+    else:
+        return
+    raise ValueError(
+        f"{option} needs CUDA, and this is vLLM for CPUs; remove it, or install the build for "
+        "CUDA: pip install 'vllm-d2f[gpu]'"
+    )
 
 
-CPU_PAGE = 128
-"""Tokens in a page of vLLM's CPU cache, unless the user says otherwise."""
-
-LEAST_CPU_CACHE = 1 << 28
-"""Bytes. Few requests at once still want room for the prompts of earlier ones."""
+CPU_PAGE = 128  # vLLM's tokens per page on a CPU, unless the user says otherwise
+LEAST_CPU_CACHE = 1 << 28  # bytes: room for the prompts of earlier requests
 
 
 def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
     """Reserve no more of a CPU's memory than all requests at their longest can fill.
 
-    vLLM takes 92 % of the memory whatever the model, and does not start where less is free: too
-    much to ask for a model of some megabytes. What the user said about memory stands.
+    vLLM takes 92 % of the memory for every model and refuses to start where less is free, even for
+    a model of some megabytes. An option of the user's about memory comes first.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     default = type(cache).gpu_memory_utilization
-    if (
-        cache.kv_cache_memory_bytes is not None
-        or cache.num_gpu_blocks_override is not None
-        or cache.gpu_memory_utilization != default
-    ):
+    given = cache.kv_cache_memory_bytes, cache.num_gpu_blocks_override, cache.gpu_memory_utilization
+    if given != (None, None, default):
         return
     page = cache.block_size if cache.user_specified_block_size else CPU_PAGE
-    bytes_per_token = (
-        2  # keys and values
-        * model.get_num_layers(parallel)
-        * model.get_num_kv_heads(parallel)
-        * model.get_head_size()
-        * cast("torch.dtype", model.dtype).itemsize
-    )
+    numbers = 2 * model.get_num_layers(parallel)  # keys and values
+    numbers *= model.get_num_kv_heads(parallel) * model.get_head_size()
+    bytes_per_token = numbers * cast("torch.dtype", model.dtype).itemsize
     # A page more per request, whose last is seldom full; a request more for vLLM's null page.
     tokens = (-(-model.max_model_len // page) + 1) * page * (scheduler.max_num_seqs + 1)
     enough = max(tokens * bytes_per_token, LEAST_CPU_CACHE)
@@ -196,7 +181,7 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
 
 
 def _check_model_type(model_config: "ModelConfig") -> None:
-    """Refuse a config of another class, whose values have not been checked."""
+    """Refuse a config of another class: nothing has checked its values."""
     config, architecture = model_config.hf_config, model_config.architecture
     if getattr(config, "family", None) is not FAMILIES[architecture]:
         known = (f"{name} with {family.model_type!r}" for name, family in FAMILIES.items())
@@ -207,11 +192,11 @@ def _check_model_type(model_config: "ModelConfig") -> None:
 
 
 def _resolve(vllm_config: "VllmConfig") -> Settings:
-    """Merge the places that may hold D2F settings, see `vllm_d2f.settings`."""
+    """Merge the D2F settings of generation_config.json, config.json and the user, in this order."""
     model_config = vllm_config.model_config
     additional = vllm_config.additional_config
     given = additional.get("d2f") if isinstance(additional, dict) else None
-    # Read as a file: transformers' class drops sections it does not know.
+    # transformers' class drops sections that it does not know, so the file is read.
     name, config = "generation_config.json", model_config.hf_config
     generation = get_hf_file_to_dict(name, model_config.model, model_config.revision) or {}
     try:

@@ -118,7 +118,9 @@ def _builder(module, heads: tuple[int, int], kind: str, dtype: torch.dtype, page
             cache_dtype=kind, get_resolved_kv_cache_layout=lambda: KVCacheLayout.LBNHC
         ),
         model_config=SimpleNamespace(
-            dtype=dtype, max_model_len=2048, hf_config=SimpleNamespace(d2f={"max_blocks": 8})
+            dtype=dtype,
+            max_model_len=2048,
+            hf_config=SimpleNamespace(d2f={"max_blocks": 8}, family=None),
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=16),
     )

@@ -51,7 +51,7 @@ def manager(architecture="DreamModel", mode="FULL_AND_PIECEWISE", canvas=128, se
     """vLLM's manager as its constructor leaves it before the list is made; no device is asked."""
     made = object.__new__(CudaGraphManager)
     d2f = settings_from_dict({"block_size": 32, "max_blocks": 4}).as_dict()
-    hf_config = SimpleNamespace(d2f=d2f, model_type="Dream", canvas_length=canvas)
+    hf_config = SimpleNamespace(d2f=d2f, family=None, canvas_length=canvas)
     made.vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(architectures=[architecture], hf_config=hf_config),
         speculative_config=None,

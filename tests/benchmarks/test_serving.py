@@ -95,7 +95,7 @@ def test_metrics_say_whether_acceptance_is_made_up(wanted):
     from vllm_d2f.settings import settings_from_dict
 
     settings = settings_from_dict({"block_size": 16, "simulate_tokens_per_forward": wanted})
-    hf_config = SimpleNamespace(d2f=settings.as_dict(), model_type="Dream")
+    hf_config = SimpleNamespace(d2f=settings.as_dict(), family=None)
     model = SimpleNamespace(
         architectures=["DreamModel"], hf_config=hf_config, served_model_name="m"
     )

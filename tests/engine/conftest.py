@@ -33,4 +33,4 @@ def plugin():
 
     register()
     if os.environ.get("D2F_TEST_ASYNC") == "1":
-        config.async_by_default = lambda: True
+        config.ASYNC_BY_DEFAULT = True

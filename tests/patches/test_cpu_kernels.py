@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from triton_emulator import launch
-from vllm_d2f.patches import cpu_block_tables, cpu_kernels
-from vllm_d2f.patches.p03_cpu_kernels import KERNELS
+from vllm_d2f.patches import cpu_kernels
+from vllm_d2f.patches.p03_cpu_kernels import KERNELS, replacement
 from vllm_d2f.patches.patch import find, function_of
 
 SEEDS = range(int(os.environ.get("D2F_KERNEL_SEEDS", "25")))
-TARGETS = {name: target for target, name in KERNELS.items()}
+TARGETS = {replacement(target).__name__: target for target in KERNELS}
 TABLES = "vllm.v1.worker.gpu.block_table"
 ROWS, MAX_LEN, MAX_TOKENS, MAX_DRAFT = 9, 96, 200, 16
 
@@ -230,7 +230,7 @@ def test_gather_block_tables(seed: int, groups: int, given_out: bool):
         **({"MASK_SLIDING_WINDOW": False} if no_sliding_window else {}),
     )
     out = tuple(x.clone() for x in t.input_block_tables) if given_out else None
-    got = cpu_block_tables.gather_block_tables(t, b.idx_mapping, padded, out)
+    got = cpu_kernels.gather_block_tables(t, b.idx_mapping, padded, out)
     for group, (w, g) in enumerate(zip(want, got, strict=True)):
         assert g.data_ptr() == (out or t.input_block_tables)[group].data_ptr()
         assert g.shape[0] == padded
@@ -266,10 +266,10 @@ def test_compute_slot_mappings(seed: int, groups: int):
         0,
         CP_SIZE=1,
         CP_INTERLEAVE=1,
-        PAD_ID=cpu_block_tables.PAD_SLOT_ID,
+        PAD_ID=cpu_kernels.PAD_SLOT_ID,
         TRITON_BLOCK_SIZE=8,
     )
-    got = cpu_block_tables.compute_slot_mappings(
+    got = cpu_kernels.compute_slot_mappings(
         t, b.idx_mapping, b.query_start_loc, positions, b.num_tokens
     )
     assert torch.equal(t.slot_mappings, want)
@@ -280,17 +280,17 @@ def test_context_parallelism_is_refused():
     t = tables(Batch(1), 1)
     t.cp_size = 2
     with pytest.raises(NotImplementedError, match="context parallelism"):
-        cpu_block_tables.compute_slot_mappings(t, *[torch.zeros(1)] * 3, 1)
+        cpu_kernels.compute_slot_mappings(t, *[torch.zeros(1)] * 3, 1)
 
 
 def test_fused_writer_writes_every_tensor():
     written = []
     tensors = [SimpleNamespace(apply_write=lambda i=i: written.append(i)) for i in range(3)]
-    cpu_block_tables.apply_fused(None, tensors, None, None)
+    cpu_kernels.apply(None, tensors, None, None)
     assert written == [0, 1, 2]
 
 
 def test_pad_slot_is_vllms():
     from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-    assert cpu_block_tables.PAD_SLOT_ID == PAD_SLOT_ID
+    assert cpu_kernels.PAD_SLOT_ID == PAD_SLOT_ID

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from vllm_d2f.patches.p02_cpu_start import needed
-from vllm_d2f.patches.p03_cpu_kernels import HOOK, KERNELS, NAME, SOURCES
+from vllm_d2f.patches.p03_cpu_kernels import HOOK, KERNELS, LAUNCHED, METHODS, NAME
 from vllm_d2f.patches.p03_cpu_kernels import p03_cpu_kernels as PATCH
 from vllm_d2f.patches.patch import find, function_of, source_hash
 
@@ -17,7 +17,7 @@ IN_A_WORKER = """
 import sys
 from vllm.platforms import current_platform
 from vllm.triton_utils.dispatcher import KernelOverride
-from vllm_d2f.patches import cpu_block_tables, cpu_kernels, p03_cpu_kernels as p03
+from vllm_d2f.patches import p03_cpu_kernels as p03
 from vllm_d2f.patches.patch import find, function_of
 
 p03.p03_cpu_kernels.install()
@@ -27,14 +27,14 @@ stock = {target: find(p03.NAME, target)[2] for target in p03.KERNELS}
 first = {}
 for _ in range(2):
     current_platform.register_triton_kernel_overrides()
-    for target, name in p03.KERNELS.items():
+    for target in p03.KERNELS:
         override = find(p03.NAME, target)[2]
         assert isinstance(override, KernelOverride), target
-        assert override.func is vars(cpu_kernels)[name], target
+        assert override.func is p03.replacement(target), target
         assert first.setdefault(target, override) is override, "registered twice"
-    for target, name in p03.METHODS.items():
+    for target in p03.METHODS:
         method = find(p03.NAME, target)[2]
-        assert method is vars(cpu_block_tables)[name], target
+        assert method is p03.replacement(target), target
         assert function_of(method) is not method, "the original is lost"
 # vLLM's own overrides, for the V1 runner, are there as before.
 from vllm.v1.sample import rejection_sampler
@@ -62,7 +62,7 @@ def test_registration_in_a_worker():
     assert "was written against another version" not in run.stderr
 
 
-WRITTEN_AGAINST = {**PATCH.written_against, **SOURCES}
+WRITTEN_AGAINST = {**PATCH.written_against, **KERNELS, **METHODS, **LAUNCHED}
 
 
 @pytest.mark.parametrize("target", WRITTEN_AGAINST)

@@ -47,7 +47,9 @@ def check(made, monkeypatch):
 
     def run(folder, load_format="auto"):
         model_config, load_config = made.model_config, made.load_config
-        monkeypatch.setattr(model_config, "hf_config", AutoConfig.from_pretrained(folder))
+        hf_config = AutoConfig.from_pretrained(folder)
+        monkeypatch.setattr(model_config, "hf_config", hf_config)
+        monkeypatch.setattr(model_config, "_architecture", hf_config.architectures[0])
         monkeypatch.setattr(model_config, "model", str(folder))
         monkeypatch.setattr(load_config, "load_format", load_format)
         D2FConfigHook.verify_and_update_config(made)

@@ -62,7 +62,7 @@ def make_states(
     """Real states. Blocks have 8 positions unless a request says otherwise."""
     hf_config = SimpleNamespace(
         d2f={"block_size": 8, "max_blocks": width // 8, "window": width},
-        model_type="Dream",
+        family=None,
         mask_token_id=mask,
         logits_shift=shift,
     )

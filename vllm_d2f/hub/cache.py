@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where merged models are kept. A folder appears there complete or not at all.
+"""The folders of merged models. A folder appears in its place complete, or not at all.
 
-A folder is written beside its place as `NAME.part-<pid>` and renamed when it is complete. Its
-record, written last, lists every file; a folder without one, or with a file missing or of another
-size, is never served.
+A merge writes to `NAME.part-<pid>` beside the place and renames that folder at the end. The record
+in a folder lists its files with their sizes and sha256. A folder is served only if its record is
+there and every listed file has its size.
 """
 
 import errno
@@ -12,13 +12,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.hub import HubError
+from vllm_d2f.hub import HubError, say
+from vllm_d2f.hub.checkpoint import read_json
 
 __all__ = ["RECORD", "State", "damaged_files", "folder_of", "inspect", "is_part", "locked", "root"]
 __all__ += ["remove_folder", "remove_parts", "write_whole"]
@@ -28,7 +29,6 @@ FORMAT = 1
 """Version of the record. A folder of another version has to be merged again."""
 
 _PART = re.compile(r".+\.part-\d+")
-_MAX_RECORD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class State:
     Attributes:
         kind: "ready", "absent" or "damaged".
         size: bytes on the disk.
-        reason: what is wrong with a damaged one.
-        record: the completion record, of a ready one.
+        reason: what is wrong with a damaged folder.
+        record: the record of a ready folder.
     """
 
     kind: str
@@ -49,12 +49,11 @@ class State:
 
 
 def root() -> Path:
-    """`D2F_CACHE`, else `vllm-d2f` in `HF_HOME` as huggingface_hub defines it."""
-    if own := os.environ.get("D2F_CACHE"):
-        return Path(own).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    return Path(os.path.expandvars(os.path.expanduser(hub))) / "vllm-d2f"
+    """`D2F_CACHE`, else `vllm-d2f` in huggingface_hub's `HF_HOME`."""
+    from huggingface_hub.constants import HF_HOME
+
+    own = os.environ.get("D2F_CACHE")
+    return Path(own).expanduser() if own else Path(HF_HOME) / "vllm-d2f"
 
 
 def folder_of(name: str) -> Path:
@@ -63,49 +62,53 @@ def folder_of(name: str) -> Path:
 
 
 def is_part(folder: Path) -> bool:
-    """Whether the folder was never completed."""
+    """Whether the folder is one that a merge has not completed."""
     return _PART.fullmatch(folder.name) is not None
 
 
 def inspect(folder: Path) -> State:
-    """Compare a folder with its record: names and sizes, which takes no time."""
-    if not folder.is_dir():
-        if os.path.lexists(folder):
-            return State("damaged", reason=f"{folder} is not a folder")
+    """Compare a folder with its record: names and sizes of its files, not their content."""
+    if not os.path.lexists(folder):
         return State("absent")
     size = size_of(folder)
-    path = folder / RECORD
     try:
-        if path.stat().st_size > _MAX_RECORD:
-            raise ValueError("too large")
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files = {
-            str(name): (int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()
-        }
-    except FileNotFoundError:
-        return State("damaged", size, f"{RECORD} is missing: not written by vllm-d2f, or not whole")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return State("damaged", size, f"{RECORD} is not readable ({error})")
+        return State("ready", size, record=_checked_record(folder))
+    except HubError as error:
+        return State("damaged", size, str(error))
+
+
+def _checked_record(folder: Path) -> dict[str, Any]:
+    """The record of a folder that agrees with it.
+
+    Raises:
+        HubError: with what is wrong with the folder.
+    """
+    if not folder.is_dir():
+        raise HubError(f"{folder} is not a folder")
+    if not (folder / RECORD).exists():
+        raise HubError(f"{RECORD} is missing: not written by vllm-d2f, or not completely")
+    try:
+        record = read_json(folder / RECORD)
+        sizes = {str(name): int(file["size"]) for name, file in record["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HubError(f"{RECORD} is not readable ({error})") from None
     if record.get("format") != FORMAT:
-        return State("damaged", size, "it was merged by another version of vllm-d2f")
-    if "config.json" not in files:
-        return State("damaged", size, f"{RECORD} lists no config.json")
-    for name, (expected, _) in files.items():
+        raise HubError("another version of vllm-d2f merged it")
+    if "config.json" not in sizes:
+        raise HubError(f"{RECORD} lists no config.json")
+    for name, size in sizes.items():
         file = folder / name
         if name != os.path.basename(name) or not file.is_file() or file.is_symlink():
-            return State("damaged", size, f"{name} is missing")
-        if file.stat().st_size != expected:
-            return State("damaged", size, f"{name} has {file.stat().st_size} bytes of {expected}")
-    return State("ready", size, record=record)
+            raise HubError(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise HubError(f"{name} has {file.stat().st_size} bytes of {size}")
+    return record
 
 
 def damaged_files(folder: Path, state: State) -> list[str]:
-    """Files of a ready folder whose content is not what was written. Reads everything."""
-    return [
-        name
-        for name, file in state.record["files"].items()
-        if sha256_of(folder / name) != file["sha256"]
-    ]
+    """The files of a ready folder whose content has changed. This reads every byte."""
+    files = state.record["files"].items()
+    return [name for name, file in files if sha256_of(folder / name) != file.get("sha256")]
 
 
 def sha256_of(path: Path) -> str:
@@ -114,33 +117,31 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(folder: Path, announce: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock of a place: one process prepares it, others wait. It ends with its process."""
+def locked(folder: Path) -> AbstractContextManager[Any]:
+    """Hold the lock of a place: one process prepares it, others wait.
+
+    The lock ends with its process, however that ends.
+    """
     from filelock import FileLock, Timeout
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(blocking=False)
         except Timeout:
-            announce(f"waiting for another process that prepares {folder}")
-            lock.acquire()
+            say(f"waiting for another process that prepares {folder}")
+            return lock.acquire()
     except OSError as error:
         raise HubError(
             f"{folder.parent}: cannot be written ({error}). Set D2F_CACHE to a folder of yours"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     """Let `write` fill a folder beside `folder`, then put it in its place, replacing what is there.
 
-    The caller holds the lock of `folder`. Whatever goes wrong, the place keeps what it had.
+    The caller holds the lock of `folder`. If anything fails, the place keeps what it had.
 
     Args:
         write: fills the folder it is given and returns the record, with "files" complete.
@@ -152,13 +153,13 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        record = write(part)
-        write_json(part / RECORD, record | {"format": FORMAT})
-        _sync_folder(part)
-        if os.path.lexists(folder):
-            remove_folder(folder)
+        write_json(part / RECORD, write(part) | {"format": FORMAT})
+        # Everything is on the disk before the new name is.
+        for path in (*part.iterdir(), part):
+            _sync(path)
+        remove_folder(folder)
         os.rename(part, folder)
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise HubError(
@@ -171,20 +172,14 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object, and wait until it is on the disk."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text, and wait until it is on the disk."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a JSON object."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def remove_folder(folder: Path) -> None:
-    """Rename a folder, then delete it, so that no part of it stands in its place at any moment."""
+    """Rename a folder, if there is one, and delete it: its place never holds a half-deleted one."""
+    if not os.path.lexists(folder):
+        return
     gone = folder.with_name(f"{folder.name}.part-{os.getpid()}0")
     os.rename(folder, gone)
     if gone.is_dir() and not gone.is_symlink():
@@ -194,25 +189,21 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_parts(folder: Path) -> int:
-    """Delete what killed processes left of `folder`. The caller holds its lock.
+    """Delete what killed processes left of `folder`; return the bytes freed.
 
-    Returns:
-        The bytes freed.
+    The caller holds the lock of `folder`.
     """
-    freed = 0
-    for path in parts_of(folder):
-        freed += size_of(path)
-        shutil.rmtree(path, ignore_errors=True)
+    parts = parts_of(folder)
+    freed = sum(map(size_of, parts))
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
     return freed
 
 
 def parts_of(folder: Path) -> list[Path]:
     """Unfinished folders beside `folder`."""
-    if not folder.parent.is_dir():
-        return []
     prefix = f"{folder.name}.part-"
-    found = (path for path in folder.parent.iterdir() if path.name.startswith(prefix))
-    return sorted(path for path in found if is_part(path))
+    return [p for p in folder.parent.glob("*") if p.name.startswith(prefix) and is_part(p)]
 
 
 def size_of(folder: Path) -> int:
@@ -220,8 +211,9 @@ def size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a checkpoint folder that may come from a stranger.
 
-Only JSON and safetensors are read, never pickle. Names found in an index are taken as names of
-files directly in the folder, and sizes are those of the files, not those that a file claims. At
-start-up what config.json makes vLLM allocate is compared with what the files hold, so sizes that a
-few bytes of JSON claim cannot exhaust the machine.
+Only JSON and safetensors are read, never pickle. A name in an index must be that of a file directly
+in the folder, and a size is the file's own, not the one that a file claims. At start-up the sizes
+in config.json are compared with the tensors, before vLLM allocates memory by them.
 """
 
 import json
@@ -22,22 +21,18 @@ from vllm_d2f.hub import HubError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["Checkpoint", "Shard", "TensorInfo", "check_weight_files", "index_of"]
-__all__ += ["open_checkpoint", "plain_file", "read_header", "read_json"]
+__all__ = ["Shard", "TensorInfo", "check_weight_files", "index_of", "is_adapter"]
+__all__ += ["open_checkpoint", "plain_file", "read_header", "read_json", "shard_names"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 MAX_JSON = 32 << 20
-MAX_HEADER = 100 << 20  # safetensors' own limit
 MAX_SHARDS = 1000
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PLAIN = ("F64", "F32", "BF16", "F16")
-
-PICKLED_FORMATS = ("pt", "npcache")
-"""vLLM's `--load-format` values that read pickle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +47,17 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A safetensors file: its size in bytes, tensors in the data's order."""
+    """A safetensors file: its size in bytes, and its tensors in the order of their data."""
 
     path: Path
     size: int
     tensors: dict[str, TensorInfo]
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A folder whose config, index and shard headers were read and agree."""
-
-    folder: Path
-    config: dict[str, Any]
-    shards: tuple[Shard, ...]
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of every shard."""
-        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.size for shard in self.shards)
-
-
 def plain_file(folder: Path, name: str) -> Path:
-    """The file `name` directly in `folder`.
+    """The path of the file `name` directly in `folder`.
 
-    Links may lead to other files of the folder and, as in the Hub's cache, to `../../blobs`.
+    A link may lead to another file of the folder or, as in the Hub's cache, to `../../blobs`.
 
     Raises:
         HubError: it is missing, no regular file, or a link that leads elsewhere.
@@ -96,11 +72,16 @@ def plain_file(folder: Path, name: str) -> Path:
     return path
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter alone, without a base."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of reasonable size.
+    """Read a JSON object.
 
     Raises:
-        HubError: too large, not JSON, not an object.
+        HubError: the file is too large, not JSON, or not an object.
     """
     try:
         if path.stat().st_size > MAX_JSON:
@@ -114,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def index_of(folder: Path) -> dict[str, str] | None:
-    """Tensor -> file, as the index says; None without an index.
+    """The index of a folder, tensor -> file; None without an index.
 
     Raises:
         HubError: a malformed index, or a file name that is more than a name.
@@ -134,25 +115,20 @@ def index_of(folder: Path) -> dict[str, str] | None:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The weight files of a folder, without looking for them.
-
-    Raises:
-        HubError: no safetensors weights.
-    """
+    """The weight files that belong to a folder: those of its index, else the single one."""
     index = index_of(folder)
-    if index is not None:
-        return sorted(set(index.values()))
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    refuse_pickle(folder, "model")
-    raise HubError(f"{folder}: neither {SINGLE} nor {INDEX}; is it a checkpoint's folder?")
+    return [SINGLE] if index is None else sorted(set(index.values()))
 
 
 def refuse_pickle(folder: Path, what: str, names: Iterable[str] | None = None) -> None:
-    """Refuse weights in pickle form, if there are any, with the way to convert them."""
-    if names is None:
-        names = [path.name for path in folder.iterdir()]
-    if pickled := sorted(name for name in names if Path(name).suffix in _PICKLED):
+    """Refuse weights in pickle form, if there are any, with the way to convert them.
+
+    Args:
+        what: whose weights, for the message.
+        names: the files to look at; None looks at those in the folder.
+    """
+    names = map(str, folder.iterdir()) if names is None else names
+    if pickled := sorted(Path(n).name for n in names if Path(n).suffix in _PICKLED):
         raise HubError(
             f"{folder}: its {what} weights are pickle ({pickled[0]}), which can run any code when "
             "it is loaded, so only safetensors are read. Convert it where you trust it: load it "
@@ -161,10 +137,10 @@ def refuse_pickle(folder: Path, what: str, names: Iterable[str] | None = None) -
 
 
 def read_header(path: Path) -> Shard:
-    """The header of a safetensors file, checked by the safetensors library first.
+    """Read the header of a safetensors file; the safetensors library checks it first.
 
     Raises:
-        HubError: damaged, truncated, or too large a header.
+        HubError: the file is damaged or truncated, or its header is too large.
     """
     try:
         with safe_open(path, framework="numpy"):
@@ -172,40 +148,28 @@ def read_header(path: Path) -> Shard:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(MAX_HEADER, size - 8):
-                raise HubError(f"{path}: not a safetensors file (header of {length} bytes)")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, HubError):
-            raise
         raise HubError(f"{path}: damaged or incomplete ({error}); download it again") from None
-    start = 8 + length
     header.pop("__metadata__", None)
-    tensors = {
-        name: TensorInfo(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            start + entry["data_offsets"][1],
-        )
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    }
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), begin, end)
     return Shard(path, size, tensors)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and every header of a folder; no weights are read.
+def open_checkpoint(folder: Path) -> list[Shard]:
+    """Read the headers of all weight files that belong to a folder, but no weights.
 
     Raises:
         HubError: something is missing, damaged, contradictory, or not safetensors.
     """
-    if not folder.is_dir():
-        raise HubError(f"{folder}: no such folder")
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise HubError(f"{folder}: this is an adapter, not a base")
-    config = read_json(plain_file(folder, "config.json"))
     index = index_of(folder)
-    shards = tuple(read_header(plain_file(folder, name)) for name in shard_names(folder))
+    if index is None and not (folder / SINGLE).exists():
+        refuse_pickle(folder, "model")
+        raise HubError(f"{folder}: neither {SINGLE} nor {INDEX}; is it a checkpoint's folder?")
+    shards = [read_header(plain_file(folder, name)) for name in shard_names(folder)]
     held: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:
@@ -218,20 +182,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder / INDEX}: says {name!r:.100} is in {file}, it is in {held.get(name)}; "
                 "the folder mixes two downloads, download it again"
             )
-    return Checkpoint(folder, config, shards)
+    return shards
 
 
 def check_weight_files(vllm_config: "VllmConfig") -> None:
-    """Refuse weights that are not safetensors, and local files that are not what they say.
+    """Refuse weights that are not safetensors, and files that contradict the folder's config.json.
 
-    A Hub id is left to vLLM's download, with nothing but safetensors to load.
+    vLLM downloads a Hub id itself, and then has nothing but safetensors to load.
 
     Raises:
         ValueError: with what to change.
     """
     load_config, model_config = vllm_config.load_config, vllm_config.model_config
     load_format = str(load_config.load_format)
-    if load_format in PICKLED_FORMATS:
+    if load_format in ("pt", "npcache"):
         raise ValueError(
             f"--load-format {load_format}: it reads pickle, which can run any code; D2F models are "
             "read from safetensors only. Remove it"
@@ -258,7 +222,7 @@ def check_weight_files(vllm_config: "VllmConfig") -> None:
 
 
 def _check_sizes(folder: Path, config: Any, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse a config.json that says other sizes than the tensors have."""
+    """Refuse a config.json whose sizes are not those of the tensors."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     for layer in (0, config.num_hidden_layers - 1):

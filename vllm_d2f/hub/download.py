@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of a merge: folders, or repositories on the Hub fetched with huggingface_hub.
 
-Downloads land in the Hub's own cache (`HF_HOME`), resume, follow `HF_ENDPOINT`, `HF_TOKEN` and
-`HF_HUB_OFFLINE`. Only configs, tokenizer files and safetensors are asked for. Every file is then
-compared with the hash that the Hub names it by.
+A download lands in the Hub's own cache (`HF_HOME`), continues where it broke off, and follows
+`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`. It brings configs, tokenizer files and safetensors
+only. Every file is then compared with the hash that the Hub names it by.
 """
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_d2f.hub import HubError
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+from vllm_d2f.hub import HubError, human
 from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
 
-__all__ = ["Source", "Unreachable", "check_space", "fetch_adapter", "fetch_base", "local"]
+__all__ = ["Source", "Unreachable", "at_revision", "check_space", "fetch", "fetch_weights", "local"]
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,14 +33,20 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-BASE_FILES = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
 SPARE = 64 << 20
 
-_PIECE = 4 << 20
+# What to download of a base or an adapter before it is checked, and the name of its weights.
+_FIRST_FILES = {
+    "base": ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+}
+_WEIGHTS = {"base": SINGLE, "adapter": "adapter_model.safetensors"}
+
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "requests")
 
 
 class Unreachable(HubError):
-    """The Hub cannot be asked and its cache has not what is needed."""
+    """The Hub cannot be reached, and its cache lacks what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,39 +63,40 @@ class Source:
     folder: Path
 
 
+def at_revision(origin: object, revision: object) -> str:
+    """A source and its revision, if there is one, for messages."""
+    return f"{origin} at {revision}" if revision else str(origin)
+
+
 def local(folder: str | Path) -> Source:
     """A folder of the user's. One in the Hub's cache knows its repository and commit."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise HubError(f"{folder}: no such folder")
-    path = path.resolve()
+    path = Path(folder).expanduser().resolve()
     repository = re.fullmatch(r"models--(.+?)--(.+)", path.parent.parent.name)
     if repository and path.parent.name == "snapshots":
         return Source("/".join(repository.groups()), path.name, path)
     return Source(str(path), None, path)
 
 
-def fetch_adapter(repository: str, revision: str | None) -> Source:
-    """Download an adapter.
+def fetch(repository: str, revision: str | None, what: str) -> Source:
+    """Download what has to be checked first: a base's small files, or a whole adapter.
+
+    Args:
+        what: "base" or "adapter".
 
     Raises:
-        Unreachable, HubError: see `_snapshot`; an adapter whose weights are pickle.
+        Unreachable: there is no connection, and the cache lacks what is needed.
+        HubError: the Hub refuses, or the repository holds no safetensors weights.
     """
-    source = _fetch(repository, revision, ADAPTER_FILES)
-    if not (source.folder / "adapter_model.safetensors").exists():
-        refuse_pickle(source.folder, "adapter", _listed(source))
-        raise HubError(f"{repository}: holds no adapter_model.safetensors")
-    return source
-
-
-def fetch_base(repository: str, revision: str | None) -> Source:
-    """Download a base's small files; `fetch_weights` gets the rest once they have been checked."""
-    source = _fetch(repository, revision, BASE_FILES)
-    if not (source.folder / INDEX).exists():
-        names = _listed(source)
-        if names is not None and SINGLE not in names:
-            refuse_pickle(source.folder, "model", names)
-            raise HubError(f"{repository}: holds no safetensors weights")
+    source = _fetch(repository, revision, _FIRST_FILES[what])
+    weights = _WEIGHTS[what]
+    if not any((source.folder / name).exists() for name in (INDEX, weights)):
+        try:
+            names = HfApi().list_repo_files(repository, revision=source.revision)
+        except Exception:  # This is only for a better message than that of the missing file.
+            return source
+        if weights not in names:
+            refuse_pickle(source.folder, what, names)
+            raise HubError(f"{repository}: holds no {weights}")
     return source
 
 
@@ -97,25 +104,38 @@ def fetch_weights(source: Source, target: Path) -> None:
     """Download the weights of a base whose small files are there.
 
     Args:
-        target: where as many bytes again will be written; both must fit on the disk.
+        target: the existing folder for the merged copy; both must fit on the disk.
+
+    Raises:
+        HubError: a disk is too small, the download fails, or the repository is incomplete.
     """
-    names = shard_names(source.folder) if (source.folder / INDEX).exists() else [SINGLE]
-    _check_download_space(source, names, target)
+    names = shard_names(source.folder)
+    try:
+        files = snapshot_download(
+            source.origin, revision=source.revision, allow_patterns=names, dry_run=True
+        )
+    except (errors.DryRunError, OSError):
+        files = []  # Without a connection the cache is used, or `_snapshot` says what is missing.
+    missing = sum(file.file_size or 0 for file in files if file.will_download)
+    merged = sum(file.file_size or 0 for file in files)
+    if source.folder.stat().st_dev == target.stat().st_dev:
+        check_space(target, missing + merged, f"{source.origin} and its merged copy")
+    else:
+        check_space(source.folder, missing, source.origin)
+        check_space(target, merged, "the merged copy")
     _fetch(source.origin, source.revision, names)
-    missing = [name for name in names if not (source.folder / name).exists()]
-    if missing:
-        raise HubError(f"{source.origin}: its index names {missing[0]}, which it does not hold")
+    for name in names:
+        if not (source.folder / name).exists():
+            raise HubError(f"{source.origin}: its index names {name}, which it does not hold")
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Refuse to begin what the disk of `folder` cannot hold."""
-    while not folder.exists():
-        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
         raise HubError(
-            f"not enough disk space for {what}: {_gb(needed + SPARE)} needed under {folder}, "
-            f"{_gb(free)} free. Free some (`python -m vllm_d2f models` shows what is there, "
+            f"not enough disk space for {what}: {human(needed + SPARE)} needed under {folder}, "
+            f"{human(free)} free. Free some (`python -m vllm_d2f models` shows what is there, "
             "`python -m vllm_d2f rm NAME` removes it) or set HF_HOME or D2F_CACHE to a folder "
             "on another disk"
         )
@@ -124,8 +144,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Source:
     """Download files and compare them with their hashes; a damaged one is fetched once more."""
     folder = _snapshot(repository, revision, names)
-    damaged = _remove_damaged(folder, names)
-    if damaged:
+    if damaged := _remove_damaged(folder, names):
         logger.warning("%s: %s was damaged, downloading it again", repository, ", ".join(damaged))
         folder = _snapshot(repository, revision, names)
         if still := _remove_damaged(folder, names):
@@ -142,115 +161,52 @@ def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Sourc
 
 def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Path:
     """`huggingface_hub.snapshot_download`, with errors that say what to do."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = f" at revision {revision}" if revision else ""
+    wanted = at_revision(repository, revision and f"revision {revision}")
     try:
         # The names hold no wildcards: `checkpoint.index_of` refuses others.
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise HubError(f"{repository!r:.100}: neither a folder nor a Hub id ({error})") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise HubError(f"{repository}: the Hub has no revision {revision}") from None
-    except GatedRepoError:
-        raise HubError(
-            f"{repository}: its licence must be accepted on the Hub; then log in (hf auth login) "
-            "or set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise HubError(
-            f"{repository}: not on the Hub, or private (log in with hf auth login, or set HF_TOKEN)"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise Unreachable(
-            f"{repository}{at} is not in the cache, and {_why_offline(error)}"
-        ) from error
+    except errors.RepositoryNotFoundError as error:
+        why = "not on the Hub, or private"
+        if isinstance(error, errors.GatedRepoError):
+            why = "its licence must be accepted on the Hub"
+        raise HubError(f"{repository}: {why}; log in (hf auth login) or set HF_TOKEN") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = f"the Hub cannot be reached ({_first_line(error.__cause__ or error)})"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
+        raise Unreachable(f"{wanted} is not in the cache, and {why}") from error
     except Exception as error:
-        # Beside huggingface_hub's errors those of its HTTP client, which are not its interface.
-        client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
-        if not client and not isinstance(error, (HfHubHTTPError, OSError)):
-            raise
-        network = (HfHubHTTPError, ConnectionError, TimeoutError)
-        if (
-            isinstance(error, OSError)
-            and error.errno is not None
-            and not isinstance(error, network)
-        ):
-            raise HubError(f"{repository}: cannot be written to the cache ({error})") from error
+        # huggingface_hub lets the errors of its HTTP client through.
+        network = isinstance(error, (errors.HfHubHTTPError, ConnectionError, TimeoutError))
+        if not network and type(error).__module__.split(".")[0] not in _HTTP_CLIENTS:
+            if not isinstance(error, OSError):
+                raise
+            if error.errno is not None:
+                raise HubError(f"{repository}: cannot be written to the cache ({error})") from error
         raise Unreachable(
-            f"{repository}{at}: the download was interrupted ({_first_line(error)}); run the same "
+            f"{wanted}: the download was interrupted ({_first_line(error)}); run the same "
             "command again, finished files are kept"
         ) from error
 
 
-def _why_offline(error: BaseException) -> str:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    return f"the Hub cannot be reached ({_first_line(error.__cause__ or error)})"
-
-
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]:.200}" if text else type(error).__name__
-
-
-def _listed(source: Source) -> list[str] | None:
-    """Names of a repository's files; None if the Hub cannot be asked."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().list_repo_files(source.origin, revision=source.revision)
-    except Exception:  # only used for a better message
-        return None
-
-
-def _check_download_space(source: Source, names: Sequence[str], target: Path) -> None:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        plan = snapshot_download(
-            source.origin, revision=source.revision, allow_patterns=list(names), dry_run=True
-        )
-    except (DryRunError, OSError):
-        return  # no connection: what is in the cache is used, or `_snapshot` says what is missing
-    missing = sum(file.file_size or 0 for file in plan if file.will_download)
-    merged = sum(file.file_size or 0 for file in plan)
-    cache = Path(constants.HF_HUB_CACHE)
-    if _device(cache) == _device(target):
-        check_space(cache, missing + merged, f"{source.origin} and its merged copy")
-    else:
-        check_space(cache, missing, source.origin)
-        check_space(target, merged, "the merged copy")
-
-
-def _device(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return path.stat().st_dev
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:250]
 
 
 def _remove_damaged(folder: Path, names: Iterable[str]) -> list[str]:
     """Delete files whose content is not what the Hub's cache names them by; return their names.
 
     The cache keeps a file under the sha256 of its content (large files) or under git's sha1. On a
-    file system without links there are no such names, and only sizes have been compared.
+    file system without links it has no such names, and huggingface_hub has compared sizes only.
     """
     damaged = []
     for name in names:
         path = folder / name
-        blob = Path(os.path.realpath(path))
+        blob = path.resolve()
         if blob.is_file() and not _is_intact(blob):
             blob.unlink()
             path.unlink(missing_ok=True)
@@ -266,10 +222,4 @@ def _is_intact(blob: Path) -> bool:
     else:
         return True
     with blob.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest() == blob.name
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+        return hashlib.file_digest(file, lambda: digest).hexdigest() == blob.name

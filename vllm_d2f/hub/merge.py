@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging a PEFT LoRA adapter into its base, file by file, in the memory of a few matrices.
 
-A merged file has the header of its base file, since names, types and shapes stay. What the adapter
-does not touch is copied in pieces; a tensor that it touches is summed in float32 and rounded once.
+A merged file keeps the header of its base file: the names, types and shapes of the tensors stay.
+Bytes that the adapter does not change are copied; a tensor that it changes is summed in float32 and
+rounded once.
 """
 
 import hashlib
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,93 +18,81 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_d2f.hub import HubError
-from vllm_d2f.hub.checkpoint import (
-    Checkpoint,
-    Shard,
-    TensorInfo,
-    plain_file,
-    read_header,
-    read_json,
-    refuse_pickle,
-)
+from vllm_d2f.hub import HubError, checkpoint
+from vllm_d2f.hub.checkpoint import Shard, TensorInfo
 
-__all__ = ["Adapter", "Pair", "Written", "match", "merge_weights", "read_adapter"]
+__all__ = ["Adapter", "Pair", "match", "merge_weights", "read_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_RANK = 4096
 PIECE = 4 << 20
 
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # Entries of adapter_config.json that this merge follows, and those that only concern training.
-# Any other entry must be off (null, false, 0, empty), so that a kind of adapter that was invented
-# later is refused instead of merged wrongly.
+# Any other entry must be off (null, false, 0, empty): an adapter of a kind that PEFT adds later is
+# then refused instead of merged wrongly.
 _FOLLOWED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
 _FOLLOWED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _TRAINING = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
 _TRAINING |= {"lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size"}
 _TRAINING |= {"peft_version", "eva_config"}
 # Initialisations that leave the base as it is; the others store a difference to a changed base.
-_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_INIT = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """W += scaling * B @ A, for one module. Shapes: A (rank, inputs), B (outputs, rank)."""
+    """W += scaling * B @ A, for one module of `shape` (outputs, inputs)."""
 
     module: str
     key_a: str
     key_b: str
-    info_a: TensorInfo
-    info_b: TensorInfo
+    shape: tuple[int, int]
     scaling: float
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A readable adapter: its config and a pair for each module it changes."""
+    """An adapter whose config and header were read, with a pair for each module it changes."""
 
     folder: Path
     config: dict[str, Any]
-    shard: Shard
     pairs: dict[str, Pair]
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read and check an adapter in PEFT's layout; only its header is read.
+    """Read and check an adapter in PEFT's layout, but no weights.
 
     Raises:
         HubError: names the entry or tensor that cannot be merged.
     """
-    if not folder.is_dir():
-        raise HubError(f"{folder}: no such folder")
     if not (folder / CONFIG).exists():
         raise HubError(f"{folder}: no {CONFIG}; is it a PEFT adapter's folder?")
-    config = read_json(plain_file(folder, CONFIG))
+    config = checkpoint.read_json(checkpoint.plain_file(folder, CONFIG))
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).exists():
-        refuse_pickle(folder, "adapter")
-    shard = read_header(plain_file(folder, WEIGHTS))
+        checkpoint.refuse_pickle(folder, "adapter")
+    shard = checkpoint.read_header(checkpoint.plain_file(folder, WEIGHTS))
     sides: dict[str, dict[str, str]] = {}
     for key in shard.tensors:
-        found = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        if found is None or not key.startswith(_PREFIX):
+        found = _KEY.fullmatch(key)
+        if found is None:
             raise HubError(
-                f"{shard.path}: {key!r:.150} is not a LoRA tensor "
-                f"({_PREFIX}MODULE.lora_A.weight or lora_B); this kind of adapter is not supported"
+                f"{shard.path}: {key!r:.150} is not a LoRA tensor (base_model.model.MODULE."
+                "lora_A.weight or lora_B); this kind of adapter is not supported"
             )
         sides.setdefault(found["module"], {})[found["side"]] = key
     if not sides:
         raise HubError(f"{shard.path}: holds no tensors")
     pairs = {module: _pair(shard, config, module, keys) for module, keys in sides.items()}
-    return Adapter(folder, config, shard, pairs)
+    return Adapter(folder, config, pairs)
 
 
 def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
-    """Base tensor -> the pair added to it.
+    """Find the base tensor of each pair; return tensor -> pair.
 
     Args:
         base: names of the base's tensors.
@@ -119,7 +107,9 @@ def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
                 f"{adapter.folder}: adds to {module}, which the base does not have. The adapter "
                 f"belongs to another model; the base has for example {min(modules, default='none')}"
             )
-    for target in _targets(adapter.config):
+    targets = adapter.config.get("target_modules")
+    # A regular expression, or "all-linear", lists no modules.
+    for target in map(str, targets if isinstance(targets, list) else ()):
         wanted = sorted(m for m in modules if m == target or m.endswith(f".{target}"))
         if not wanted:
             raise HubError(
@@ -127,9 +117,9 @@ def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
                 "no tensor of the base"
             )
         some_layers = adapter.config.get("layers_to_transform") is not None
-        some_layers = some_layers or bool(adapter.config.get("exclude_modules"))
+        some_layers |= bool(adapter.config.get("exclude_modules"))
         missing = [module for module in wanted if module not in adapter.pairs]
-        # A head may be called like a module of the layers, so outside the layers one may miss.
+        # The head may have the name of a module of the layers, and the adapter may leave it out.
         in_layers = [module for module in missing if re.search(r"\.\d+\.", module)]
         if len(missing) == len(wanted) or (in_layers and not some_layers):
             raise HubError(
@@ -140,35 +130,19 @@ def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
 
 
 def check_shapes(matched: Mapping[str, Pair], base: Mapping[str, TensorInfo]) -> None:
-    """Refuse a pair whose product has not the shape of its base tensor."""
+    """Refuse a pair whose product has another shape than its base tensor."""
     for name, pair in matched.items():
-        product = (pair.info_b.shape[0], pair.info_a.shape[1])
-        if base[name].shape != product:
+        info = base[name]
+        if info.shape != pair.shape:
             raise HubError(
-                f"{pair.module}: the adapter adds a matrix of shape {product} to a base tensor of "
-                f"shape {base[name].shape}; the adapter belongs to a model of another size"
+                f"{pair.module}: the adapter adds a matrix of shape {pair.shape} to a base tensor "
+                f"of shape {info.shape}; the adapter belongs to a model of another size"
             )
-        if base[name].dtype not in ("F32", "BF16", "F16"):
+        if info.dtype not in _DTYPES:
             raise HubError(
-                f"{name}: stored as {base[name].dtype}. Merge into the base in bfloat16 or float32 "
+                f"{name}: stored as {info.dtype}. Merge into the base in bfloat16 or float32 "
                 "and quantize the result, for example with --quantization when serving"
             )
-
-
-def delta(pair: Pair, weights: Any) -> Tensor:
-    """scaling * B @ A in float32, shape (outputs, inputs).
-
-    Args:
-        weights: the adapter's file, opened with `safetensors.safe_open(..., framework="pt")`.
-
-    Raises:
-        HubError: the adapter holds infinities or NaN.
-    """
-    a_RI = weights.get_tensor(pair.key_a).float()
-    b_OR = weights.get_tensor(pair.key_b).float()
-    if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
-        raise HubError(f"{pair.module}: the adapter holds infinite or undefined values")
-    return (b_OR @ a_RI).mul_(pair.scaling)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -177,8 +151,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "only LORA adapters are supported")
-    rank = config.get("r")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+    if not _is_rank(config.get("r")):
         refuse("r", f"must be an integer from 1 to {MAX_RANK}")
     if not _is_number(config.get("lora_alpha")):
         refuse("lora_alpha", "must be a finite number")
@@ -190,9 +163,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         refuse("use_rslora", "must be true or false")
     if config.get("bias", "none") != "none":
         refuse("bias", "only 'none' is supported; the adapter changes biases too")
-    if not any(
-        config.get("init_lora_weights", True) is value for value in (True, False, None)
-    ) and (config.get("init_lora_weights") not in _PLAIN_INIT):
+    init = config.get("init_lora_weights", True)
+    if not (init is None or isinstance(init, bool) or init in _PLAIN_INIT):
         refuse("init_lora_weights", "it stores a difference to a base that was changed in training")
     for name, value in config.items():
         if name not in _FOLLOWED | _TRAINING and value:
@@ -214,17 +186,16 @@ def _pair(shard: Shard, config: Mapping[str, Any], module: str, keys: Mapping[st
             f"{CONFIG} says rank {rank}"
         )
     for info in (info_a, info_b):
-        if info.dtype not in ("F32", "BF16", "F16"):
+        if info.dtype not in _DTYPES:
             raise HubError(f"{shard.path}: {module} is stored as {info.dtype}, not as floats")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Pair(module, keys["A"], keys["B"], info_a, info_b, scaling)
+    return Pair(module, keys["A"], keys["B"], (info_b.shape[0], info_a.shape[1]), scaling)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
-        # In PEFT a pattern is a regular expression. Here, from a stranger, it may hold nothing
-        # that can take exponential time.
+        # A pattern is a regular expression from a stranger: refuse what can take exponential time.
         if len(pattern) > 200 or re.search(r"[+*{(?]", pattern.replace(".*", "", 1)):
             raise HubError(f"{CONFIG}: the pattern {pattern!r:.100} is not supported")
         try:
@@ -236,12 +207,6 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _targets(config: Mapping[str, Any]) -> list[str]:
-    """Module names that are listed; a regular expression, or "all-linear", lists none."""
-    targets = config.get("target_modules")
-    return [str(target) for target in targets] if isinstance(targets, list) else []
-
-
 def _is_number(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value)
@@ -251,54 +216,44 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A finished file: bytes and sha256."""
-
-    size: int
-    sha256: str
-
-
 def merge_weights(
-    base: Checkpoint,
+    base: Sequence[Shard],
     adapter: Adapter,
     folder: Path,
     progress: Callable[[int], object] = lambda count: None,
-) -> dict[str, Written]:
+) -> dict[str, dict[str, Any]]:
     """Write the merged weight files into `folder`, which must exist.
 
-    Nothing is written before all names and shapes have been checked.
+    All names and shapes are checked before the first byte is written.
 
     Args:
         progress: called with the number of bytes just written.
 
     Returns:
-        File name -> what was written, each synchronised to the disk.
+        File name -> its "size" and "sha256", for the record.
 
     Raises:
         HubError: the adapter does not fit the base, or a sum leaves the range of its type.
         OSError: the disk is full.
     """
-    tensors = base.tensors
+    tensors = {name: info for shard in base for name, info in shard.tensors.items()}
     matched = match(adapter, tensors)
     check_shapes(matched, tensors)
     written = {}
-    with safe_open(adapter.shard.path, framework="pt") as weights:
-        for shard in base.shards:
-            pairs = {name: matched[name] for name in shard.tensors if name in matched}
-            written[shard.path.name] = _merge_file(
-                shard, pairs, weights, folder / shard.path.name, progress
-            )
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as weights:
+        for shard in base:
+            target = folder / shard.path.name
+            written[target.name] = _merge_file(shard, matched, weights, target, progress)
     return written
 
 
 def _merge_file(
     shard: Shard,
-    pairs: Mapping[str, Pair],
+    matched: Mapping[str, Pair],
     weights: Any,
     target: Path,
     progress: Callable[[int], object],
-) -> Written:
+) -> dict[str, Any]:
     digest = hashlib.sha256()
     with shard.path.open("rb") as source, target.open("xb") as sink:
 
@@ -307,39 +262,32 @@ def _merge_file(
             digest.update(data)
             progress(len(data))
 
-        position = 0
+        def copy_to(end: int) -> None:
+            while count := min(PIECE, end - source.tell()):
+                write(_read(source, count))
+
         for name, info in shard.tensors.items():
-            if name not in pairs:
-                continue
-            _copy(source, write, info.begin - position)
-            raw = bytearray(_read(source, info.end - info.begin))
-            write(_add(raw, info.dtype, info.shape, pairs[name], weights))
-            position = info.end
-        _copy(source, write, shard.size - position)
-        sink.flush()
-        os.fsync(sink.fileno())
-        return Written(sink.tell(), digest.hexdigest())
+            if name in matched:
+                copy_to(info.begin)
+                raw = bytearray(_read(source, info.end - info.begin))
+                write(_add(raw, info, matched[name], weights))
+        copy_to(shard.size)
+        return {"size": sink.tell(), "sha256": digest.hexdigest()}
 
 
-def _add(
-    raw: bytearray, dtype: str, shape: tuple[int, ...], pair: Pair, weights: Any
-) -> memoryview:
-    """The bytes of a base tensor plus its pair's product."""
-    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
-    base_OI = torch.frombuffer(raw, dtype=stored).view(shape)
-    sum_OI: Tensor = delta(pair, weights).add_(base_OI).to(stored)
+def _add(raw: bytearray, info: TensorInfo, pair: Pair, weights: Any) -> memoryview:
+    """The bytes of W + scaling * B @ A, summed in float32 and rounded once."""
+    a_RI, b_OR = (weights.get_tensor(key).float() for key in (pair.key_a, pair.key_b))
+    if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
+        raise HubError(f"{pair.module}: the adapter holds infinite or undefined values")
+    stored = _DTYPES[info.dtype]
+    base_OI = torch.frombuffer(raw, dtype=stored).view(info.shape)
+    sum_OI: Tensor = (b_OR @ a_RI).mul_(pair.scaling).add_(base_OI).to(stored)
     if not torch.isfinite(sum_OI).all():
         raise HubError(
             f"{pair.module}: the merged tensor does not fit {stored}; use a base in bfloat16"
         )
     return sum_OI.view(torch.uint8).numpy().data.cast("B")
-
-
-def _copy(source: BinaryIO, write: Callable[[Any], None], count: int) -> None:
-    while count:
-        piece = _read(source, min(PIECE, count))
-        write(piece)
-        count -= len(piece)
 
 
 def _read(source: BinaryIO, count: int) -> bytes:

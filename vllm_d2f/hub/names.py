@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by a short name: `vllm serve d2f-tiny` runs a model that ships with this package.
 
-`vllm serve d2f-dream-7b` runs a published one, which `vllm_d2f.hub` downloads and merges when the
-name is first used.
+`vllm serve d2f-dream-7b` runs a published one. The first use of its name downloads and merges it.
 """
 
 import difflib
@@ -11,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from vllm_d2f.hub.cache import is_part
+from vllm_d2f.hub.checkpoint import is_adapter
 from vllm_d2f.models import PUBLISHED
 
 __all__ = ["EMBEDDED", "UnknownModelError", "is_name", "known_names", "refuse_unservable"]
@@ -34,19 +34,18 @@ def known_names() -> list[str]:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` is one of ours: True without preparing the model, False for all others.
+    """Whether `name` is one of this package's names; this prepares no model.
 
-    Anything that exists as a path wins over a name, and so does anything with a slash: those are
-    folders and Hub ids, which are vLLM's business.
+    What exists as a path or contains a slash is a folder or a Hub id, and vLLM handles those.
 
     Raises:
-        UnknownModelError: the name looks like one of ours but is none.
+        UnknownModelError: the name begins like one of this package's, but is none.
     """
     known = known_names()
     beginnings = tuple({f"{own.partition('-')[0]}-" for own in known})
-    if not isinstance(name, str) or not name.startswith(beginnings) or "/" in name:
+    if not isinstance(name, str) or not name.startswith(beginnings):
         return False
-    if os.sep in name or os.path.exists(name):
+    if "/" in name or os.path.exists(name):
         return False
     if name in known:
         return True
@@ -59,7 +58,7 @@ def is_name(name: str) -> bool:
 
 
 def resolve(name: str) -> str:
-    """Return the folder that `name` stands for, or `name` unchanged if it is not one of ours.
+    """Return the folder that `name` stands for, or `name` itself if it is none of the package's.
 
     The first use of a published model downloads and merges it, which takes a while.
 
@@ -88,7 +87,7 @@ def resolve_embedded(name: str) -> Path:
 
 
 def refuse_unservable(name: str) -> None:
-    """Refuse to serve an adapter alone or an unfinished merge, which could only fail to load.
+    """Refuse to serve an adapter alone, or a folder that a merge has not completed.
 
     Raises:
         UnknownModelError: with what to do.
@@ -103,7 +102,7 @@ def refuse_unservable(name: str) -> None:
         return
     if is_part(folder):
         raise UnknownModelError(f"{name} is an unfinished merge; delete it and merge again")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+    if is_adapter(folder):
         raise UnknownModelError(
             f"{name} is an adapter. A D2F adapter is merged first: python -m vllm_d2f merge "
             f"--base BASE --adapter {name} --out FOLDER, then vllm serve FOLDER"

@@ -4,19 +4,17 @@
 import logging
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from vllm_d2f.hub import HubError, cache, download
-from vllm_d2f.hub.checkpoint import INDEX, index_of, open_checkpoint, plain_file, read_json
-from vllm_d2f.hub.download import Unreachable, local
+from vllm_d2f.hub import HubError, cache, checkpoint, download, say
+from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
 from vllm_d2f.models import FAMILIES, PUBLISHED
 from vllm_d2f.settings import settings_from_dict
@@ -24,8 +22,6 @@ from vllm_d2f.settings import settings_from_dict
 __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
 
 logger = logging.getLogger(__name__)
-
-OVERRIDE = "--allow-other-base"
 
 _VARIANTS = {"base": "base", "instruct": "instruct", "chat": "instruct"}
 
@@ -36,9 +32,9 @@ class MergePlan:
 
     Attributes:
         base, adapter: a folder or a Hub id each.
-        base_revision, adapter_revision: for Hub ids: branch, tag or commit.
-        architecture: the base must have this one; None: any that D2F serves.
-        variant: "base" or "instruct": the base must be this one; None: what the adapter says.
+        base_revision, adapter_revision: branch, tag or commit of a Hub id.
+        architecture: the one that the base must have; None allows all that D2F serves.
+        variant: "base" or "instruct", which the base must be; None takes it from the adapter.
         d2f: the `d2f` section of the merged config.json; None keeps the base's.
         context: see `Published.context`.
         check_variant: False trusts the user that base and adapter belong together.
@@ -80,10 +76,10 @@ def plan_of(
 
 
 def ensure(name: str) -> Path:
-    """The folder of a published model, prepared now if this is its first use.
+    """Return the folder of a published model; its first use prepares it.
 
     Raises:
-        HubError: it cannot be prepared, or what is in its place is damaged.
+        HubError: the model cannot be prepared, or its folder is damaged.
     """
     folder = cache.folder_of(name)
     state = cache.inspect(folder)
@@ -91,7 +87,7 @@ def ensure(name: str) -> Path:
         return folder
     _refuse_damaged(name, folder, state)
     published = PUBLISHED[name]
-    _say(
+    say(
         f"{name}: first use. Downloading {published.base} and {published.adapter} "
         f"({published.gigabytes:.0f} GB) and merging them into {folder}"
     )
@@ -101,16 +97,16 @@ def ensure(name: str) -> Path:
 def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
     """Download and merge what `plan` says into the place of `name`.
 
-    A model that is ready stays as it is, if it was made from the same sources.
+    A model that is ready stays as it is if it was made from the same sources.
 
     Args:
-        force: merge again whatever is there.
+        force: replace whatever is there.
 
     Raises:
-        HubError: says what to do.
+        HubError: the model cannot be prepared; the message says what to do.
     """
     folder = cache.folder_of(name)
-    with cache.locked(folder, _say):
+    with cache.locked(folder):
         state = cache.inspect(folder)
         if not force:
             if state.kind == "ready":
@@ -119,8 +115,17 @@ def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
             _refuse_damaged(name, folder, state)
         try:
             _merge(folder, plan, name)
-        except HubError as error:
-            raise _with_commands(name, error) from error.__cause__
+        except Unreachable as error:
+            published = PUBLISHED[name]
+            raise Unreachable(
+                f"{name} is not prepared on this machine: {error}.\n"
+                "With a connection to the Hub, run once (it downloads "
+                f"{published.gigabytes:.0f} GB):\n"
+                f"  python -m vllm_d2f prepare {name}\n"
+                f"From folders that were brought here (downloads of {published.base} and "
+                f"{published.adapter}):\n"
+                f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
+            ) from error.__cause__
     return folder
 
 
@@ -133,7 +138,7 @@ def merge(folder: Path, plan: MergePlan, force: bool = False) -> Path:
     folder = folder.expanduser().absolute()
     if cache.is_part(folder):
         raise HubError(f"{folder}: names ending in .part-NUMBER are for unfinished merges")
-    with cache.locked(folder, _say):
+    with cache.locked(folder):
         if cache.inspect(folder).kind != "absent" and not force:
             raise HubError(f"{folder}: exists; name another folder, or add --force to replace it")
         if force and folder.exists() and not (folder / cache.RECORD).exists():
@@ -149,48 +154,42 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         except ValueError as error:
             raise HubError(str(error)) from None
 
-    adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter", download.fetch_adapter)
-    adapter = read_adapter(adapter_source.folder)
-    base_source = _source(plan.base, plan.base_revision, "base", download.fetch_base)
-    config = read_json(plain_file(base_source.folder, "config.json"))
     # What can be refused is refused before the weights are downloaded.
+    adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
+    adapter = read_adapter(adapter_source.folder)
+    base_source = _source(plan.base, plan.base_revision, "base")
+    config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
     _check_architecture(plan, config)
-    evidence = _check_variant(plan, adapter_source, adapter.config, base_source, config)
-    index = index_of(base_source.folder)
+    evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
+    index = checkpoint.index_of(base_source.folder)
     if index is not None:
         match(adapter, index)
     if base_source.revision is not None and not Path(plan.base).expanduser().is_dir():
         download.fetch_weights(base_source, folder.parent)
 
-    base = open_checkpoint(base_source.folder)
-    download.check_space(folder.parent, base.size, "the merged model")
+    base = checkpoint.open_checkpoint(base_source.folder)
+    size = sum(shard.size for shard in base)
+    download.check_space(folder.parent, size, "the merged model")
+    sources = {
+        "base": _source_record(base_source, plan.base_revision),
+        "adapter": _source_record(adapter_source, plan.adapter_revision)
+        | {"sha256": cache.sha256_of(adapter.folder / WEIGHTS)},
+    }
 
     def write(part: Path) -> dict[str, Any]:
-        with tqdm(total=base.size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
-            written = merge_weights(base, adapter, part, bar.update)
-        files = {file: {"size": w.size, "sha256": w.sha256} for file, w in written.items()}
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
+            files = merge_weights(base, adapter, part, bar.update)
         _write_small_files(base_source.folder, part)
-        _write_card(part, name, plan, base_source, adapter_source)
+        _write_card(part, name, sources)
         # config.json is the last file that makes this a checkpoint.
         cache.write_json(part / "config.json", _merged_config(config, plan))
         for path in part.iterdir():
             if path.name not in files:
-                digest = cache.sha256_of(path)
-                files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+                files[path.name] = {"size": path.stat().st_size, "sha256": cache.sha256_of(path)}
         return {
             "name": name,
-            "base": {
-                "source": base_source.origin,
-                "requested": plan.base_revision,
-                "revision": base_source.revision,
-            },
-            "adapter": {
-                "source": adapter_source.origin,
-                "requested": plan.adapter_revision,
-                "revision": adapter_source.revision,
-                "sha256": cache.sha256_of(adapter.shard.path),
-            },
-            "base_or_instruct": [f"{item.where}: {item.text}" for item in evidence],
+            **sources,
+            "base_or_instruct": [f"{where}: {name}" for where, name in evidence.items()],
             "merged_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {name: version(name) for name in ("vllm-d2f", "torch", "safetensors")},
             "files": dict(sorted(files.items())),
@@ -199,18 +198,24 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     cache.write_whole(folder, write)
 
 
-def _source(given: str, revision: str | None, what: str, fetch: Callable[..., Any]) -> Any:
-    """A folder if there is one of that name, else a Hub id."""
+def _source_record(source: Source, requested: str | None) -> dict[str, str | None]:
+    return {"source": source.origin, "requested": requested, "revision": source.revision}
+
+
+def _source(given: str, revision: str | None, what: str) -> Source:
+    """The folder of that name if there is one, else what the Hub has under that id."""
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
             raise HubError(f"--{what}-revision is for a Hub id, {given} is a folder")
+        if what == "base" and checkpoint.is_adapter(path):
+            raise HubError(f"{given}: this is an adapter, not a base")
         return local(given)
     if path.exists():
         raise HubError(f"{given}: give the folder that the {what} is in")
     if path.is_absolute() or given.startswith(".") or given.count("/") != 1:
         raise HubError(f"{given}: no such folder, and not a Hub id (owner/name)")
-    return fetch(given, revision)
+    return download.fetch(given, revision, what)
 
 
 def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
@@ -224,19 +229,11 @@ def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
         )
 
 
-class _Evidence(NamedTuple):
-    """A name that says which variant a folder is, or was trained on."""
-
-    where: str
-    text: str
-    variant: str
-
-
 def variant_of(name: str) -> str | None:
     """ "base" or "instruct", from a model's name or path; None if it does not say.
 
     Only the last part of a path counts, or the repository in a path of the Hub's cache, and only
-    if it names a family: a folder that is just called `base` says nothing.
+    if it names a family: a folder with the name `base` alone says nothing.
     """
     cached = re.search(r"models--([^/\\]+)", name)
     last = cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -248,65 +245,50 @@ def variant_of(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _evidence(names: Mapping[str, Any]) -> list[_Evidence]:
-    """Those of the names, by where they stand, that tell a variant."""
-    texts = {where: str(text or "") for where, text in names.items()}
-    return [
-        _Evidence(w, text, variant) for w, text in texts.items() if (variant := variant_of(text))
-    ]
-
-
 def _check_variant(
-    plan: MergePlan, adapter_source: Any, adapter_config: Any, base_source: Any, config: Any
-) -> list[_Evidence]:
-    """Refuse Base for Instruct and the other way round; return what spoke for the base.
+    plan: MergePlan,
+    base: Source,
+    config: Mapping[str, Any],
+    adapter: Source,
+    adapter_config: Mapping[str, Any],
+) -> dict[str, str]:
+    """Refuse Base for Instruct and the other way round.
 
     Both checkpoints of a family have the same tensors, so the wrong one merges without an error and
-    answers much worse. What tells them apart is their names.
+    answers much worse. Only their names tell them apart.
+
+    Returns:
+        The names that say which one the base is, by where they stand.
     """
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_source.origin) is not None
-    where = "its name on the Hub" if on_hub else "the folder's name"
-    of_base = _evidence({where: base_source.origin})
-    if not (on_hub and of_base):  # a Hub id that tells decides alone
-        of_base += _evidence({"config.json, _name_or_path": config.get("_name_or_path")})
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base.origin) is not None
+    of_base = {"its name on the Hub" if on_hub else "the folder's name": base.origin}
+    if not (on_hub and variant_of(base.origin)):  # A Hub id that names a variant decides alone.
+        of_base["config.json, _name_or_path"] = str(config.get("_name_or_path"))
+    of_base = {where: name for where, name in of_base.items() if variant_of(name)}
     if not plan.check_variant:
         return of_base
-    origin = adapter_source.origin
-    # The published pairs are known to belong together, whatever path their author trained with.
-    known = [p.variant for p in PUBLISHED.values() if p.adapter == origin]
-    of_adapter = [_Evidence("its name on the Hub", origin, variant) for variant in known[:1]]
-    of_adapter = of_adapter or _evidence(
-        {
-            "adapter_config.json, base_model_name_or_path": adapter_config.get(
-                "base_model_name_or_path"
-            ),
-            "the adapter's name": origin,
-        }
-    )
-    expected = plan.variant or (of_adapter[0].variant if of_adapter else None)
+    of_adapter = {"the adapter's name": adapter.origin}
+    # A published adapter belongs to its base, whatever path its author trained with.
+    if adapter.origin not in {published.adapter for published in PUBLISHED.values()}:
+        key = "base_model_name_or_path"
+        of_adapter = {f"adapter_config.json, {key}": str(adapter_config.get(key))} | of_adapter
+    expected = plan.variant or next(filter(None, map(variant_of, of_adapter.values())), None)
     if expected is None:
         logger.warning(
-            "%s does not say whether it was trained on a Base or an Instruct model, and the wrong "
-            "one answers much worse: make sure that %s is right",
+            "nothing in %s says whether it was trained on the Base or the Instruct model, so %s "
+            "is merged as it is; the wrong one answers much worse",
             plan.adapter,
             plan.base,
         )
         return of_base
-    for what, found, remedy in (
-        (
-            f"the adapter {plan.adapter}",
-            of_adapter,
-            f"adapter for the {expected} model as --adapter",
-        ),
-        (f"the base {plan.base}", of_base, f"{expected} model as --base"),
-    ):
-        for item in found:
-            if item.variant != expected:
+    for source, names in ((f"adapter {plan.adapter}", of_adapter), (f"base {plan.base}", of_base)):
+        for where, name in names.items():
+            if (variant := variant_of(name)) not in (None, expected):
                 raise HubError(
-                    f"wrong base: {what} is for {item.variant!r} by {item.where} "
-                    f"({item.text!r:.150}), but {expected!r} is needed. The two have the same "
-                    f"tensors and very different answers. Give the {remedy}, or, if you know "
-                    f"better, add {OVERRIDE}"
+                    f"wrong base: the {source} is for {variant!r} by {where} ({name!r:.150}), but "
+                    f"{expected!r} is needed. The two have the same tensors and very different "
+                    f"answers. Give the {expected} model as --base and an adapter for it as "
+                    f"--adapter, or, if you know better, add --allow-other-base"
                 )
     if not of_base:
         logger.warning(
@@ -331,28 +313,26 @@ def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]
 
 def _write_small_files(source: Path, part: Path) -> None:
     """Tokenizer, generation settings and index. Never code."""
-    for name in ("generation_config.json", INDEX, *download.TOKENIZER_FILES):
+    for name in ("generation_config.json", checkpoint.INDEX, *download.TOKENIZER_FILES):
         if not (source / name).exists():
             continue
-        path = plain_file(source, name)
+        path = checkpoint.plain_file(source, name)
         if name == "tokenizer_config.json":
-            settings = read_json(path)
+            settings = checkpoint.read_json(path)
             settings.pop("auto_map", None)
             cache.write_json(part / name, settings)
         else:
             shutil.copyfile(path, part / name)
 
 
-def _write_card(part: Path, name: str, plan: MergePlan, base: Any, adapter: Any) -> None:
-    def named(source: Any) -> str:
-        return source.origin + (f" at {source.revision}" if source.revision else "")
-
-    cache.write_text(
-        part / "README.md",
-        f"# {name}\n\n{named(base)} with the D2F adapter {named(adapter)} merged into it by "
-        f"vllm-d2f {version('vllm-d2f')}, in float32 and rounded once. The licences of both "
-        f"apply. {cache.RECORD} lists the files.\n",
+def _write_card(part: Path, name: str, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    named = (at_revision(source["source"], source["revision"]) for source in sources.values())
+    text = (
+        f"# {name}\n\n{' with the D2F adapter '.join(named)} merged into it by vllm-d2f "
+        f"{version('vllm-d2f')}, in float32 and rounded once. The licences of both apply. "
+        f"{cache.RECORD} lists the files.\n"
     )
+    (part / "README.md").write_text(text, encoding="utf-8")
 
 
 def _refuse_damaged(name: str, folder: Path, state: cache.State) -> None:
@@ -364,7 +344,7 @@ def _refuse_damaged(name: str, folder: Path, state: cache.State) -> None:
 
 
 def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> None:
-    """A request for other weights than those in place must not be answered by these."""
+    """Refuse a request for other weights than those that the place holds."""
     for what, given, requested in (
         ("base", plan.base, plan.base_revision),
         ("adapter", plan.adapter, plan.adapter_revision),
@@ -380,28 +360,8 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
         if requested is not None:
             same = same and requested in (record.get("revision"), record.get("requested"))
         if record.get("source") != source or not same:
-            commit = record.get("revision")
+            old = at_revision(record.get("source"), record.get("revision"))
             raise HubError(
-                f"{name} was already prepared, with the {what} {record.get('source')}"
-                f"{f' at {commit}' if commit else ''}, not with this {what}: {source}"
-                f"{f' at {requested}' if requested else ''}. Add --force to prepare it again"
+                f"{name} was already prepared, with the {what} {old}, not with this {what}: "
+                f"{at_revision(source, requested)}. Add --force to prepare it again"
             )
-
-
-def _with_commands(name: str, error: HubError) -> HubError:
-    """Add to an unreachable Hub the two ways of preparing a model."""
-    if not isinstance(error, Unreachable):
-        return error
-    published = PUBLISHED[name]
-    return Unreachable(
-        f"{name} is not prepared on this machine: {error}.\n"
-        f"With a connection to the Hub, run once (it downloads {published.gigabytes:.0f} GB):\n"
-        f"  python -m vllm_d2f prepare {name}\n"
-        f"From folders that were brought here (downloads of {published.base} and "
-        f"{published.adapter}):\n"
-        f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
-    )
-
-
-def _say(message: str) -> None:
-    print(f"vllm-d2f: {message}", file=sys.stderr, flush=True)

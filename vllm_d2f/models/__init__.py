@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families that D2F serves, and their registration with transformers and vLLM.
 
-Importing this package imports no vLLM. A family is one file here and one entry in the loop at the
-end; another package brings its own with `vllm_d2f.register(FAMILY)`.
+Importing this package imports no vLLM. A family is one file here and one entry in the loop below;
+another package adds its own with `vllm_d2f.register(FAMILY)`.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autoregressive models adapted to D2F by training: Llama, Qwen2 and Qwen3 with a mask token.
 
-Tensor names, field names and tokenizers are those of the model that training began with. As in that
+Tensors, fields and tokenizer keep the names of the model that training began with, and as in that
 model the output at i - 1 predicts position i.
 """
 

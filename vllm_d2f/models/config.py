@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every family's config.json passes before anything is allocated or looped over.
+"""The checks of every family's config.json, before its numbers allocate memory or bound a loop.
 
-A checkpoint is input from strangers: sizes are bounded, token ids index the vocabulary, and what a
-stock stack does not implement is refused by the field's name instead of ignored.
+A checkpoint comes from a stranger: sizes are bounded, token ids must index the vocabulary, and a
+field that the stack of layers does not implement is refused by its name instead of ignored.
 """
 
 import math
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_d2f.models.family import Family
 
-__all__ = ["D2FConfig", "check_int", "take"]
+__all__ = ["MAX_SIZES", "D2FConfig", "Switches", "check_equal", "check_int"]
 
-# Generous beside the largest published models, small enough that a wrong number cannot exhaust
-# the machine before the first weight is read (the rotary cache alone is positions x head size).
+Switches = dict[str, tuple[tuple[Any, ...], str]]
+"""Field of config.json -> the values that change nothing, and why others are refused."""
+
+# Far above the largest published models, and small enough that a wrong number cannot exhaust the
+# machine before the first weight is read (the rotary cache alone is positions x head size).
 MAX_SIZES = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 16,
@@ -27,8 +30,8 @@ MAX_SIZES = {
 MAX_HEAD_DIM = 1024
 MAX_END_TOKENS = 64
 
-# Fields that one of the stacks would act on -> the values that change nothing, and why.
-_SWITCHES: dict[str, tuple[tuple[Any, ...], str]] = {
+# Fields that one of the stacks would act on.
+_SWITCHES: Switches = {
     "partial_rotary_factor": ((None, 1, 1.0), "every channel is rotated"),
     "sliding_window": ((None,), "attention is full"),
     "use_sliding_window": ((None, False), "attention is full"),
@@ -36,6 +39,8 @@ _SWITCHES: dict[str, tuple[tuple[Any, ...], str]] = {
     "qk_norm": ((None, False), "queries and keys are not normalised"),
     "bias": ((None, False), "no layer has a bias"),
     "qkv_bias": ((None, False), "no layer has a bias"),
+    "attention_bias": ((None, False), "no layer has a bias"),
+    "mlp_bias": ((None, False), "no layer has a bias"),
     "logit_scale": ((None, 1, 1.0), "logits are not scaled"),
 }
 
@@ -50,7 +55,7 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Refuse a `value` that is no finite number in (low, high]."""
+    """Refuse a `value` that is not a finite number in (low, high]."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low < value <= high:
         raise ValueError(
@@ -59,37 +64,31 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
         )
 
 
-def check_equal(name: str, value: Any, expected: Any, why: str) -> None:
-    """Refuse a `value` other than `expected`: the stack does not implement it."""
-    if type(value) is not type(expected) or value != expected:
-        raise ValueError(
-            f"config.json: {name} = {value!r:.80} is not supported ({why}); expected {expected!r}"
-        )
-
-
-def take(extra: dict[str, Any], name: str, allowed: tuple[Any, ...], why: str) -> None:
-    """Drop field `name` if it has a value that changes nothing; refuse any other value."""
-    if name not in extra:
-        return
-    value = extra.pop(name)
+def check_equal(name: str, value: Any, allowed: tuple[Any, ...], why: str) -> None:
+    """Refuse a `value` that is none of `allowed`: the stack does not implement it."""
     if not any(type(value) is type(item) and value == item for item in allowed):
-        raise ValueError(f"config.json: {name} = {value!r:.80} is not supported ({why})")
+        expected = " or ".join(map(repr, allowed))
+        raise ValueError(
+            f"config.json: {name} = {value!r:.80} is not supported ({why}); expected {expected}"
+        )
 
 
 @dataclass(repr=False, kw_only=True)
 class D2FConfig:
-    """Comes before a stack's transformers config in the bases of a family's config.
+    """Base of a family's config, in front of the transformers config of its stack.
 
     Attributes:
+        family: the `Family` that names the class; it sets this.
+        free_head_dim: whether `head_dim` may differ from hidden_size / num_attention_heads.
+        switches: fields that the family refuses beside those of every family.
         mask_token_id: null takes the family's published one.
         logits_shift: whether the output at i - 1 predicts position i; null takes the family's.
         d2f: how the model decodes; `vllm_d2f.settings` checks it.
     """
 
-    # Set by the Family that names the class.
     family: ClassVar[Family]
-    # Whether `head_dim` may differ from hidden_size / num_attention_heads.
     free_head_dim: ClassVar[bool] = False
+    switches: ClassVar[Switches] = {}
 
     mask_token_id: int | None = None
     logits_shift: bool | None = None
@@ -127,27 +126,24 @@ class D2FConfig:
         """Refuse what the stack does not implement.
 
         Args:
-            extra: fields of config.json that the transformers config does not declare; what changes
-                nothing is taken out.
+            extra: fields of config.json that the transformers config does not declare. Those that
+                change nothing are removed.
 
         Raises:
             ValueError: with the field's name in config.json.
         """
         self._check_sizes(extra)
         self._check_rope(extra)
-        # The remote classes this names must not be reachable from a config of ours.
-        extra.pop("auto_map", None)
-        # vLLM reads `is_causal: false` as "encoder without a KV cache". Here every batch says
-        # what each of its sequences may see, so the field has nothing left to decide.
-        extra.pop("is_causal", None)
-        for name, (allowed, why) in _SWITCHES.items():
-            take(extra, name, allowed, why)
-        for name, why in (
-            ("use_sliding_window", "attention is full"),
-            ("attention_bias", "no layer has a bias"),
-            ("mlp_bias", "no layer has a bias"),
-        ):
-            check_equal(name, getattr(self, name, False), False, why)
+        # `auto_map` names remote classes, which no config may lead to. vLLM takes
+        # `is_causal: false` for an encoder without a KV cache; here each batch says what its
+        # sequences may attend to.
+        for name in ("auto_map", "is_causal"):
+            extra.pop(name, None)
+        for name, (allowed, why) in (_SWITCHES | self.switches).items():
+            if name in extra:
+                check_equal(name, extra.pop(name), allowed, why)
+        for name in ("use_sliding_window", "attention_bias", "mlp_bias"):  # some stacks declare it
+            check_equal(name, getattr(self, name, False), *_SWITCHES[name])
         if (layer_types := getattr(self, "layer_types", None)) is None:
             layer_types = extra.pop("layer_types", None)
         full = ["full_attention"] * self.num_hidden_layers
@@ -168,7 +164,7 @@ class D2FConfig:
             low = 2 if field == "vocab_size" else 1
             check_int(self._name(field), getattr(self, field), low, high)
         check_number(self._name("rms_norm_eps"), self.rms_norm_eps, 0.0, 1.0)
-        check_equal(self._name("hidden_act"), self.hidden_act, "silu", "the MLP is SwiGLU")
+        check_equal(self._name("hidden_act"), self.hidden_act, ("silu",), "the MLP is SwiGLU")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(
@@ -188,20 +184,20 @@ class D2FConfig:
             )
         if head_dim is not None:
             derived = self.hidden_size // heads
-            check_equal("head_dim", head_dim, derived, "derived from the other sizes")
+            check_equal("head_dim", head_dim, (derived,), "the other sizes determine it")
 
     def _check_rope(self, extra: dict[str, Any]) -> None:
-        """Only plain rotary embedding: no published checkpoint scales it."""
-        section = "rope_scaling" if extra.get("rope_scaling") is not None else "rope_parameters"
-        parameters = extra.get("rope_scaling")
-        parameters = self.rope_parameters if parameters is None else parameters
+        """Refuse a rotary embedding that is scaled; no published checkpoint has one."""
+        section, parameters = "rope_scaling", extra.get("rope_scaling")
+        if parameters is None:
+            section, parameters = "rope_parameters", self.rope_parameters
         if parameters is not None:
             if not isinstance(parameters, dict):
                 raise ValueError(f"config.json: {section} must be an object or null")
             kind = parameters.get("rope_type", parameters.get("type", "default"))
-            check_equal(f"{section}.rope_type", kind, "default", "rotary embedding is not scaled")
-            unknown = parameters.keys() - {"rope_type", "type", "rope_theta"}
-            if unknown:
+            why = "rotary embedding is not scaled"
+            check_equal(f"{section}.rope_type", kind, ("default",), why)
+            if unknown := parameters.keys() - {"rope_type", "type", "rope_theta"}:
                 raise ValueError(
                     f"config.json: {section} has entries that are not supported: "
                     f"{', '.join(sorted(map(str, unknown)))[:200]}"
@@ -212,15 +208,15 @@ class D2FConfig:
             check_number("rope_theta", extra["rope_theta"], 0.0, 1e12)
 
     def _check_tokens(self) -> None:
-        """Token ids must index the vocabulary; a missing mask token takes the published id."""
+        """Check that token ids index the vocabulary; a missing mask token is the published one."""
         if self.mask_token_id is None:
             published = self.family.mask_token_id
-            if published is None or published >= self.vocab_size:
+            if published is None:
+                raise ValueError("config.json: mask_token_id is missing")
+            if published >= self.vocab_size:
                 raise ValueError(
-                    "config.json: mask_token_id is missing"
-                    if published is None
-                    else f"config.json: mask_token_id is missing and the published id {published} "
-                    f"is outside vocab_size {self.vocab_size}"
+                    f"config.json: mask_token_id is missing and the published id {published} is "
+                    f"outside vocab_size {self.vocab_size}"
                 )
             self.mask_token_id = published
         for name in ("mask_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):

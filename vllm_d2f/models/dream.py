@@ -36,7 +36,7 @@ FAMILY = Family(
     hf="Qwen2ForCausalLM",
     tokenizer=DreamTokenizer,
     mask_token_id=151666,
-    # As in the autoregressive model that Dream was made from.
+    # As in the autoregressive model that Dream was adapted from.
     logits_shift="previous",
     aliases=("diffucoder",),
     # The published settings, the paper's table 8.

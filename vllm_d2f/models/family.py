@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What D2F must know of a model family beside its layers: pure data.
+"""The description of a model family: pure data, such as `FAMILY` in `dream.py` and `llada.py`.
 
-A family runs on a stack of layers that vLLM and transformers both have. This file says what one
-such description holds; `dream.py` and `llada.py` are two of them.
+A family runs on a stack of layers that vLLM and transformers both have. Its description adds how
+to read the output of that stack, and how the family was published.
 """
 
 import re
@@ -20,16 +20,15 @@ BlockOrigin = Literal["prompt_end", "zero"]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A D2F model on the Hub, which `vllm serve NAME` downloads and merges.
+    """A D2F model on the Hub, which `vllm serve NAME` downloads, merges and serves.
 
     Attributes:
         about: one line for the list of models.
         base, adapter: repositories on the Hub.
-        variant: "base" or "instruct": which of the family's checkpoints the adapter was trained on.
-        gigabytes: size of base and adapter, for messages.
-        d2f: the `d2f` section that the merged config.json gets.
-        context: tokens a server takes unless `--max-model-len` says more; None leaves it to the
-            base's config.json.
+        variant: "base" or "instruct": which of the family's checkpoints the base is.
+        gigabytes: size of the downloads, for messages.
+        d2f: the `d2f` section of the merged config.json.
+        context: `max_model_len` unless the user gives it; None leaves it to the base's config.json.
         base_revision, adapter_revision: branch, tag or commit; None is the main branch.
     """
 
@@ -55,13 +54,12 @@ class Family:
             this object.
         stack: vLLM's class that runs it, as `module:class`.
         hf: the class of transformers that runs it, for the reference and for training.
-        tensor_names: the checkpoint's name of a module -> the stack's, where they differ. `*`
-            stands for a number and occurs as often in both. vLLM's stack and transformers' class
-            share their names.
-        tokenizer: the class behind a tokenizer that checkpoints name as remote code.
+        tensor_names: the checkpoint's name of a module -> the name in `stack` and `hf`, where they
+            differ. `*` stands for a number and occurs as often in both.
+        tokenizer: the class for a tokenizer that checkpoints name as remote code.
         mask_token_id: the published one, for a config.json that names none.
-        extra_end_token_ids: end tokens that config.json does not list; each counts if the
-            vocabulary holds it.
+        extra_end_token_ids: end tokens that config.json does not list; one outside the vocabulary
+            is left out.
         logits_shift: which output predicts position i: the one at i ("none"), at i - 1
             ("previous"), or at i - 1 except for a block's first position ("in_block").
         prompt_attention: how a prompt sees itself unless the `d2f` section says otherwise: as one
@@ -109,22 +107,19 @@ class Family:
         """`tensor_names` as regular expressions and replacements, for vLLM's WeightsMapper."""
         return _patterns(self.tensor_names.items())
 
-    @cached_property
-    def _checkpoint_patterns(self) -> dict[re.Pattern[str], str]:
-        return _patterns((stack, own) for own, stack in self.tensor_names.items())
-
     def to_stack(self, name: str) -> str:
         """The stack's name of a checkpoint's tensor or module; other names pass unchanged."""
         return _renamed(name, self.patterns)
 
     def to_checkpoint(self, name: str) -> str:
         """The checkpoint's name of a stack's tensor or module; other names pass unchanged."""
-        return _renamed(name, self._checkpoint_patterns)
+        return _renamed(name, _patterns((stack, own) for own, stack in self.tensor_names.items()))
 
 
 def _patterns(names: Iterable[tuple[str, str]]) -> dict[re.Pattern[str], str]:
-    """A match ends where a module's name ends: before the parameter's name or with the string,
-    because quantization configs and LoRA adapters name modules.
+    """Compile the names as regular expressions that match up to a dot or the end of the string.
+
+    Quantization configs and LoRA adapters name modules without a parameter.
     """
     found = {}
     for old, new in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A D2F checkpoint as transformers' own model: what the reference and the tests run on."""
+"""A D2F checkpoint as transformers' own model, for the reference, the benchmarks and the tests."""
 
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,13 @@ def load_hf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     config = transformers.AutoConfig.from_pretrained(path)
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        weights |= {
-            config.family.to_stack(name): tensor for name, tensor in load_file(file).items()
-        }
+        weights |= {config.family.to_stack(name): t for name, t in load_file(file).items()}
     if not weights:
         raise FileNotFoundError(f"{path}: no .safetensors files")
     model: Any = getattr(transformers, config.family.hf)(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
-        raise ValueError(
-            f"{path}: tensors missing {sorted(set(missing) - tied)[:3]}, "
-            f"unknown {sorted(unexpected)[:3]}"
-        )
+        missing = sorted(set(missing) - tied)
+        raise ValueError(f"{path}: tensors missing {missing[:3]}, unknown {unexpected[:3]}")
     return model.to(dtype).eval(), config

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlamaConfig
 
-from vllm_d2f.models.config import MAX_SIZES, D2FConfig, check_equal, check_int, take
+from vllm_d2f.models.config import MAX_SIZES, D2FConfig, Switches, check_equal, check_int
 from vllm_d2f.models.family import Family, Published
 
 __all__ = ["FAMILY", "LLaDAConfig"]
@@ -24,8 +24,8 @@ _LLAMA_NAME_OF = {
     "weight_tying": "tie_word_embeddings",
 }
 
-# OLMo's switches -> the values that describe a Llama stack. Null is OLMo's "off".
-_OLMO_SWITCHES: dict[str, tuple[tuple[Any, ...], str]] = {
+# OLMo's switches, with the values that describe a Llama stack. Null is OLMo's "off".
+_OLMO_SWITCHES: Switches = {
     "alibi": ((False, None), "positions are rotary"),
     "rope": ((True,), "positions are rotary"),
     "block_type": (("llama",), "only the Llama block is implemented"),
@@ -42,21 +42,6 @@ _OLMO_SWITCHES: dict[str, tuple[tuple[Any, ...], str]] = {
     "clip_qkv": ((None,), "queries, keys and values are not clipped"),
 }
 
-# OLMo's fields that matter for training only.
-_TRAINING_ONLY = (
-    "alibi_bias_max",
-    "attention_layer_norm_with_affine",
-    "embedding_dropout",
-    "flash_attention",
-    "init_cutoff_factor",
-    "init_device",
-    "init_fn",
-    "init_std",
-    "precision",
-    "residual_dropout",
-    "rope_full_precision",
-)
-
 
 @strict
 class LLaDAConfig(D2FConfig, LlamaConfig):
@@ -64,6 +49,7 @@ class LLaDAConfig(D2FConfig, LlamaConfig):
 
     model_type = "llada"
     attribute_map: ClassVar[dict[str, str]] = _LLAMA_NAME_OF
+    switches: ClassVar[Switches] = _OLMO_SWITCHES
 
     vocab_size: int = 126464
     intermediate_size: int = 12288
@@ -75,10 +61,6 @@ class LLaDAConfig(D2FConfig, LlamaConfig):
     def check_layout(self, extra: dict[str, Any]) -> None:
         self._adopt_olmo_names(extra)
         super().check_layout(extra)
-        for name, (allowed, why) in _OLMO_SWITCHES.items():
-            take(extra, name, allowed, why)
-        for name in _TRAINING_ONLY:
-            extra.pop(name, None)
 
     def _adopt_olmo_names(self, extra: dict[str, Any]) -> None:
         """Move OLMo's fields to Llama's names, before anything is derived from them."""
@@ -99,8 +81,8 @@ class LLaDAConfig(D2FConfig, LlamaConfig):
                 ) from error
         embedding_size = extra.pop("embedding_size", None)
         if embedding_size is not None:
-            # More rows than tokens would put logits of no token into the softmax.
-            check_equal("embedding_size", embedding_size, self.vocab_size, "equals vocab_size")
+            # More rows than tokens would put logits without a token into the softmax.
+            check_equal("embedding_size", embedding_size, (self.vocab_size,), "it is vocab_size")
 
 
 FAMILY = Family(

@@ -19,15 +19,18 @@ from vllm_d2f.reference import decode, hf_forward
 from vllm_d2f.settings import MAX_WINDOW, Settings, settings_from_dict
 from vllm_d2f.watch.picture import Picture, autoregressive, pictures
 
-__all__ = ["ARDecoder", "D2FDecoder", "WatchError"]
-
 
 class WatchError(ValueError):
     """A model or a question that cannot be decoded. The message says what to change."""
 
 
 class _Decoder:
-    """A model's configuration, tokenizer and end tokens."""
+    """A model's configuration, tokenizer and end tokens.
+
+    Args:
+        model: an embedded or published name, or a folder.
+        raw: ask without the chat template.
+    """
 
     def __init__(self, model: str, raw: bool) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -75,12 +78,7 @@ class _Decoder:
 
 
 class D2FDecoder(_Decoder):
-    """A D2F model.
-
-    Args:
-        model: an embedded or published name, or a folder.
-        given: D2F settings that override the model's, `preset` among them.
-        raw: ask without the chat template.
+    """A D2F model, with settings that override its own, `preset` among them.
 
     Raises:
         WatchError: the model is no D2F model, or has no settings and none are given.
@@ -117,7 +115,7 @@ class D2FDecoder(_Decoder):
     def run(self, question: str, max_tokens: int) -> Iterator[Picture]:
         """Yield one picture per forward."""
         params = self.settings.params
-        whole = self.settings.prompt_attention == "bidirectional"
+        bidirectional = self.settings.prompt_attention == "bidirectional"
         frames = decode(
             self.forward,
             self.prompt(question, max_tokens),
@@ -127,19 +125,14 @@ class D2FDecoder(_Decoder):
             ends=self.ends,
             shift=self.config.logits_shift,
             max_len=self.config.max_position_embeddings,
-            prompt_block=None if whole else params.block_size,
+            prompt_block=None if bidirectional else params.block_size,
             block_origin=self.settings.block_origin,
         )
         return pictures(self.name, frames, self.show, self.text)
 
 
 class ARDecoder(_Decoder):
-    """An autoregressive model of transformers, decoded greedily with a KV cache.
-
-    Args:
-        model: an embedded name or a folder.
-        raw: ask without the chat template.
-    """
+    """An autoregressive model of transformers, decoded greedily with a KV cache."""
 
     def __init__(self, model: str, raw: bool = False) -> None:
         from transformers import AutoModelForCausalLM

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.watch.picture import Block, Picture, State, colours, together
-
-__all__ = ["write_gif"]
+from vllm_d2f.watch.picture import Picture, State, colours, together
 
 WIDTH, MARGIN, FONT_SIZE = 900, 16, 14
 LINE = 25
@@ -32,7 +30,7 @@ def write_gif(
     """
     try:
         import matplotlib
-        from PIL import ImageFont
+        from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise ImportError(
             "--gif needs Pillow and a font, which matplotlib brings: pip install matplotlib"
@@ -40,8 +38,7 @@ def write_gif(
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     font = ImageFont.truetype(str(folder / "DejaVuSansMono.ttf"), FONT_SIZE)
     shares = SHARES if len(runs) > 1 else (1.0,)
-    panels = []
-    left = float(MARGIN)
+    panels, left = [], float(MARGIN)
     for run, share in zip(runs, shares, strict=True):
         width = (WIDTH - 2 * MARGIN) * share
         panels.append(_Panel(run, font, left, width - (MARGIN if run is not runs[-1] else 0)))
@@ -49,7 +46,16 @@ def write_gif(
     head = textwrap.wrap(question, int((WIDTH - 2 * MARGIN) / font.getlength("m"))) or [""]
     top = MARGIN + LINE * len(head) + LINE // 2
     height = top + max(panel.height for panel in panels) + MARGIN
-    images = [_image(head, top, height, panels, pictures, font) for pictures in together(*runs)]
+    images = []
+    for pictures in together(*runs):
+        image = Image.new("RGB", (WIDTH, height), WHITE)
+        canvas = ImageDraw.Draw(image)
+        for number, line in enumerate(head):
+            canvas.text((MARGIN, MARGIN + number * LINE), line, fill=INK, font=font)
+        for panel, picture in zip(panels, pictures, strict=True):
+            panel.draw(canvas, top, picture)
+        # Text on plain ground needs few colours, and the file is a third of the size with them.
+        images.append(image.quantize(64))
     duration = [int(delay * 1000)] * len(images)
     duration[-1] *= HOLD
     images[0].save(
@@ -65,11 +71,10 @@ class _Panel:
         self.left, self.font = left, font
         self.labelled = max(len(picture.blocks) for picture in run) > 1
         widest: dict[tuple[int, int], float] = {}
-        for picture in run:
-            for row, block in enumerate(picture.blocks):
-                for column, cell in enumerate(block.cells):
-                    old = widest.get((row, column), 0)
-                    widest[row, column] = max(old, font.getlength(cell.text) + 8)
+        for row, block in (place for picture in run for place in enumerate(picture.blocks)):
+            for column, cell in enumerate(block.cells):
+                old = widest.get((row, column), 0)
+                widest[row, column] = max(old, font.getlength(cell.text) + 8)
         start = left + (LABEL if self.labelled else 0)
         self.places: dict[tuple[int, int], tuple[float, float, float]] = {}
         x, y = start, 2.0 * LINE
@@ -92,41 +97,16 @@ class _Panel:
             if self.labelled:
                 place = (self.left, top + self.rows[row])
                 canvas.text(place, str(block.phase), fill=GREY, font=self.font)
-            self._cells(canvas, top, row, block)
-
-    def _cells(self, canvas: Any, top: int, row: int, block: Block) -> None:
-        strong, light = colours(row)
-        for column, cell in enumerate(block.cells):
-            x, y, size = self.places[row, column]
-            y += top
-            fill, ink, edge = {
-                State.MASK: (WHITE, GREY, light),
-                State.NEW: (light, INK, INK),
-                State.DECODED: (light, INK, light),
-                State.COMMITTED: (strong, WHITE, strong),
-            }[cell.state]
-            canvas.rounded_rectangle(
-                (x, y - 2, x + size, y + LINE - 7), radius=3, fill=fill, outline=edge
-            )
-            canvas.text((x + 3, y), cell.text, fill=ink, font=self.font)
-
-
-def _image(
-    head: Sequence[str],
-    top: int,
-    height: int,
-    panels: Sequence[_Panel],
-    pictures: Sequence[Picture],
-    font: Any,
-) -> Any:
-    """Draw one frame of all models."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (WIDTH, height), WHITE)
-    canvas = ImageDraw.Draw(image)
-    for number, line in enumerate(head):
-        canvas.text((MARGIN, MARGIN + number * LINE), line, fill=INK, font=font)
-    for panel, picture in zip(panels, pictures, strict=True):
-        panel.draw(canvas, top, picture)
-    # Text on plain ground needs few colours, and the file is a third of the size with them.
-    return image.quantize(64)
+            strong, light = colours(row)
+            for column, cell in enumerate(block.cells):
+                x, y, size = self.places[row, column]
+                y += top
+                fill, ink, edge = {
+                    State.MASK: (WHITE, GREY, light),
+                    State.NEW: (light, INK, INK),
+                    State.DECODED: (light, INK, light),
+                    State.COMMITTED: (strong, WHITE, strong),
+                }[cell.state]
+                box = (x, y - 2, x + size, y + LINE - 7)
+                canvas.rounded_rectangle(box, radius=3, fill=fill, outline=edge)
+                canvas.text((x + 3, y), cell.text, fill=ink, font=self.font)

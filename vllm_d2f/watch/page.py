@@ -10,8 +10,6 @@ from html import escape
 
 from vllm_d2f.watch.picture import PALETTE, Picture, State, colours
 
-__all__ = ["page"]
-
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;
  color:#1b1f24;background:#fff}
@@ -74,11 +72,7 @@ CONTROLS = """<nav id="controls" hidden>
 
 
 def page(question: str, runs: Sequence[Sequence[Picture]]) -> str:
-    """Return the text of the file.
-
-    Args:
-        runs: the pictures of each model, one per forward.
-    """
+    """Return the text of the file, from the pictures of each model, one per forward."""
     title = f"{' and '.join(run[0].name for run in runs)}: {question}"
     # The policy forbids to load anything, should markup of a model ever escape the escaping.
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -119,20 +113,14 @@ def _frame(picture: Picture, on: bool) -> str:
     blocks = []
     for index, block in enumerate(picture.blocks):
         cells = "".join(
-            f'<span class="cell {cell.state}"{_hint(cell.state, cell.confidence)}>'
-            f"{escape(cell.text)}</span>"
+            f'<span class="cell {cell.state}"'
+            + f' title="confidence {cell.confidence:.3f}"' * (cell.state != State.MASK)
+            + f">{escape(cell.text)}</span>"
             for cell in block.cells
         )
         blocks.append(
             f'<div class="block b{index % len(PALETTE)}"><span class="phase">{block.phase}</span>'
             f"<div>{cells}</div></div>"
         )
-    shown = " on" if on else ""
-    return (
-        f'<div class="frame{shown}"><div class="caption">{escape(picture.caption)}</div>'
-        f"{''.join(blocks)}</div>\n"
-    )
-
-
-def _hint(state: State, confidence: float) -> str:
-    return "" if state == State.MASK else f' title="confidence {confidence:.3f}"'
+    caption = f'<div class="caption">{escape(picture.caption)}</div>'
+    return f'<div class="frame{" on" * on}">{caption}{"".join(blocks)}</div>\n'

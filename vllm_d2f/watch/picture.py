@@ -2,13 +2,11 @@
 """The state of a decoder after one forward, as a terminal, a GIF and a page can draw it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import zip_longest
 
 from vllm_d2f.reference import Frame
-
-__all__ = ["MASK", "PALETTE", "Block", "Cell", "Phase", "Picture", "State", "autoregressive"]
-__all__ += ["colours", "pictures", "together", "visible"]
 
 MASK = "_"
 """The text of a masked position."""
@@ -21,8 +19,7 @@ PALETTE: tuple[tuple[str, str], ...] = (
     ("#8a6d00", "#f5ebc4"),
     ("#4b5a6b", "#dde2e8"),
 )
-"""Colours of the blocks, strong and light. Colour-blind people can tell them apart (after Okabe and
-Ito)."""
+"""Strong and light colours of the blocks, which colour-blind people can tell apart (Okabe, Ito)."""
 
 
 def colours(block: int) -> tuple[str, str]:
@@ -99,11 +96,8 @@ class Picture:
     @property
     def caption(self) -> str:
         """The figures of this forward on one line."""
-        end = ", done" if self.done else ""
-        return (
-            f"forward {self.forward}, {self.tokens} tokens, "
-            f"{self.tokens_per_forward:.2f} per forward{end}"
-        )
+        rate = f"{self.tokens_per_forward:.2f} per forward"
+        return f"forward {self.forward}, {self.tokens} tokens, {rate}{', done' * self.done}"
 
 
 def visible(text: str) -> str:
@@ -161,23 +155,17 @@ def autoregressive(
         tokens: id and probability of each token, and whether it completes the answer.
     """
     ids: list[int] = []
-    cells: list[Cell] = []
+    cells: tuple[Cell, ...] = ()
     for token, confidence, done in tokens:
         ids.append(token)
-        older = [Cell(cell.text, State.COMMITTED, cell.confidence) for cell in cells]
-        cells = [*older, Cell(visible(show(token)), State.NEW, confidence)]
-        yield Picture(name, len(ids), (Block(Phase.COMMITTED, tuple(cells)),), decode(ids), done)
+        older = (replace(cell, state=State.COMMITTED) for cell in cells)
+        cells = (*older, Cell(visible(show(token)), State.NEW, confidence))
+        yield Picture(name, len(ids), (Block(Phase.COMMITTED, cells),), decode(ids), done)
 
 
 def together(*runs: Iterable[Picture]) -> Iterator[tuple[Picture, ...]]:
     """Yield one picture of each run per forward. A run that has ended repeats its last picture."""
-    iterators = [iter(run) for run in runs]
-    now: list[Picture | None] = [None] * len(iterators)
-    while True:
-        moved = False
-        for index, iterator in enumerate(iterators):
-            if (picture := next(iterator, None)) is not None:
-                now[index], moved = picture, True
-        if not moved:
-            return
-        yield tuple(picture for picture in now if picture is not None)
+    now: dict[int, Picture] = {}
+    for tick in zip_longest(*runs):
+        now |= {run: picture for run, picture in enumerate(tick) if picture is not None}
+        yield tuple(now.values())

@@ -10,8 +10,6 @@ from rich.text import Text
 
 from vllm_d2f.watch.picture import Picture, State, colours, visible
 
-__all__ = ["LEGEND", "plain", "render"]
-
 LEGEND = "_ masked   light: decoded   underlined: by this forward   full colour: committed"
 
 
@@ -42,7 +40,13 @@ def _panel(picture: Picture) -> Panel:
         strong, light = colours(index)
         line = Text()
         for cell in block.cells:
-            line.append(cell.text, style=_style(cell.state, strong, light))
+            style = {
+                State.MASK: f"dim {strong}",
+                State.NEW: f"bold underline #000000 on {light}",
+                State.DECODED: f"#000000 on {light}",
+                State.COMMITTED: f"#ffffff on {strong}",
+            }[cell.state]
+            line.append(cell.text, style=style)
             line.append(" " if cell.state == State.MASK else "")
         rows.add_row(Text(block.phase, style="dim"), line)
     return Panel(
@@ -51,12 +55,3 @@ def _panel(picture: Picture) -> Panel:
         subtitle=Text(picture.caption),
         border_style="green" if picture.done else "dim",
     )
-
-
-def _style(state: State, strong: str, light: str) -> str:
-    return {
-        State.MASK: f"dim {strong}",
-        State.NEW: f"bold underline #000000 on {light}",
-        State.DECODED: f"#000000 on {light}",
-        State.COMMITTED: f"#ffffff on {strong}",
-    }[state]
