@@ -482,11 +482,10 @@ def attention(run: Record) -> int:
         if "ms" not in found and "GiB of scores" not in str(found)
     }
     report = run.report(
-        **{name: getattr(args, name) for name in ("rehearse", "clock", "dtype")},
-        device=device.type,
+        rehearse=args.rehearse, device=device.type, clock=args.clock, dtype=args.dtype,
         layer=f"{layer.heads} query heads, {layer.kv_heads} key heads of {layer.head_dim}",
-        **{"units": UNITS, "floor": machine, "summary": summary(rows)},
-    )
+        units=UNITS, floor=machine, summary=summary(rows),
+    )  # fmt: skip
     run.write(report | {"skipped": reasons, "rows": rows})
     return int(any(v.keys() & {"wrong_by", "failed"} for r in rows for v in r["variants"].values()))
 

@@ -336,10 +336,9 @@ def steps(run: Record) -> None:
                     run.stop()  # what an engine leaves on the device must not meet the next one
     measured = {key: value for key, value in run.points.items() if key != "machine"}
     report = run.report(
-        simulated_tokens_per_forward=f"1 to {max(args.rates):g}",
-        **{"rehearse": args.rehearse, "variant": args.variant, "units": UNITS},
-        **{"floor": machine, "points": measured},
-    )
+        simulated_tokens_per_forward=f"1 to {max(args.rates):g}", rehearse=args.rehearse,
+        variant=args.variant, units=UNITS, floor=machine, points=measured,
+    )  # fmt: skip
     run.write(report)
 
 

@@ -330,7 +330,9 @@ def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str,
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     hardware = {
-        **{"machine": platform.machine(), "system": platform.system(), "cpu": _cpu_name()},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
         **_gpu(),
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
