@@ -13,7 +13,6 @@ In this process with vLLM (`lm_eval --model vllm`), or against a running `vllm s
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -33,7 +32,6 @@ FOLDER = Path(__file__).with_name("tasks")
 PROMPT_ROOM = {"arithmetic": 192, "gsm8k": 1800, "math": 2048, "humaneval": 1024, "mbpp": 1800}
 UNITS = {
     "score": "fraction of problems, by lm-eval's metric of that name",
-    "seconds": "wall time",
     "prompts_cut": "prompts without their beginning, as the model has too few positions",
 }
 
@@ -56,49 +54,44 @@ def d2f_section(task: str, preset: str | None) -> dict[str, Any]:
     """The preset with a window for the whole answer, as the paper decodes; {} without one."""
     if preset is None:
         return {}
-    size = PRESETS[preset]["block_size"]
-    return {**PRESETS[preset], "max_blocks": math.ceil(max_tokens(task, preset) / size)}
+    section = PRESETS[preset]
+    return section | {"max_blocks": -(-max_tokens(task, preset) // section["block_size"])}
 
 
 def model_call(args: argparse.Namespace) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` needs to reach the model."""
+    from transformers import AutoTokenizer
+
     model = resolve_model("--model", args.model)
     section = d2f_section(args.task, args.preset)
     room = _room(args, model)
-    bos = bool(args.preset and args.preset.startswith("dream") and _has_bos(model))
+    # As the authors' evaluation does.
+    bos = bool(
+        args.preset
+        and args.preset.startswith("dream")
+        and AutoTokenizer.from_pretrained(model).bos_token
+    )
     if args.server:
-        return {
-            "model": "local-completions",
-            "model_args": {
-                "model": args.model,
-                "base_url": args.server.rstrip("/").removesuffix("/v1") + "/v1/completions",
-                "tokenizer": model,
-                "tokenizer_backend": "huggingface",
-                "num_concurrent": args.batch_size,
-                "max_length": room,
-                "add_bos_token": bos,
-            },
-            "gen_kwargs": _xargs("vllm_xargs", section),
-        }
+        base_url = args.server.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        options: dict[str, Any] = dict(
+            model=args.model, base_url=base_url, num_concurrent=args.batch_size, max_length=room,
+            tokenizer=model, tokenizer_backend="huggingface", add_bos_token=bos,
+        )  # fmt: skip
+        # A served model's settings travel with each request.
+        settings = {"vllm_xargs": {f"d2f_{k}": v for k, v in section.items()}}
+        call = {"model": "local-completions", "model_args": options}
+        return call | {"gen_kwargs": settings if section else None}
     import torch
 
-    options: dict[str, Any] = {"max_num_seqs": args.batch_size, "max_model_len": room}
+    options = dict(pretrained=model, batch_size="auto", max_num_seqs=args.batch_size)
+    options["max_model_len"] = room
     if not torch.cuda.is_available():
         options |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
     if section:
         options["additional_config"] = {"d2f": section}
     if bos:
-        options["add_bos_token"] = True  # as the authors' evaluation does
-    return {
-        "model": "vllm",
-        "model_args": {"pretrained": model, "batch_size": "auto", **options},
-        "gen_kwargs": None,
-    }
-
-
-def _xargs(name: str, section: dict[str, Any]) -> dict[str, Any] | None:
-    """A served model's settings travel with each request."""
-    return {name: {f"d2f_{k}": v for k, v in section.items()}} if section else None
+        options["add_bos_token"] = True
+    return {"model": "vllm", "model_args": options, "gen_kwargs": None}
 
 
 def _room(args: argparse.Namespace, model: str) -> int:
@@ -123,18 +116,8 @@ def cut_prompts(args: argparse.Namespace, samples: Sequence[dict[str, Any]], cha
     return sum(len(tokenizer(p, add_special_tokens=not chat).input_ids) > most for p in prompts)
 
 
-def _has_bos(model: str) -> bool:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model).bos_token is not None
-
-
 def check(args: argparse.Namespace) -> None:
-    """What can be known to fail before a model is loaded.
-
-    Raises:
-        UsageError: with what to pass.
-    """
+    """Refuse what can be known to fail before a model is loaded."""
     from benchmarks.tasks import data, sandbox
 
     if args.task == "math" and find_spec("math_verify") is None:
@@ -167,21 +150,17 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
     register()
     call = model_call(args)
     name = task_name(args.task, args.preset)
-    chat = bool(args.preset and args.preset.startswith("llada") and args.task in ("gsm8k", "mbpp"))
+    llada = bool(args.preset and args.preset.startswith("llada"))
+    chat = args.chat or (llada and args.task in ("gsm8k", "mbpp"))
+    where = {"include_path": str(FOLDER), "metadata": {"data": args.data}}
     started = time.perf_counter()
     try:
         found = lm_eval.simple_evaluate(
-            **call,
-            tasks=[name],
-            task_manager=TaskManager(
-                include_path=str(FOLDER), include_defaults=False, metadata={"data": args.data}
-            ),
-            limit=args.limit,
-            apply_chat_template=chat or args.chat,
-            fewshot_as_multiturn=chat or args.chat,
+            **call, tasks=[name], limit=args.limit, bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False, **where),
+            apply_chat_template=chat, fewshot_as_multiturn=chat,
             confirm_run_unsafe_code=args.allow_code_execution,
-            bootstrap_iters=0,
-        )
+        )  # fmt: skip
     except Exception as error:
         # lm-eval loads the task files as modules of its own, so the class is another one there.
         if type(error).__name__ in (DataMissing.__name__, "SandboxError"):
@@ -193,21 +172,16 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
         for key, value in found["results"][name].items()
         if isinstance(value, float) and not key.split(",")[0].endswith("_stderr")
     }
+    counts = found["n-samples"][name]
     return {
-        "score": found_scores,
-        "task": name,
-        "problems": found["n-samples"][name]["effective"],
-        "of": found["n-samples"][name]["original"],
-        "shots": found["n-shot"][name],
-        "model": Path(args.model).name,
-        "through": call["model"],
-        "preset": args.preset,
+        "score": found_scores, "task": name, "shots": found["n-shot"][name],
+        "problems": counts["effective"], "of": counts["original"],
+        "model": Path(args.model).name, "through": call["model"], "preset": args.preset,
         "d2f": d2f_section(args.task, args.preset) or "the model's own settings",
         "max_tokens": max_tokens(args.task, args.preset),
-        "prompts_cut": cut_prompts(args, samples, chat or args.chat),
-        "units": UNITS,
+        "prompts_cut": cut_prompts(args, samples, chat),
+        "units": UNITS, "lm_eval": lm_eval.__version__,
         "seconds": round(time.perf_counter() - started, 1),
-        "lm_eval": lm_eval.__version__,
         # A few prompts' ends and answers, for a person to look at.
         "samples": [
             {"prompt_end": s["arguments"][0][0][-300:], "answer": s["resps"][0][0],
@@ -259,13 +233,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def evaluate(run: Record) -> None:
     """Ask and grade all problems, and report."""
-    report = run.report(**run.point("scores", lambda: scores(run.args)))
-    run.write(report)
+    run.write(run.report(**run.point("scores", lambda: scores(run.args))))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(evaluate, parse(argv), markdown)
-
+main = record.command(parse, evaluate, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,12 +26,9 @@ from benchmarks.harness.record import Record, Skip
 
 VOCABULARIES = {"dream": 152064, "llada": 126464}
 RULES: dict[str, dict[str, float]] = {
-    "greedy": {},
-    "temperature": {},
-    "top_k": {"top_k_R": 50},
-    "top_p": {"top_p_R": 0.9},
-    "min_p": {"min_p_R": 0.05},
-}
+    "greedy": {}, "temperature": {},
+    "top_k": {"top_k_R": 50}, "top_p": {"top_p_R": 0.9}, "min_p": {"min_p_R": 0.05},
+}  # fmt: skip
 
 
 def found(device: torch.device) -> dict[str, Any]:
@@ -94,12 +91,7 @@ def device_tests(folder: str) -> list[str]:
 
 
 def counts_of(output: str, code: int) -> dict[str, Any]:
-    """Counts from pytest's last line.
-
-    Raises:
-        Skip: pytest is not there.
-        AssertionError: something failed; names what.
-    """
+    """Counts from pytest's last line; an AssertionError names what failed."""
     if not output.strip():
         raise Skip("pytest is not installed on the host")
     kinds = r"(\d+) (passed|failed|skipped|deselected|error)"
@@ -137,8 +129,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def kernels(run: Record) -> int:
     """Check and time everything; 1 if anything fails."""
     args = run.args
-    device = torch.device("cpu" if args.rehearse else "cuda")
-    dtype = torch.float32 if args.rehearse else torch.bfloat16
+    on, dtype = ("cpu", torch.float32) if args.rehearse else ("cuda", torch.bfloat16)
+    device = torch.device(on)
     run.point("found", partial(found, device), may_fail=True)
     for folder in args.tests:
         run.point(f"tests/{folder}", partial(tests, f"tests/{folder}"), may_fail=True)
@@ -148,14 +140,11 @@ def kernels(run: Record) -> int:
             for rule in RULES:
                 measure = partial(confidence, size, rows, rule, machine)
                 run.point(f"confidence/{model}/{rule}/{rows}", measure, may_fail=True)
-    report = run.report(rehearse=args.rehearse, points=run.points)
-    run.write(report)
+    run.write(run.report(rehearse=args.rehearse, points=run.points))
     return int(bool(run.failed))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(kernels, parse(argv), markdown)
-
+main = record.command(parse, kernels, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,18 +4,12 @@
     python -m benchmarks.latency                        # measure, fit, predict, check
     python -m benchmarks.latency --quick                # under a minute
     python -m benchmarks.latency --steps steps.json     # from what `benchmarks.steps` measured
-    python -m benchmarks.latency --step-ms-json costs.json     # by hand, no engine
 
 A step costs about a + b * tokens + c * (cached tokens its requests attend to) + d * (requests that
 enter with it) milliseconds; a to d are fitted to measured steps. How many forwards a request takes
 and how wide its window is does not depend on the batch: both are measured once, at batch size 1.
 From the two follows the speed at any batch size. The prediction is checked on other problems than
 the fit has seen.
-
-The JSON given by hand has, for "d2f" and "ar" each, either a_ms and b_ms_per_token, or "points":
-[[tokens, ms], ...] with straight lines between them (a GPU's steps cost the same until it runs out
-of arithmetic); c_ms_per_context_token and d_ms_per_request where they are not 0; and
-tokens_per_forward, window_tokens, answer_tokens, prompt_tokens: see docs/benchmarks.md.
 """
 
 import argparse
@@ -23,22 +17,13 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import figure, record, shapes
-from benchmarks.harness.cost import (
-    Cost,
-    Trace,
-    crossing,
-    falls_below_1,
-    fit,
-    predict_batch,
-    predict_steady,
-    traces_of,
-)
+from benchmarks.harness import cost, figure, record, shapes
+from benchmarks.harness.cost import Cost, Trace
 from benchmarks.harness.engine import Batch, StepCost
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import spread
@@ -50,24 +35,19 @@ KINDS = ("d2f", "ar")
 MOST_STEPS = 500
 """About so many steps of each decoder are kept for the picture; the fit sees all of them."""
 UNITS = {
-    "a_ms": "milliseconds of a step without tokens",
-    "b_ms_per_token": "milliseconds per token in the step",
-    "c_ms_per_context_token": "milliseconds per cached token the step's requests attend to",
-    "d_ms_per_request": "milliseconds per request that enters, its prompt's tokens beside them",
+    "cost": "milliseconds of a step, per token in it, per cached token, per request that enters",
     "steps": "measured: requests, new ones, tokens, context tokens, milliseconds of each step",
     "predicted": "useful tokens per second of a server that always has batch_size requests",
     "checks": "useful tokens per second of one LLM.generate call with batch_size prompts",
     "measured_runs": "the same, run by run; D2F and AR took turns in each",
     "error": "predicted / measured - 1",
     "ar_overtakes_at_batch": "predicted: fewest requests, always so many, at which AR is faster",
-    "checked_ratio": "D2F / AR of single batches: predicted, and measured as the median, lowest "
-    "and highest of the runs' ratios",
+    "checked_ratio": "D2F / AR of single batches: predicted, and measured run by run",
     "checked_crossing": "smallest batch of the measured sizes at which AR is faster, null: none",
 }
 CLOCKS = {
     "wall": "Times are wall time.",
     "cpu": "Times are CPU time of the decoder's process: other programs were running.",
-    "given": "Step times and tokens per forward were given by hand, nothing was measured.",
     "steps": "Fitted to the steps of `benchmarks.steps`, checked on its batches.",
 }
 QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=1, prompts=4)
@@ -104,8 +84,7 @@ def measured(run: Record) -> dict[str, dict[str, Any]]:
 
     with workers(table, max(args.batch_sizes), args.max_tokens) as decoders:
         for worker in decoders.values():
-            for size in args.batch_sizes:
-                worker.measure(known[: max(size, 2)], size)
+            worker.warm_up(known, args.batch_sizes)
         for number in range(args.runs):
             for size in args.batch_sizes:
                 run.point(f"run {number}, batch {size}", partial(one, size))
@@ -114,19 +93,19 @@ def measured(run: Record) -> dict[str, dict[str, Any]]:
     run.need_all()
     out = {}
     for kind in KINDS:
-        steps: list[StepCost] = []
-        speeds: dict[int, list[float]] = {size: [] for size in args.batch_sizes}
-        for number in range(args.runs):
-            for size in args.batch_sizes:
-                found = run.points[f"run {number}, batch {size}"][kind]
-                steps += [StepCost(**step) for step in found["steps"]]
-                speeds[size].append(found["speed"])
+        by_size = {
+            size: [run.points[f"run {n}, batch {size}"][kind] for n in range(args.runs)]
+            for size in args.batch_sizes
+        }
+        speeds = {size: [found["speed"] for found in runs] for size, runs in by_size.items()}
+        every = (found for runs in by_size.values() for found in runs)
+        steps = [StepCost(**step) for found in every for step in found["steps"]]
         if args.clock == "cpu":
             steps = [replace(step, ms=step.cpu_ms) for step in steps]
         found = run.points[f"alone, {kind}"]
         batches = [Batch.from_dict(batch) for batch in found["batches"]]
         given = [answer for batch in batches for answer in batch.answers]
-        out[kind] = decoder(steps, traces_of(batches), speeds, args.token_budget) | {
+        out[kind] = decoder(steps, cost.traces_of(batches), speeds, args.token_budget) | {
             "score": round(sum(answer.final for answer in given) / len(given), 4),
             "simulated_tokens_per_forward": found["simulated"],
         }
@@ -140,46 +119,30 @@ def decoder(
     budget: int,
     knots: bool = False,
 ) -> dict[str, Any]:
-    """The fit of one decoder and its check.
-
-    Args:
-        speeds: measured tokens per second of each run, by batch size.
-        budget: most tokens of a step.
-    """
-    cost = fit(steps, knots)
+    """The fit of one decoder and its check against `speeds`, tokens per second by batch size."""
+    fitted = cost.fit(steps, knots)
     checks = []
     for size, runs in speeds.items():
         range_ = spread(runs)
-        predicted = predict_batch(cost, traces, size, budget)
-        checks.append(
-            {
-                "batch_size": size,
-                "predicted": float(f"{predicted:.5g}"),
-                "measured": range_["median"],
-                "measured_range": range_,
-                "measured_runs": [float(f"{s:.5g}") for s in runs],
-                "error": round(predicted / range_["median"] - 1, 4),
-            }
-        )
+        predicted = cost.predict_batch(fitted, traces, size, budget)
+        checks.append({
+            "batch_size": size, "predicted": float(f"{predicted:.5g}"),
+            "measured": range_["median"], "measured_range": range_,
+            "measured_runs": [float(f"{s:.5g}") for s in runs],
+            "error": round(predicted / range_["median"] - 1, 4),
+        })  # fmt: skip
     names = ("requests", "new", "tokens", "context")
+    some = steps[:: max(1, len(steps) // MOST_STEPS)]
     return {
-        "cost": cost.as_dict(),
-        "fit_error": cost.relative_error(steps),
-        "trace": Trace.mean(traces).as_dict(),
-        "checks": checks,
-        "steps": [
-            {name: getattr(s, name) for name in names} | {"ms": round(s.ms, 3)}
-            for s in steps[:: max(1, len(steps) // MOST_STEPS)]
-        ],
-    }
+        "cost": asdict(fitted), "fit_error": fitted.relative_error(steps),
+        "trace": Trace.mean(traces).as_dict(), "checks": checks,
+        "steps": [{name: getattr(s, name) for name in names} | {"ms": round(s.ms, 3)}
+                  for s in some],
+    }  # fmt: skip
 
 
 def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
-    """Costs and traces from what `benchmarks.steps` measured on dummy weights.
-
-    Raises:
-        UsageError: points are missing; names what measures them.
-    """
+    """Costs and traces from what `benchmarks.steps` measured on dummy weights."""
     try:
         points = json.loads(Path(path).read_text(encoding="utf-8"))["points"]
     except (OSError, ValueError, KeyError) as error:
@@ -205,13 +168,8 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
             )
         # A step that enters twice in the file counts once.
         steps = [StepCost(*row) for row in sorted(set(found))]
-        one = speeds[1]
-        trace = Trace(
-            one.get("tokens_per_forward", 1.0),
-            one.get("window_tokens", 1.0),
-            one["answer_tokens"],
-            one["prompt_tokens"],
-        )
+        one = {"tokens_per_forward": 1.0, "window_tokens": 1.0, **speeds[1]}
+        trace = Trace(**{name: one[name] for name in Trace.__slots__})
         by_size = {size: [speeds[size]["tokens_per_s"]] for size in sorted(speeds)}
         out[kind] = decoder(steps, [trace], by_size, one.get("token_budget", 32768), knots=True)
         out[kind] |= {"shape": shape, "simulated_tokens_per_forward": None}
@@ -219,55 +177,27 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
     return out
 
 
-def by_hand(path: str) -> dict[str, dict[str, Any]]:
-    """Costs and traces from a file.
-
-    Raises:
-        UsageError: names what is missing.
-    """
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {
-            kind: {
-                "cost": Cost.from_dict(given[kind]).as_dict(),
-                "trace": Trace.from_dict(given[kind]).as_dict(),
-            }
-            for kind in KINDS
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--step-ms-json {path}: {error!r}; pass a JSON file as in docs/benchmarks.md, with "
-            '"d2f" and "ar"'
-        ) from None
-
-
 def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
     """The report's parts: predictions by batch size and where they cross."""
     speeds = {}
+    given = {k: (Cost.from_dict(d["cost"]), Trace(**d["trace"])) for k, d in decoders.items()}
     for kind, one in decoders.items():
-        cost, trace = Cost.from_dict(one["cost"]), Trace.from_dict(one["trace"])
-        speeds[kind] = [predict_steady(cost, trace, size) for size in SIZES]
+        speeds[kind] = {size: cost.predict_steady(*given[kind], size) for size in SIZES}
         one["predicted"] = [
             {"batch_size": size, "tokens_per_s": float(f"{speed:.5g}")}
-            for size, speed in zip(SIZES, speeds[kind], strict=True)
+            for size, speed in speeds[kind].items()
         ]
-    costs = [Cost.from_dict(decoders[kind]["cost"]) for kind in KINDS]
-    traces = [Trace.from_dict(decoders[kind]["trace"]) for kind in KINDS]
-    report: dict[str, Any] = {"benchmark": "latency"}
-    report["predicted_speedup"] = {
-        str(size): round(d / a, 3)
-        for size, d, a in zip(SIZES, speeds["d2f"], speeds["ar"], strict=True)
-    }
-    report["ar_overtakes_at_batch"] = crossing(costs[0], traces[0], costs[1], traces[1])
-    if errors := [abs(c["error"]) for one in decoders.values() for c in one.get("checks", ())]:
-        report |= _checked_crossing(decoders)
-        report["prediction_error"] = {
-            "mean": round(sum(errors) / len(errors), 3),
-            "worst": round(max(errors), 3),
-        }
-    made_up = decoders["d2f"].get("simulated_tokens_per_forward")
-    report |= {"simulated_tokens_per_forward": made_up, "clock": clock}
-    return {**report, "units": UNITS, "decoders": decoders}
+    errors = [abs(check["error"]) for one in decoders.values() for check in one["checks"]]
+    error = {"mean": sum(errors) / len(errors), "worst": max(errors)}
+    ratios = {str(size): round(speeds["d2f"][size] / speeds["ar"][size], 3) for size in SIZES}
+    return {
+        "benchmark": "latency", "predicted_speedup": ratios,
+        "ar_overtakes_at_batch": cost.crossing(*given["d2f"], *given["ar"]),
+        **_checked_crossing(decoders),
+        "prediction_error": {name: round(value, 3) for name, value in error.items()},
+        "simulated_tokens_per_forward": decoders["d2f"].get("simulated_tokens_per_forward"),
+        "clock": clock, "units": UNITS, "decoders": decoders,
+    }  # fmt: skip
 
 
 def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -279,12 +209,12 @@ def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         ratios = [x / y for x, y in zip(d["measured_runs"], a["measured_runs"], strict=True)]
         predicted = float(f"{d['predicted'] / a['predicted']:.4g}")
         rows.append({"batch_size": size, "predicted": predicted, "measured": spread(ratios)})
-    sizes = [row["batch_size"] for row in rows]
-    found: dict[str, Any] = {"largest_batch": max(sizes)}
+    found: dict[str, Any] = {"largest_batch": max(row["batch_size"] for row in rows)}
     for name in ("predicted", "measured"):
-        ratios = [r[name]["median"] if name == "measured" else r[name] for r in rows]
-        found[name] = next((s for s, ratio in zip(sizes, ratios, strict=True) if ratio < 1), None)
-        found[f"{name}_between"] = falls_below_1(sizes, ratios)
+        values = [row[name] if name == "predicted" else row[name]["median"] for row in rows]
+        by_size = dict(zip((row["batch_size"] for row in rows), values, strict=True))
+        found[name] = next((size for size, ratio in by_size.items() if ratio < 1), None)
+        found[f"{name}_between"] = cost.falls_below_1(by_size)
     return {"checked_ratio": rows, "checked_crossing": found}
 
 
@@ -303,17 +233,13 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     where = "nowhere up to 4096" if at is None else f"at {at}"
     lines += ["", f"AR overtakes D2F {where} concurrent requests (predicted).", ""]
     d2f, ar = (report["decoders"][kind]["predicted"] for kind in KINDS)
-    lines += record.columns(
-        "batch_size d2f ar ratio",
+    lines += record.table(
+        ("concurrent requests", "D2F tok/s", "AR tok/s", "D2F / AR"),
         (
-            {"batch_size": d["batch_size"], "d2f": d["tokens_per_s"], "ar": a["tokens_per_s"],
-             "ratio": report["predicted_speedup"][str(d["batch_size"])]}
-            for d, a in zip(d2f, ar, strict=True)
+            map(record.show, (d["batch_size"], d["tokens_per_s"], a["tokens_per_s"], ratio))
+            for d, a, ratio in zip(d2f, ar, report["predicted_speedup"].values(), strict=True)
         ),
-        batch_size="concurrent requests", d2f="D2F tok/s", ar="AR tok/s", ratio="D2F / AR",
-    )  # fmt: skip
-    if "prediction_error" not in report:
-        return lines
+    )
     found, error = report["checked_crossing"], report["prediction_error"]
     overtakes = {
         name: f"at {found[name]}" if found[name] else f"nowhere up to {found['largest_batch']}"
@@ -337,11 +263,9 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
 
     Steps that take in prompts are drawn as crosses; handing in a request is part of their time.
     """
-    if not all("steps" in one for one in report["decoders"].values()):
-        return
     drawing, axes = figure.new_figure()
     for kind, one in report["decoders"].items():
-        cost, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
+        law, color = Cost.from_dict(one["cost"]), figure.COLORS[kind]
         plain = sorted((row for row in one["steps"] if not row["new"]), key=lambda r: r["tokens"])
         for style, rows in ((".", plain), ("x", [row for row in one["steps"] if row["new"]])):
             tokens, ms = ([row[name] for row in rows] for name in ("tokens", "ms"))
@@ -349,10 +273,10 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
         context = statistics.median(row["context"] / row["requests"] for row in plain)
         per_request = statistics.median(row["tokens"] / row["requests"] for row in plain)
         counts = [row["tokens"] for row in plain]
-        fitted = [cost.ms(tokens, context * tokens / per_request) for tokens in counts]
-        label = f"{figure.NAMES[kind]}: {cost.ms(0, 0):.1f} ms"
-        if not cost.points:
-            label += f" + {1e3 * cost.b_ms_per_token:.0f} µs a token"
+        fitted = [law.ms(tokens, context * tokens / per_request) for tokens in counts]
+        label = f"{figure.NAMES[kind]}: {law.ms(0, 0):.1f} ms"
+        if not law.points:
+            label += f" + {1e3 * law.b_ms_per_token:.0f} µs a token"
         axes.plot(counts, fitted, color=color, lw=2, label=label)
     figure.logarithmic(axes, "tokens in the step (x: with prompts)", "milliseconds per step")
     axes.legend(frameon=False)
@@ -364,18 +288,14 @@ def draw_prediction(report: Mapping[str, Any], path: Path) -> None:
     """Predicted tokens per second by batch size, the measured ones as points."""
     drawing, axes = figure.new_figure(height=5.2)
     for kind, one in report["decoders"].items():
-        series = [("predicted", "tokens_per_s", "-", "steady load predicted")]
-        if one.get("checks"):
-            series.append(("checks", "measured", "o", "batch measured"))
-            series.append(("checks", "predicted", "x", "that batch predicted"))
-        for rows, field, style, what in series:
-            axes.plot(
-                [row["batch_size"] for row in one[rows]],
-                [row[field] for row in one[rows]],
-                style,
-                color=figure.COLORS[kind],
-                label=f"{figure.NAMES[kind]}, {what}",
-            )
+        for rows, field, style, what in (
+            ("predicted", "tokens_per_s", "-", "steady load predicted"),
+            ("checks", "measured", "o", "batch measured"),
+            ("checks", "predicted", "x", "that batch predicted"),
+        ):
+            sizes, values = ([row[name] for row in one[rows]] for name in ("batch_size", field))
+            label = f"{figure.NAMES[kind]}, {what}"
+            axes.plot(sizes, values, style, color=figure.COLORS[kind], label=label)
     figure.logarithmic(axes, "requests at once", "useful tokens per second", few_decades=True)
     figure.legend_below(axes)
     figure.label_simulated(axes, report)
@@ -395,19 +315,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
     add("--max-tokens", type=int, default=64)
     add("--token-budget", type=int, default=8192, help="vLLM's max_num_batched_tokens")
-    add(
-        "--mode",
-        choices=("eager", "compiled"),
-        help="of vLLM (default: eager, on a GPU compiled, which is vLLM's own default)",
-    )
-    add(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: CPU time, for a CPU that other programs share (never for a GPU)",
-    )
+    help = "of vLLM (default: eager, on a GPU compiled, which is vLLM's own default)"
+    add("--mode", choices=("eager", "compiled"), help=help)
+    help = "cpu: CPU time, for a CPU that other programs share (never for a GPU)"
+    add("--clock", choices=("wall", "cpu"), default="wall", help=help)
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
-    add("--step-ms-json", metavar="FILE", help="costs and traces by hand; nothing is measured")
     add("--steps", metavar="FILE", help="a result of benchmarks.steps; nothing is measured")
     add("--shape", choices=list(shapes.D2F), default="dream", help="with --steps")
     add("--rate", type=float, default=2.9, help="with --steps: tokens per forward")
@@ -418,21 +330,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def latency(run: Record) -> None:
     """Fit, predict, check and report."""
     args = run.args
-    if args.step_ms_json:
-        parts = build(by_hand(args.step_ms_json), "given")
-    elif args.steps:
+    if args.steps:
         parts = build(from_steps(args.steps, args.shape, args.rate), "steps")
     else:
         parts = build(measured(run), args.clock)
-    report = run.report(**parts)
-    run.write(report)
+    run.write(run.report(**parts))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    prepare_process()
-    return record.main(latency, args, markdown, FIGURES)
-
+main = record.command(parse, latency, markdown, FIGURES, prepare_process)
 
 if __name__ == "__main__":
     sys.exit(main())

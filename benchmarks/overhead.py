@@ -18,11 +18,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from benchmarks.harness import record
-from benchmarks.harness.engine import core_of, runner_of, start_engine
+from benchmarks.harness.engine import core_of, greedy, runner_of, start_engine
 from benchmarks.harness.record import Record
 from benchmarks.harness.workload import resolve_model
 from vllm_d2f.d2f import D2FParams
@@ -31,13 +30,10 @@ BLOCK, BLOCKS = 32, 4
 LIMIT_MS = {1: 1.5, 64: 3.0}
 MOST_STEPS = 26
 """So long all windows stay fully open."""
-
-
 UNITS = {
-    "added_cpu_ms": "milliseconds of CPU time a step that vllm-d2f adds, median of the steps",
+    "added_cpu_ms": "milliseconds of CPU time a step that vllm-d2f adds, median; limit_ms: at most",
     "added_wall_ms": "the same of wall time",
     "cpu_ms": "milliseconds of CPU time a step by part; logits and model are not counted as added",
-    "limit_ms": "what added_cpu_ms must not exceed, null: no limit set",
 }
 
 
@@ -72,10 +68,10 @@ class Meter:
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """CPU and wall seconds by label since the last call."""
-        cpu, wall = dict(self.cpu), dict(self.wall)
+        taken = dict(self.cpu), dict(self.wall)
         self.cpu.clear()
         self.wall.clear()
-        return cpu, wall
+        return taken
 
 
 def instrument(llm: Any) -> Meter:
@@ -115,35 +111,20 @@ def _wrap_kernels(meter: Meter, cpu_kernels: Any, p03: Any) -> None:
 
     for target in p03.KERNELS:
         kernel = find("overhead", target)[2]
-        for attribute, value in vars(kernel).items():
+        for attribute, value in list(vars(kernel).items()):
             if callable(value) and value in vars(cpu_kernels).values():
-                holder = _Holder(value)
-                meter.wrap(holder, "function", "stand-ins")
-                setattr(kernel, attribute, holder.function)
-
-
-class _Holder:
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+                meter.wrap(kernel, attribute, "stand-ins")
 
 
 def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]:
     """Median milliseconds per step over `steps` steps in which every window is fully open."""
-    from vllm import SamplingParams
-
     # Open a block each step whatever is decided, and decide one position a step and block.
     params = D2FParams(BLOCK, BLOCKS, tau_add=0.0, tau_act=0.0, tau_conf=1.0)
     engine = llm.llm_engine
     vocab = llm.llm_engine.model_config.get_vocab_size()
     for index in range(num_reqs):
         prompt = [(7 * index + 3 * i) % (vocab - 2) for i in range(40)]
-        request = SamplingParams(
-            temperature=0.0,
-            max_tokens=2 * BLOCK * BLOCKS,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={f"d2f_{name}": value for name, value in asdict(params).items()},
-        )
+        request = greedy(2 * BLOCK * BLOCKS, params, ignore_eos=True, detokenize=False)
         engine.add_request(f"r{num_reqs}-{index}", {"prompt_token_ids": prompt}, request)
     for _ in range(BLOCKS + 2):
         engine.step()
@@ -158,18 +139,14 @@ def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]
     ours = ("sampler", "model state", "scheduler", "stand-ins")
     labels = [*ours, "logits", "model", "vllm scheduler"]
 
-    def median(kind: int, label: str) -> float:
-        return round(1e3 * statistics.median(s[kind].get(label, 0.0) for s in per_step), 3)
-
     totals = [[1e3 * sum(s[k].get(x, 0.0) for x in ours) for s in per_step] for k in (0, 1)]
+    added = [round(statistics.median(total), 3) for total in totals]
     return {
-        "requests": num_reqs,
-        "steps": steps,
-        "added_cpu_ms": round(statistics.median(totals[0]), 3),
-        "added_wall_ms": round(statistics.median(totals[1]), 3),
-        "limit_ms": LIMIT_MS.get(num_reqs),
-        "cpu_ms": {label: median(0, label) for label in labels},
-    }
+        "requests": num_reqs, "steps": steps, "limit_ms": LIMIT_MS.get(num_reqs),
+        "added_cpu_ms": added[0], "added_wall_ms": added[1],
+        "cpu_ms": {label: round(1e3 * statistics.median(s[0].get(label, 0.0) for s in per_step), 3)
+                   for label in labels},
+    }  # fmt: skip
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
@@ -181,11 +158,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         "",
         *record.table(
             ("requests", "added CPU ms", "limit", "added wall ms", *parts),
-            (
-                (r["requests"], r["added_cpu_ms"], r["limit_ms"] or "", r["added_wall_ms"],
-                 *(r["cpu_ms"][part] for part in parts))
-                for r in report["rows"]
-            ),
+            ((r["requests"], r["added_cpu_ms"], r["limit_ms"] or "", r["added_wall_ms"],
+              *(r["cpu_ms"][part] for part in parts)) for r in report["rows"]),
         ),
     ]  # fmt: skip
 
@@ -213,25 +187,17 @@ def overhead(run: Record) -> int:
     llm = start_engine(model, window=BLOCK * BLOCKS, max_model_len=512, max_num_seqs=most)
     meter = instrument(llm)
     measure(llm, meter, 1, 4)  # warm-up
-    counts = {f"{n} requests": n for n in args.requests}
     rows = [
-        run.point(k, functools.partial(measure, llm, meter, n, args.steps))
-        for k, n in counts.items()
+        run.point(f"{n} requests", functools.partial(measure, llm, meter, n, args.steps))
+        for n in args.requests
     ]
     run.need_all()
-    report = run.report(
-        window=f"{BLOCKS} blocks of {BLOCK}",
-        threads=torch.get_num_threads(),
-        units=UNITS,
-        rows=rows,
-    )
-    run.write(report)
+    window, threads = f"{BLOCKS} blocks of {BLOCK}", torch.get_num_threads()
+    run.write(run.report(window=window, threads=threads, units=UNITS, rows=rows))
     return int(any(r["limit_ms"] and r["added_cpu_ms"] > r["limit_ms"] for r in rows))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(overhead, parse(argv), markdown)
-
+main = record.command(parse, overhead, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

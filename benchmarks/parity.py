@@ -29,20 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import record
-from benchmarks.harness.engine import preemptions, shut_down, start_engine
+from benchmarks.harness.engine import greedy, preemptions, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
-from benchmarks.harness.workload import load_items, load_prompts, parse_options, resolve_model
+from benchmarks.harness.workload import d2f_model, load_items, load_prompts, parse_options
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.reference import Forward, decode, hf_forward
 
 WAYS = ("batch", "single", "arrivals", "preempt", "again")
 
+TAUS = ((0.1, 0.95, 0.9), (0.7, 0.95, 0.6), (0.9, 0.5, 0.3))
 GRID = [
     D2FParams(block_size, max_blocks, *taus)
-    for block_size, max_blocks, taus in itertools.product(
-        (4, 8, 16, 32), (1, 2, 4, 8), ((0.1, 0.95, 0.9), (0.7, 0.95, 0.6), (0.9, 0.5, 0.3))
-    )
+    for block_size, max_blocks, taus in itertools.product((4, 8, 16, 32), (1, 2, 4, 8), TAUS)
 ]
 """Block sizes, window widths and three threshold settings (tau_add, tau_act, tau_conf)."""
 
@@ -91,21 +90,15 @@ def reference_answers(
     from tqdm import tqdm
 
     forward, config = load_forward(model)
+    how: dict[str, Any] = dict(
+        mask_id=config.mask_token_id, ends=config.end_token_ids, shift=config.logits_shift,
+        max_len=max_model_len, prompt_block=prompt_block, block_origin=config.family.block_origin,
+    )  # fmt: skip
     answers = []
     for case in tqdm(cases, desc="reference", disable=None):
+        frames = decode(forward, case.prompt, case.params, max_tokens=case.max_tokens, **how)
         margin = math.inf
-        for frame in decode(
-            forward,
-            case.prompt,
-            case.params,
-            max_tokens=case.max_tokens,
-            mask_id=config.mask_token_id,
-            ends=config.end_token_ids,
-            shift=config.logits_shift,
-            max_len=max_model_len,
-            prompt_block=prompt_block,
-            block_origin=config.family.block_origin,
-        ):
+        for frame in frames:
             margin = min(margin, frame.margin)
         answers.append(Expected(Answer(tuple(frame.tokens), frame.forward), margin))
     return answers
@@ -120,15 +113,8 @@ def load_forward(model: str) -> tuple[Forward, Any]:
 
 
 def sampling_params(case: Case) -> Any:
-    """The request of a case, as a user would send it."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=case.max_tokens,
-        detokenize=False,
-        extra_args={f"d2f_{name}": value for name, value in asdict(case.params).items()},
-    )
+    """The request of a case."""
+    return greedy(case.max_tokens, case.params, detokenize=False)
 
 
 def engine_answers(llm: Any, cases: Sequence[Case], way: str, seed: int = 0) -> list[Answer]:
@@ -161,10 +147,8 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
         if order and wait <= 0:
             for _ in range(min(rng.randint(1, 4), len(order))):
                 index = order.pop()
-                case = cases[index]
-                engine.add_request(
-                    f"case-{index}", {"prompt_token_ids": list(case.prompt)}, sampling_params(case)
-                )
+                prompt = {"prompt_token_ids": list(cases[index].prompt)}
+                engine.add_request(f"case-{index}", prompt, sampling_params(cases[index]))
             wait = rng.randint(1, 5)
         wait -= 1
         if not engine.has_unfinished_requests():
@@ -185,17 +169,11 @@ def differences(
             pairs = zip(want.tokens, have.tokens, strict=False)
             first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
             yield {
-                "case": index,
-                "tie": known.margin < TIE,
-                "margin": known.margin,
-                "params": asdict(case.params),
-                "prompt": list(case.prompt),
-                "first_difference": first,
-                "expected": list(want.tokens),
-                "got": list(have.tokens),
-                "expected_forwards": want.forwards,
-                "got_forwards": have.forwards,
-            }
+                "case": index, "tie": known.margin < TIE, "margin": known.margin,
+                "params": asdict(case.params), "prompt": list(case.prompt),
+                "first_difference": first, "expected": list(want.tokens), "got": list(have.tokens),
+                "expected_forwards": want.forwards, "got_forwards": have.forwards,
+            }  # fmt: skip
 
 
 def engines(ways: Sequence[str], cases: Sequence[Case], max_model_len: int) -> Iterator[tuple]:
@@ -236,19 +214,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parity(run: Record) -> int:
     """Decode everything in all ways; 1 if anything differs that rounding does not explain."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from vllm_d2f import register
-    from vllm_d2f.settings import settings_from_dict
-
-    register()
     args = run.args
-    model = resolve_model("--model", args.model)
-    config = AutoConfig.from_pretrained(model)
-    if not hasattr(config, "d2f"):
-        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
+    model, config, defaults = d2f_model("--model", args.model)
     max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
-    own = settings_from_dict(config.d2f).params
+    own = defaults.params
     settings = GRID if args.grid else [own]
     prompts = load_prompts(model, args.prompts, args.data, args.seed)
     prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
@@ -276,11 +247,10 @@ def parity(run: Record) -> int:
 
     def score(answers: Sequence[Answer]) -> float | None:
         """Share of answers that are the expected text to the letter."""
-        found = [
-            tokenizer.decode(list(a.tokens), skip_special_tokens=True) for a in answers if texts
-        ]
-        right = sum(a == b for a, b in zip(found, texts, strict=True))
-        return round(right / len(texts), 4) if texts else None
+        if not texts:
+            return None
+        found = [tokenizer.decode(list(a.tokens), skip_special_tokens=True) for a in answers]
+        return round(sum(a == b for a, b in zip(found, texts, strict=True)) / len(texts), 4)
 
     def compare(llm: Any, way: str) -> dict[str, Any]:
         if way == "again":
@@ -289,15 +259,11 @@ def parity(run: Record) -> int:
         got = engine_answers(llm, cases, way, args.seed)
         wrong = list(differences(cases, expected, got))
         return {
-            "equal": len(cases) - len(wrong),
-            "of": len(cases),
-            "ties": sum(item["tie"] for item in wrong),
-            "equal_tokens": equal_tokens(expected, got),
-            "score": score(got),
-            "seconds": round(time.perf_counter() - began, 2),
-            "preemptions": preemptions(llm),
-            "differences": wrong[:20],
-        }
+            "equal": len(cases) - len(wrong), "of": len(cases),
+            "ties": sum(item["tie"] for item in wrong), "score": score(got),
+            "equal_tokens": equal_tokens(expected, got), "preemptions": preemptions(llm),
+            "seconds": round(time.perf_counter() - began, 2), "differences": wrong[:20],
+        }  # fmt: skip
 
     for options, ways in engines(args.ways, cases, max_model_len):
         if all(run.settled(way) for way in ways):
@@ -313,20 +279,16 @@ def parity(run: Record) -> int:
         shut_down(llm)
         del llm
     run.need_all()
-    tokens = sum(len(e.answer.tokens) for e in expected)
-    forwards = sum(e.answer.forwards for e in expected)
+    answers = [e.answer for e in expected]
+    rate = sum(len(a.tokens) for a in answers) / sum(a.forwards for a in answers)
     on = run.environment["hardware"].get("gpu", "CPU")
     report = run.report(
-        model=Path(args.model).name,
-        prompts=len(prompts),
-        settings=len(settings),
+        model=Path(args.model).name, prompts=len(prompts), settings=len(settings),
         answers_with_a_tie=sum(e.margin < TIE for e in expected),
-        tokens_per_forward=round(tokens / forwards, 3),
-        reference_seconds=round(reference_s, 1),
-        reference_score=score([e.answer for e in expected]),
-        ways={way: run.points[way] for way in args.ways},
+        tokens_per_forward=round(rate, 3), reference_seconds=round(reference_s, 1),
+        reference_score=score(answers), ways={way: run.points[way] for way in args.ways},
         machine=f"{platform.machine()}, {platform.system()}, {on}, {args.dtype}",
-    )
+    )  # fmt: skip
     run.write(report)
     return int(any(not holds(report, row) for row in report["ways"].values()))
 
@@ -353,9 +315,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(parity, parse(argv), markdown)
-
+main = record.command(parse, parity, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

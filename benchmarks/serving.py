@@ -6,26 +6,36 @@
     python -m benchmarks.serving --quick                                      # under a minute
 
 Every model gets a server of its own, one after the other. The problems first go through
-/v1/completions and are graded (which also warms the server up), then `vllm bench serve`, as it
-comes with vLLM, sends the same problems at each request rate; its answers are graded too, so each
-speed has the score of the very answers it was measured on. What D2F did is read from the server's
-counters. `vllm bench throughput` is run once on the first model, offline.
+/v1/completions and are graded (which also warms the server up), then vLLM's own `vllm bench serve`
+sends the same problems at each request rate; its answers are graded too. What D2F did is read from
+the server's counters.
+
+    python -m benchmarks.serving --streaming --at-once 1 8     # d2f-tiny, no server
+
+times how text leaves: the time to the first token, and the gaps between pieces. The engine emits a
+token once every token before it is decoded (`prefix`). Block-wise streaming would emit it when its
+block is committed (`block`): one forward after the block is full, or with the last piece. When that
+is follows from the same run, so both are timed on the same forwards and differ in nothing else.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import figure, record, server
+from benchmarks.harness import figure, record, server, workload
+from benchmarks.harness.engine import greedy, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.workload import Item, grade, load_items, resolve_model
 
@@ -35,13 +45,19 @@ UNITS = {
     "spread": "lowest and highest run",
     "tokens_per_s": "output tokens per second; answers end by themselves, so all are useful",
     "first_token_ms": "milliseconds until the first tokens arrive",
-    "per_token_ms": "milliseconds per further token, per request; near 0 where a whole answer "
-    "arrives in one piece",
+    "per_token_ms": "milliseconds per further token; near 0 where an answer comes in one piece",
     "request_ms": "milliseconds until the answer is complete: the figure to compare",
     "tokens_per_forward": "counters: committed tokens / denoising forwards of a request",
     "positions_per_token": "counters: window positions computed / committed tokens",
     "exact": "fraction of answers right to the letter",
     "final": "fraction of answers that end by themselves with the right number",
+}
+STREAMED = "first_token_ms gap_ms gap_p95_ms pieces tokens_per_piece"
+STREAMED_UNITS = {
+    "first_token_ms": "milliseconds from handing in the request to its first tokens, median",
+    "gap_ms": "milliseconds between pieces of an answer, median; gap_p95_ms: 95th percentile",
+    "pieces": "outputs per answer",
+    "tokens_per_piece": "tokens of an output, on average",
 }
 RATES = (2.0, 8.0, 32.0, float("inf"))
 PERCENTILES = ("50", "99")
@@ -51,20 +67,14 @@ LATENCIES = {"ttft": "first_token_ms", "tpot": "per_token_ms", "e2el": "request_
 
 
 def bench_serve(
-    args: argparse.Namespace,
-    url: str,
-    model: str,
-    tokenizer: str,
-    data: Path,
-    rate: float,
-    run: int = 0,
+    args: argparse.Namespace, url: str, model: str, tokenizer: str, data: str, rate: float, run: int
 ) -> dict[str, Any]:
     """One run of `vllm bench serve`: the JSON that it writes. Each run has arrivals of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(str(server.VLLM), "bench", "serve", "--backend", "openai", "--base-url", url),
             *("--endpoint", "/v1/completions", "--model", model, "--tokenizer", tokenizer),
-            *("--dataset-name", "custom", "--dataset-path", str(data), "--skip-chat-template"),
+            *("--dataset-name", "custom", "--dataset-path", data, "--skip-chat-template"),
             *("--custom-output-len", str(args.max_tokens), "--disable-shuffle"),
             *("--num-prompts", str(args.prompts), "--request-rate", str(rate), "--burstiness", "1"),
             *("--seed", str(args.seed + run), "--temperature", "0", "--disable-tqdm"),
@@ -77,38 +87,8 @@ def bench_serve(
         return json.loads((Path(folder) / "result.json").read_text())
 
 
-def bench_throughput(args: argparse.Namespace, model: str, tokenizer: str) -> dict[str, Any]:
-    """`vllm bench throughput` on random prompts, offline. Says that it works, has no score."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [
-            *(str(server.VLLM), "bench", "throughput", "--model", model, "--tokenizer", tokenizer),
-            *("--dataset-name", "random", "--random-input-len", "32"),
-            *("--random-output-len", str(args.max_tokens), "--num-prompts", str(args.prompts)),
-            *("--seed", str(args.seed), "--output-json", str(out), *engine_options(args)),
-        ]
-        server.run_command(command, args.timeout)
-        found = json.loads(out.read_text())
-    names = ("elapsed_time", "num_requests", "requests_per_second", "tokens_per_second")
-    return {
-        "command": "vllm bench throughput --dataset-name random --random-input-len 32 "
-        f"--random-output-len {args.max_tokens} --num-prompts {args.prompts}",
-        "note": "random prompts, end tokens ignored: no score, and prompt tokens are counted in",
-        **{name: found[name] for name in names},
-    }
-
-
-def throughput(args: argparse.Namespace, model: str) -> dict[str, Any]:
-    """`bench_throughput`; a failure is a finding too, and must not lose what was measured."""
-    try:
-        return bench_throughput(args, model, resolve_model("--models", model))
-    except subprocess.SubprocessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return {"failed": str(error)[-300:]}
-
-
 def engine_options(args: argparse.Namespace) -> list[str]:
-    """For `vllm serve` and `vllm bench throughput` alike; on a CPU float32 without compilation."""
+    """For `vllm serve`; on a CPU float32 without compilation."""
     options = ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
     if not (record.on_gpu() if args.gpu is None else args.gpu):
         options += ["--dtype", "float32", "--enforce-eager"]
@@ -125,23 +105,20 @@ def measure_model(args: argparse.Namespace, model: str, items: Sequence[Item]) -
         data.write_text("".join(lines), encoding="utf-8")
         with server.serve(model, engine_options(args), args.base_url, args.timeout) as url:
             answers = server.complete(url, model, [i.question for i in items], args.max_tokens)
-            made_up = server.simulated(url)
+            made_up = server.parse_simulated(server.metrics(url))
             grades = [grade(i, *answer) for i, answer in zip(items, answers, strict=True)]
             points = []
             for rate in args.rates:
-                before = server.counters(url)
-                runs = [
-                    _point(
-                        bench_serve(args, url, model, tokenizer, data, rate, run),
-                        items,
-                        args.max_tokens,
-                    )
+                before = server.parse_counters(server.metrics(url))
+                found = [
+                    bench_serve(args, url, model, tokenizer, str(data), rate, run)
                     for run in range(args.runs)
                 ]
+                runs = [_point(one, items, args.max_tokens) for one in found]
                 points.append(
                     {"request_rate": "inf" if rate == float("inf") else rate}
                     | combine(runs)
-                    | server.d2f_figures(before, server.counters(url))
+                    | server.d2f_figures(before, server.parse_counters(server.metrics(url)))
                 )
                 print(f"{Path(model).name}: {points[-1]}", file=sys.stderr)
     return {
@@ -166,7 +143,7 @@ def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dic
         grade(item, text, 0 < length < max_tokens)
         for item, text, length in zip(items, texts, lengths, strict=True)
     ]
-    point: dict[str, Any] = {
+    return {
         "completed": found["completed"],
         "failed": found.get("failed", len(items) - found["completed"]),
         "duration_s": round(found["duration"], 3),
@@ -174,10 +151,9 @@ def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dic
         "tokens_per_s": round(found["output_throughput"], 2),
         "most_at_once": found.get("max_concurrent_requests"),
         "score": _score(grades),
-    }
-    for theirs, ours in LATENCIES.items():
-        point[ours] = {f"p{p}": round(found[f"p{p}_{theirs}_ms"], 2) for p in PERCENTILES}
-    return point
+        **{ours: {f"p{p}": round(found[f"p{p}_{theirs}_ms"], 2) for p in PERCENTILES}
+           for theirs, ours in LATENCIES.items()},
+    }  # fmt: skip
 
 
 def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -185,27 +161,38 @@ def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     What failed in any run counts: it is summed, as is what was completed.
     """
-    point: dict[str, Any] = {"runs": len(runs)}
-    for name in ("completed", "failed"):
-        point[name] = sum(run[name] for run in runs)
-    for name in ("duration_s", *SPREAD):
-        point[name] = statistics.median(run[name] for run in runs)
-    busiest = [run["most_at_once"] for run in runs if run["most_at_once"] is not None]
-    point["most_at_once"] = max(busiest, default=None)
-    for name in ("score", *LATENCIES.values()):
-        point[name] = {
-            key: round(statistics.median(run[name][key] for run in runs), 4)
-            for key in runs[0][name]
-        }
-    low_high = {name: [f(run[name] for run in runs) for f in (min, max)] for name in SPREAD}
-    low_high["request_ms_p50"] = [f(run["request_ms"]["p50"] for run in runs) for f in (min, max)]
-    point["spread"] = low_high
-    return point
+
+    def each(name: str, key: str | None = None) -> list[Any]:
+        return [run[name] if key is None else run[name][key] for run in runs]
+
+    def median(name: str, key: str | None = None) -> float:
+        return round(statistics.median(each(name, key)), 4)
+
+    busiest = [most for most in each("most_at_once") if most is not None]
+    spread = {name: each(name) for name in SPREAD} | {"request_ms_p50": each("request_ms", "p50")}
+    return {
+        "runs": len(runs),
+        **{name: sum(each(name)) for name in ("completed", "failed")},
+        **{name: median(name) for name in ("duration_s", *SPREAD)},
+        "most_at_once": max(busiest, default=None),
+        **{
+            name: {key: median(name, key) for key in runs[0][name]}
+            for name in ("score", *LATENCIES.values())
+        },
+        "spread": {name: [min(values), max(values)] for name, values in spread.items()},
+    }
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The report as a table, one line per model and rate."""
-
+    """The report as a table, one line per model and rate, or per way of streaming."""
+    if "at_once" in report:
+        rows = (
+            {"at_once": at_once, "stream": way, **figures}
+            for at_once, ways in report["at_once"].items()
+            for way, figures in ways.items()
+        )
+        head = record.head("Tokens as they are decoded against whole blocks", report)
+        return [*head, *record.columns(f"at_once stream {STREAMED}", rows)]
     models = report["models"]
     points = [
         {"model": name, "tokens_per_forward": "1 (AR)", "spread": {}, **point}
@@ -228,33 +215,22 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
             f"- {model}, the same problems by /v1/completions: exact {exact:.1f} %, "
             f"final {final:.1f} %"
         )
-    for model, found in report.get("vllm_bench_throughput", {}).items():
-        if "failed" in found:
-            lines.append(f"- `vllm bench throughput` on {model} **failed**")
-            continue
-        lines.append(
-            f"- `vllm bench throughput` on {model}, offline, {found['num_requests']} random "
-            f"prompts: {found['requests_per_second']:.2f} requests/s, "
-            f"{found['tokens_per_second']:.0f} tokens/s ({found['note']})"
-        )
     return lines
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Time to the complete answer against the rate on offer."""
+    if "at_once" in report:
+        return
     drawing, axes = figure.new_figure(height=5.2)
     # Everything at once has no rate: a place of its own at the right.
-    offered = [p["request_rate"] for f in report["models"].values() for p in f["points"]]
-    rates = sorted({rate for rate in offered if rate != "inf"})
-    ticks = {**{rate: f"{rate:g}" for rate in rates}}
-    at_once = 4 * rates[-1] if rates else 1
-    if "inf" in offered:
-        ticks[at_once] = "all at once"
-    for color, (model, found) in zip(
-        figure.COLORS.values(), report["models"].items(), strict=False
-    ):
-        where = [at_once if p["request_rate"] == "inf" else p["request_rate"]
-                 for p in found["points"]]  # fmt: skip
+    offered = {p["request_rate"] for f in report["models"].values() for p in f["points"]}
+    rates = sorted(offered - {"inf"})
+    place = {rate: rate for rate in rates} | {"inf": 4 * rates[-1] if rates else 1}
+    ticks = {place[rate]: "all at once" if rate == "inf" else f"{rate:g}" for rate in offered}
+    colors = figure.COLORS.values()
+    for color, (model, found) in zip(colors, report["models"].items(), strict=False):
+        where = [place[p["request_rate"]] for p in found["points"]]
         exact = 100 * found["score"]["exact"]
         for name, style in (("p50", "o-"), ("p99", "o:")):
             times = [p["request_ms"][name] for p in found["points"]]
@@ -282,24 +258,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", help='JSONL with "question" and "answer" per line')
     add("--max-tokens", type=int, default=64)
     add("--max-num-seqs", type=int, default=32)
-    add(
-        "--engine-args",
-        type=shlex.split,
-        default=[],
-        metavar="TEXT",
-        help="more options of vllm serve, in one word: --engine-args='--load-format dummy'",
-    )
-    add(
-        "--gpu",
-        action=argparse.BooleanOptionalAction,
-        help="vLLM's own dtype, memory and graphs (default: if there is a GPU)",
-    )
+    help = "more options of vllm serve, in one word: --engine-args='--load-format dummy'"
+    add("--engine-args", type=shlex.split, default=[], metavar="TEXT", help=help)
+    help = "vLLM's own dtype, memory and graphs (default: if there is a GPU)"
+    add("--gpu", action=argparse.BooleanOptionalAction, help=help)
     add("--timeout", type=int, default=900, help="seconds for each command")
-    add("--no-throughput", action="store_true", help="skip vllm bench throughput")
-    args = parser.finish(argv, {}, ("runs", "prompts", "max_tokens", "max_num_seqs"))
-    if args.quick:
-        args.models, args.rates, args.prompts = args.models[:1], [8.0], 8
-        args.runs, args.no_throughput = 1, True
+    add("--streaming", action="store_true", help="time how text leaves, without a server")
+    add("--at-once", type=int, nargs="+", default=[1, 8], help="requests, with --streaming")
+    positive = ("runs", "prompts", "max_tokens", "max_num_seqs", "at_once")
+    args = parser.finish(argv, {"prompts": 8, "runs": 1, "at_once": [2]}, positive)
+    if args.quick or args.streaming:
+        args.models, args.rates = args.models[:1], [8.0]
     if min(args.rates) <= 0:
         parser.error("--rates must be above 0")
     return args
@@ -308,6 +277,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def serving(run: Record) -> None:
     """Serve and measure one model after the other, and report."""
     args = run.args
+    if args.streaming:
+        streaming(run)
+        return
     if args.base_url and len(args.models) != 1:
         raise UsageError("--base-url: pass --models with the one model this server serves")
     for model in args.models:
@@ -317,25 +289,130 @@ def serving(run: Record) -> None:
         Path(m).name: run.point(f"model {Path(m).name}", partial(measure_model, args, m, items))
         for m in args.models
     }
-    first = args.models[0]
-    parts: dict[str, Any] = {}
-    if not args.no_throughput and not args.base_url:
-        found = run.point("vllm bench throughput", partial(throughput, args, first))
-        parts["vllm_bench_throughput"] = {Path(first).name: found}
     run.need_all()
     report = run.report(
         scores={name: found["score"] for name, found in models.items()},
         **{n: getattr(args, n) for n in ("prompts", "runs", "max_tokens", "max_num_seqs")},
         units=UNITS,
         models=models,
-        **parts,
     )
     run.write(report)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(serving, parse(argv), markdown, FIGURES)
+# How text leaves.
 
+
+Pieces = list[tuple[float, int]]
+"""Time and tokens of each piece of an answer."""
+
+
+@dataclass
+class Timeline:
+    """One request: when it was sent, and how many tokens were out after each of its outputs."""
+
+    block_size: int
+    sent: float
+    outputs: Pieces = field(default_factory=list)
+
+    def prefix(self) -> Pieces:
+        """What happened."""
+        return _pieces(self.outputs)
+
+    def block(self, steps: Sequence[float]) -> Pieces:
+        """What block-wise streaming would have sent; `steps` are the ends of all forwards.
+
+        A forward commits the blocks that were full before it; the last one ends the request.
+        """
+        end, everything = self.outputs[-1]
+        totals, waiting, out = [], deque(self.outputs), 0
+        for at in steps:
+            if self.sent < at < end:
+                totals.append((at, out // self.block_size * self.block_size))
+                while waiting and waiting[0][0] <= at:
+                    out = waiting.popleft()[1]
+        return _pieces([*totals, (end, everything)])
+
+
+def _pieces(totals: Pieces) -> Pieces:
+    """Time and count of new tokens, where there are any."""
+    before = [(0.0, 0), *totals]
+    return [
+        (at, total - out)
+        for (_, out), (at, total) in zip(before, totals, strict=False)
+        if total > out
+    ]
+
+
+def summary(sent: Sequence[float], pieces: Sequence[Pieces]) -> dict[str, float]:
+    """Figures over requests: medians of first tokens and gaps, and the shape of the pieces."""
+    first = [1e3 * (p[0][0] - start) for start, p in zip(sent, pieces, strict=True)]
+    gaps = sorted(1e3 * (b[0] - a[0]) for p in pieces for a, b in itertools.pairwise(p)) or [0.0]
+    tokens, number = sum(count for p in pieces for _, count in p), sum(map(len, pieces))
+    return {
+        "first_token_ms": round(statistics.median(first), 2),
+        "gap_ms": round(statistics.median(gaps), 2),
+        "gap_p95_ms": round(gaps[int(0.95 * (len(gaps) - 1))], 2),
+        "pieces": round(number / len(pieces), 2),
+        "tokens_per_piece": round(tokens / number, 2),
+    }
+
+
+def keep_running(
+    llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at_once: int
+) -> tuple[list[Timeline], list[float]]:
+    """Keep `at_once` requests in the engine; the timelines and the ends of all forwards."""
+    engine, waiting = llm.llm_engine, deque(enumerate(prompts))
+    lines: dict[str, Timeline] = {}
+    steps: list[float] = []
+    running = 0
+    while waiting or running:
+        while waiting and running < at_once:
+            index, prompt = waiting.popleft()
+            lines[str(index)] = Timeline(block_size, time.perf_counter())
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+            running += 1
+        outputs = engine.step()
+        steps.append(time.perf_counter())
+        for output in outputs:
+            lines[output.request_id].outputs.append((steps[-1], len(output.outputs[0].token_ids)))
+            running -= output.finished
+    return list(lines.values()), steps
+
+
+def streaming(run: Record) -> None:
+    """Time both ways of streaming for each number of requests at once."""
+    args = run.args
+    model, config, settings = workload.d2f_model("--models", args.models[0])
+    block_size = settings.params.block_size
+    max_model_len = min(config.max_position_embeddings, 1024)
+    prompts = workload.load_prompts(model, args.prompts, args.data, args.seed)
+    prompts = [prompt[: max_model_len - args.max_tokens] for prompt in prompts]
+    # To the end: answers of these problems alone would be too short to say much about gaps.
+    params = greedy(args.max_tokens, ignore_eos=True, detokenize=False)
+    room: dict[str, Any] = dict(window=settings.window, max_model_len=max_model_len)
+    llm = start_engine(model, additional_config={}, **room)
+    keep_running(llm, prompts[:2], params, block_size, 2)  # warm up
+
+    def measure(at_once: int) -> dict[str, Any]:
+        lines, steps = keep_running(llm, prompts, params, block_size, at_once)
+        sent = [line.sent for line in lines]
+        return {
+            "prefix": summary(sent, [line.prefix() for line in lines]),
+            "block": summary(sent, [line.block(steps) for line in lines]),
+        }
+
+    found = {n: run.point(str(n), partial(measure, n)) for n in args.at_once}
+    shut_down(llm)
+    run.need_all()
+    report = run.report(
+        units=STREAMED_UNITS, model=Path(args.models[0]).name, block_size=block_size,
+        prompts=len(prompts), at_once={str(n): ways for n, ways in found.items()},
+        machine=f"{record.platform.machine()}, {record.platform.system()}, CPU, float32",
+    )  # fmt: skip
+    run.write(report)
+
+
+main = record.command(parse, serving, markdown, FIGURES)
 
 if __name__ == "__main__":
     # `timeout` and job managers end a program so; the server must end with it.

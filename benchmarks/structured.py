@@ -85,11 +85,9 @@ def measure(llm: Any, asked: Sequence[tuple[str, str, int]], temperature: float)
                 temperature=temperature,
                 seed=seed if temperature else None,
                 max_tokens=MAX_TOKENS,
-                structured_outputs=(
-                    StructuredOutputsParams(json=SCHEMAS[name]) if constrained else None
-                ),
+                structured_outputs=StructuredOutputsParams(json=json) if constrained else None,
             )
-            for name, _, seed in asked
+            for json, seed in ((SCHEMAS[name], seed) for name, _, seed in asked)
         ]
         outputs = llm.generate([prompt for _, prompt, _ in asked], params, use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
@@ -127,12 +125,9 @@ def structured(run: Record) -> int:
     """Measure and report; 1 if an answer does not validate."""
     from vllm_d2f.demo import bundled_problems
 
-    llm = start_llm(
-        "d2f-tiny",
-        enforce_eager=True,
-        max_num_seqs=32,
-        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-    )
+    backend = {"backend": "xgrammar", "disable_any_whitespace": True}
+    options = dict(enforce_eager=True, max_num_seqs=32, structured_outputs_config=backend)
+    llm = start_llm("d2f-tiny", **options)
     asked = cases([problem.question for problem in bundled_problems()], run.args.rounds)
     figures = {
         str(heat): run.point(f"temperature {heat}", partial(measure, llm, asked, heat))
@@ -140,14 +135,11 @@ def structured(run: Record) -> int:
     }
     shut_down(llm)
     run.need_all()
-    report = run.report(model="d2f-tiny", schemas=len(SCHEMAS), temperature=figures)
-    run.write(report)
+    run.write(run.report(model="d2f-tiny", schemas=len(SCHEMAS), temperature=figures))
     return int(any(row["valid"] != row["answers"] for row in figures.values()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(structured, parse(argv), markdown)
-
+main = record.command(parse, structured, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

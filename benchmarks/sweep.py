@@ -18,15 +18,15 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import figure, record
-from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.record import Record
 from benchmarks.harness.worker import most_modes
-from benchmarks.harness.workload import Item, load_items, refuse_simulated, resolve_model
+from benchmarks.harness.workload import Item, d2f_model, load_items, refuse_simulated
 from vllm_d2f.d2f import D2FParams
 
 NAMES = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")
@@ -34,13 +34,11 @@ UNITS = {
     "tokens_per_forward": "useful tokens per forward a request took part in",
     "tokens_per_s": "useful tokens (up to the end token, it included) per second, median of runs",
     "tokens_per_s_range": "slowest and fastest run",
-    "tokens_per_cpu_s": "useful tokens per second of this process's CPU time, median of runs: the "
-    "speed to compare where other programs share the machine",
+    "tokens_per_cpu_s": "the same per second of CPU time, for a machine that others share",
     "exact": "fraction of answers right to the letter",
     "final": "fraction of answers that end by themselves with the right number",
     "exact_ci95": "95 % interval (Wilson) of `exact`",
-    "pareto_forward": "no other point has more tokens per forward and a score as high, or the same "
-    "and a higher one",
+    "pareto_forward": "no point is as good in tokens per forward and score, and better in one",
     "pareto_speed": "the same by tokens per second",
 }
 TAU_CONF = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
@@ -54,15 +52,16 @@ MAX_BLOCKS = (1, 2, 4)
 
 def paper_grid(base: D2FParams) -> list[D2FParams]:
     """The paper's figure 2 and tables 3 and 4 around the model's own settings, and the blocks."""
-    size, blocks = base.block_size, base.max_blocks
     figure_2 = [
-        D2FParams(size, blocks, 0.1, act, conf) for conf in (*BEYOND, *TAU_CONF) for act in TAU_ACT
+        replace(base, tau_add=0.1, tau_act=act, tau_conf=conf)
+        for conf, act in itertools.product((*BEYOND, *TAU_CONF), TAU_ACT)
     ]
     table_3 = [
-        D2FParams(size, blocks, add, tau, tau) for tau in (0.85, 0.9, 0.95) for add in TAU_ADD
+        replace(base, tau_add=add, tau_act=tau, tau_conf=tau)
+        for tau, add in itertools.product((0.85, 0.9, 0.95), TAU_ADD)
     ]
     shapes = [
-        D2FParams(size, blocks, base.tau_add, base.tau_act, base.tau_conf)
+        replace(base, block_size=size, max_blocks=blocks)
         for size, blocks in itertools.product((4, *BLOCK_SIZES), MAX_BLOCKS)
     ]
     return _unique([base, *figure_2, *table_3, *shapes])
@@ -76,15 +75,9 @@ def full_grid(base: D2FParams) -> list[D2FParams]:
 
 def quick_grid(base: D2FParams) -> list[D2FParams]:
     """The model's own settings, a cautious and a bold point, and one block at a time."""
-    size, blocks = base.block_size, base.max_blocks
-    return _unique(
-        [
-            base,
-            D2FParams(size, blocks, 0.9, 0.99, 0.99),
-            D2FParams(size, blocks, 0.05, 0.7, 0.1),
-            D2FParams(4, 1, base.tau_add, base.tau_act, base.tau_conf),
-        ]
-    )
+    cautious = replace(base, tau_add=0.9, tau_act=0.99, tau_conf=0.99)
+    bold = replace(base, tau_add=0.05, tau_act=0.7, tau_conf=0.1)
+    return _unique([base, cautious, bold, replace(base, block_size=4, max_blocks=1)])
 
 
 GRIDS = {"paper": paper_grid, "full": full_grid, "quick": quick_grid}
@@ -100,8 +93,7 @@ def weights_digest(model: str) -> str | None:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            digest.update(file.read(1 << 22))
-        digest.update(str(path.stat().st_size).encode())
+            digest.update(file.read(1 << 22) + str(path.stat().st_size).encode())
     return digest.hexdigest()[:16] if files else None
 
 
@@ -113,24 +105,16 @@ def ask(
     `wrong` has the problems that are not exact, to compare points problem by problem; `cpu_seconds`
     is the time of this process, engine included.
     """
-    from vllm import SamplingParams
+    from benchmarks.harness.engine import greedy
 
-    engine.sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=engine.sampling.max_tokens,
-        extra_args={f"d2f_{name}": value for name, value in asdict(params).items()},
-    )
+    engine.sampling = greedy(engine.sampling.max_tokens, params)
     batches = engine.measure(items, batch)
     answers = [answer for one in batches for answer in one.answers]
+    sums = ("exact", "final", "useful", "forwards")
     return {
-        "params": asdict(params),
-        "repeat": repeat,
-        "problems": len(answers),
-        "exact": sum(a.exact for a in answers),
-        "final": sum(a.final for a in answers),
+        **{"params": asdict(params), "repeat": repeat, "problems": len(answers)},
+        **{name: sum(getattr(answer, name) for answer in answers) for name in sums},
         "wrong": [a.item for a in answers if not a.exact],
-        "useful": sum(a.useful for a in answers),
-        "forwards": sum(a.forwards for a in answers),
         "seconds": round(sum(one.seconds for one in batches), 4),
         "cpu_seconds": round(sum(one.cpu_s for one in batches), 4),
     }
@@ -145,11 +129,7 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 
 def sign_test(worse: set[int], better: set[int]) -> float:
-    """How likely chance alone makes two points differ so much on the same problems.
-
-    Args:
-        worse, better: the problems each got wrong.
-    """
+    """How likely chance alone makes two points differ so much, by the problems each got wrong."""
     only_worse, only_better = len(worse - better), len(better - worse)
     total, least = only_worse + only_better, min(only_worse, only_better)
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
@@ -158,9 +138,7 @@ def sign_test(worse: set[int], better: set[int]) -> float:
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """For each (speed, score): nothing is at least as good in both and better in one."""
     return [
-        not any(
-            other[0] >= speed and other[1] >= score and other != (speed, score) for other in points
-        )
+        not any(s >= speed and r >= score and (s, r) != (speed, score) for s, r in points)
         for speed, score in points
     ]
 
@@ -177,12 +155,9 @@ def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) ->
     lowest, highest = (f(rows, key=lambda r: r["exact"]) for f in (min, max))
     wrong = {key: set(runs[0]["wrong"]) for key, runs in groups.items()}
     chance = sign_test(*(wrong[tuple(row[n] for n in NAMES)] for row in (lowest, highest)))
+    score = {"lowest": lowest["exact"], "highest": highest["exact"], "chance": round(chance, 5)}
     return {
-        "score": {
-            "lowest": lowest["exact"],
-            "highest": highest["exact"],
-            "chance": round(chance, 5),
-        },
+        "score": score,
         # Only a difference that chance hardly makes is a trade of score for speed.
         "flat": chance > 0.05,
         "base": dict(base),
@@ -192,21 +167,20 @@ def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) ->
 
 
 def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first = runs[0]
-    speeds = [run["useful"] / run["seconds"] for run in runs]
-    exact = first["exact"] / first["problems"]
+    first, problems = runs[0], runs[0]["problems"]
+    speeds, by_cpu = (
+        [run["useful"] / run[name] for run in runs] for name in ("seconds", "cpu_seconds")
+    )
     return {
         **first["params"],
         "tokens_per_forward": round(first["useful"] / first["forwards"], 3),
         "tokens_per_s": round(statistics.median(speeds), 1),
         "tokens_per_s_range": [round(min(speeds), 1), round(max(speeds), 1)],
-        "tokens_per_cpu_s": round(
-            statistics.median(run["useful"] / run["cpu_seconds"] for run in runs), 1
-        ),
+        "tokens_per_cpu_s": round(statistics.median(by_cpu), 1),
         "runs": len(runs),
-        "exact": round(exact, 4),
-        "exact_ci95": [round(x, 4) for x in wilson(first["exact"], first["problems"])],
-        "final": round(first["final"] / first["problems"], 4),
+        "exact": round(first["exact"] / problems, 4),
+        "exact_ci95": [round(x, 4) for x in wilson(first["exact"], problems)],
+        "final": round(first["final"] / problems, 4),
     }
 
 
@@ -233,10 +207,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         return all(row[name] == base[name] for name in NAMES if name not in free)
 
     def cell(row: Mapping[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        speeds = f"{row['tokens_per_forward']:.2f} / {row['tokens_per_s']:.0f}"
-        return f"{speeds} / {100 * row['exact']:.1f}"
+        form = "{tokens_per_forward:.2f} / {tokens_per_s:.0f} / {percent:.1f}"
+        return form.format(**row, percent=100 * row["exact"]) if row else ""
 
     def grid(title: str, corner: str, keys: tuple[str, str], rows: list[Any]) -> list[str]:
         found = {tuple(row[key] for key in keys): row for row in rows}
@@ -290,32 +262,23 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         ("tokens_per_forward", "pareto_forward", "useful tokens per forward"),
         ("tokens_per_s", "pareto_speed", f"useful tokens/s, batch size {report['batch_size']}"),
     )
+    own = [r for r in rows if all(r[name] == report["base"][name] for name in NAMES)]
+    dots = {"c": [r["tau_conf"] for r in rows], "s": [12 + 3 * r["block_size"] for r in rows]}
     shades: Any = None
     for axis, (speed, mark, label) in zip(axes, labels, strict=True):
-        shades = axis.scatter(
-            [r[speed] for r in rows],
-            [100 * r["exact"] for r in rows],
-            c=[r["tau_conf"] for r in rows],
-            s=[12 + 3 * r["block_size"] for r in rows],
-            cmap="viridis",
-            alpha=0.75,
-            linewidths=0,
-        )
-        best = sorted((r[speed], 100 * r["exact"]) for r in rows if r[mark])
-        axis.plot(*zip(*best, strict=True), "o-", color="crimson", mfc="none", ms=11, lw=1.2,
-                  label="Pareto points")  # fmt: skip
-        own = [r for r in rows if all(r[name] == report["base"][name] for name in NAMES)]
-        axis.plot([r[speed] for r in own], [100 * r["exact"] for r in own], "k*", ms=12,
-                  label="the model's own settings")  # fmt: skip
+
+        def place(some: list[Any], speed: str = speed) -> list[tuple[float, ...]]:
+            return list(zip(*sorted((r[speed], 100 * r["exact"]) for r in some), strict=True))
+
+        where = [r[speed] for r in rows], [100 * r["exact"] for r in rows]
+        shades = axis.scatter(*where, **dots, cmap="viridis", alpha=0.75, linewidths=0)
+        style = dict(color="crimson", mfc="none", ms=11, lw=1.2, label="Pareto points")
+        axis.plot(*place([r for r in rows if r[mark]]), "o-", **style)
+        axis.plot(*(place(own) or ([], [])), "k*", ms=12, label="the model's own settings")
         axis.set_xlabel(label)
     axes[0].set_ylabel("answers right to the letter, %")
-    drawing.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=10,
-    )
+    style = dict(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    drawing.legend(*axes[0].get_legend_handles_labels(), **style)
     drawing.colorbar(shades, ax=axes, label="tau_conf (size of a dot: block size)")
     flat = ", frontier flat" if report["flat"] else ""
     drawing.suptitle(f"{report['model']}: {report['problems']} problems{flat}", fontsize=11)
@@ -343,21 +306,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def sweep(run: Record) -> None:
     """Measure what is not measured yet, and report on everything."""
     from tqdm import tqdm
-    from transformers import AutoConfig
 
-    from vllm_d2f import register
-    from vllm_d2f.settings import settings_from_dict
-
-    register()
     args = run.args
-    model = resolve_model("--model", args.model)
+    model, config, defaults = d2f_model("--model", args.model)
     items = load_items(args.problems, args.data, args.seed)
-    config = AutoConfig.from_pretrained(model)
     refuse_simulated(f"--model {args.model}", config, "a speed/score frontier")
-    section = getattr(config, "d2f", None)
-    if section is None:
-        raise UsageError(f"--model {args.model} is no D2F model: its config has no d2f section")
-    base = settings_from_dict(section).params
+    base = defaults.params
     points = GRIDS[args.grid](base)
     about = {
         "model": args.model if not Path(args.model).exists() else Path(args.model).name,
@@ -374,41 +328,25 @@ def sweep(run: Record) -> None:
 
         section = {"d2f": {"window": max(p.window for p in points)}}
         options = {"max_model_len": args.max_model_len, "additional_config": section}
-        one = Engine(
-            model,
-            mode=most_modes()[0],
-            max_batch=args.batch_size,
-            max_tokens=args.max_tokens,
-            options=options,
-        )
+        most = {"max_batch": args.batch_size, "max_tokens": args.max_tokens}
+        one = Engine(model, mode=most_modes()[0], **most, options=options)
         ask(one, base, 0, items[:8], args.batch_size)  # warm-up
         return one
 
     def measure(params: D2FParams, repeat: int) -> dict[str, Any]:
         return ask(engine(), params, repeat, items, args.batch_size)
 
-    keys = {
-        key_of(params, repeat): (params, repeat)
-        for repeat in range(args.repeats)
-        for params in points
-    }
-    for key, (params, repeat) in tqdm(keys.items(), desc="sweep", disable=None):
+    every = list(itertools.product(range(args.repeats), points))
+    for repeat, params in tqdm(every, desc="sweep", disable=None):
+        key = " ".join(map(str, (*asdict(params).values(), repeat)))
         run.point(key, partial(measure, params, repeat))
     run.need_all()
-    wanted = {tuple(asdict(p).values()) for p in points}
-    kept = [m for m in run.points.values() if tuple(m["params"].values()) in wanted]
-    report = run.report(**about, **build(asdict(base), kept))
-    run.write(report)
+    wanted = [asdict(params) for params in points]
+    kept = [found for found in run.points.values() if found["params"] in wanted]
+    run.write(run.report(**about, **build(asdict(base), kept)))
 
 
-def key_of(params: D2FParams, repeat: int) -> str:
-    """The key of a point: its settings and the run."""
-    return " ".join(f"{value}" for value in (*asdict(params).values(), repeat))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return record.main(sweep, parse(argv), markdown, FIGURES)
-
+main = record.command(parse, sweep, markdown, FIGURES)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,10 @@ prompts as fit `--vanilla-forwards`, others in the next run.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,6 @@ UNITS = {
     "useful_tokens_per_s": "tokens up to and including the end token, per second of wall time",
     "useful_tokens_per_cpu_s": "the same per second of CPU time of the decoder's process",
     "raw_tokens_per_s": "all decoded tokens, those behind the end token too, per second",
-    "requests_per_s": "answers per second",
     "tokens_per_forward": "useful tokens per forward the request took part in",
     "computed_per_committed": "positions run through the model after the prompt, per useful token",
     "time_to_first_token_ms": "from handing in the batch to the request's first tokens",
@@ -52,8 +52,7 @@ UNITS = {
     "step_ms": "wall time per engine step (forward), everything included",
     "peak_mib": "peak resident memory of the decoder's process (on a GPU: of the device)",
     "score": "share of answers that end by themselves with the right number",
-    "simulated_tokens_per_forward": "null: the models decided; a number: so many positions were "
-    "accepted per forward whatever the model said, and scores mean nothing",
+    "simulated_tokens_per_forward": "accepted whatever the model said; null: the models decided",
     "exact": "share of answers that are the expected text to the letter, null without such a text",
     "ratio": "paired: of two measurements in the same run; median, lowest and highest run",
 }
@@ -69,6 +68,8 @@ class Key:
 
 
 Runs = dict[Key, list[list[Batch]]]
+Done = Sequence[Sequence[Batch]]
+"""The runs of one key."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,15 @@ def needed(batch_sizes: Sequence[int], prompts: int) -> int:
 
 
 def warm_up(plan: Plan, decoders: Mapping[str, Worker]) -> None:
-    """What comes first pays for memory and code that are touched for the first time."""
+    """Let every decoder run once, the teacher in its fastest setting."""
     for name, worker in decoders.items():
         if name == "vanilla":
             worker.measure(plan.items[:1], plan.vanilla[-1])
         else:
-            for size in plan.batch_sizes:
-                worker.measure(plan.items[: max(size, 2)], size)
+            worker.warm_up(plan.items, plan.batch_sizes)
 
 
-def measure(
-    plan: Plan, decoders: Mapping[str, Worker], run: int, size: int
-) -> dict[str, list[Batch]]:
+def measure(plan: Plan, decoders: Mapping[str, Worker], run: int, size: int) -> dict[str, Any]:
     """One batch size in one run: every decoder once, by "kind mode". Who begins alternates."""
     found = {}
     engines = [(name, worker) for name, worker in decoders.items() if name != "vanilla"]
@@ -142,17 +140,17 @@ def runs_of(plan: Plan, points: Mapping[str, Any]) -> Runs:
 # From measured batches to figures.
 
 
-def answers(runs: Sequence[Sequence[Batch]]) -> list[Answer]:
+def answers(runs: Done) -> list[Answer]:
     return [answer for run in runs for batch in run for answer in batch.answers]
 
 
 def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> float:
     """Tokens of a run per second of `per` ("seconds" or "cpu_s")."""
     tokens = sum(getattr(answer, field) for answer in answers([run]))
-    return tokens / max(sum(getattr(batch, per) for batch in run), 1e-9)
+    return tokens / max(_total(run, per), 1e-9)
 
 
-def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
+def point(runs: Done, has_text: bool) -> dict[str, Any]:
     """The figures of one decoder at one batch size. `has_text`: whole answers are expected."""
     every = answers(runs)
     useful = sum(a.useful for a in every)
@@ -167,9 +165,7 @@ def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
         "computed_per_committed": rounded(sum(a.computed for a in every) / useful),
         "time_to_first_token_ms": percentiles(1e3 * a.first_s for a in every),
         "time_per_token_ms": percentiles(1e3 * a.last_s / a.useful for a in every),
-        "step_ms": spread(
-            1e3 * sum(b.seconds for b in run) / sum(b.steps for b in run) for run in runs
-        ),
+        "step_ms": spread(1e3 * _total(run, "seconds") / _total(run, "steps") for run in runs),
         "peak_mib": round(max(batch.peak_mib for run in runs for batch in run)),
         "score": rounded(sum(a.final for a in every) / len(every)),
         "exact": rounded(sum(a.exact for a in every) / len(every)) if has_text else None,
@@ -177,14 +173,12 @@ def point(runs: Sequence[Sequence[Batch]], has_text: bool) -> dict[str, Any]:
     }
 
 
-def paired(mine: Sequence[Sequence[Batch]], other: Sequence[Sequence[Batch]]) -> dict[str, float]:
+def paired(mine: Done, other: Done) -> dict[str, float]:
     """How many times the useful tokens per second of `other`, run by run."""
     return spread(rate(a) / rate(b) for a, b in zip(mine, other, strict=True))
 
 
-def paired_per_answer(
-    mine: Sequence[Sequence[Batch]], other: Sequence[Sequence[Batch]]
-) -> dict[str, dict[str, float]]:
+def paired_per_answer(mine: Done, other: Done) -> dict[str, dict[str, float]]:
     """Against a decoder that answered some of the problems, one at a time: on those problems only.
 
     `answers` compares seconds per answer, `tokens` useful tokens per second. They differ where one
@@ -199,8 +193,12 @@ def paired_per_answer(
     return {"answers": spread(per_answer), "tokens": spread(per_token)}
 
 
+def _total(run: Sequence[Batch], field: str) -> float:
+    return sum(getattr(batch, field) for batch in run)
+
+
 def _seconds_per_answer(run: Sequence[Batch]) -> float:
-    return sum(batch.seconds for batch in run) / len(answers([run]))
+    return _total(run, "seconds") / len(answers([run]))
 
 
 def build(
@@ -231,28 +229,21 @@ def build(
     return {
         "benchmark": "throughput",
         "speedup_vs_ar_batch1": next(
-            (row["ratio"]["median"] for row in against_ar if row["batch_size"] == 1), None
-        ),
+            (row["ratio"]["median"] for row in against_ar if row["batch_size"] == 1), None),
         **{f"score_{kind}": p["score"] for kind, p in largest.items()},
         **{f"exact_{kind}": p["exact"] for kind, p in largest.items()},
         "score_problems": {kind: p["problems"] for kind, p in largest.items()},
-        "score_vanilla": scores,
-        "simulated_tokens_per_forward": simulated,
+        "score_vanilla": scores, "simulated_tokens_per_forward": simulated,
         "models": {kind: f"{name} ({NOTE[kind]})" for kind, name in names.items()},
-        "max_tokens": max_tokens,
-        "units": UNITS,
-        "d2f_vs_ar": against_ar,
+        "max_tokens": max_tokens, "units": UNITS, "d2f_vs_ar": against_ar,
         "d2f_vs_vanilla": [
-            {
-                "setting": key.mode,
-                "score_vanilla": scores[key.mode],
-                "ratio": paired_per_answer(runs[d2f], done),
-            }
+            {"setting": key.mode, "score_vanilla": scores[key.mode],
+             "ratio": paired_per_answer(runs[d2f], done)}
             for key, done in runs.items()
             if key.kind == "vanilla" and d2f
         ],
         "points": points,
-    }
+    }  # fmt: skip
 
 
 def best(runs: Runs, kind: str, batch_size: int) -> Key | None:
@@ -268,19 +259,13 @@ def _against_ar(runs: Runs) -> list[dict[str, Any]]:
         d2f, ar = best(runs, "d2f", size), best(runs, "ar", size)
         if not (d2f and ar):
             continue
-        modes = [key.mode for key in runs if (key.kind, key.batch_size) == ("d2f", size)]
-        rows.append(
-            {
-                "batch_size": size,
-                "modes": {"d2f": d2f.mode, "ar": ar.mode},
-                "ratio": paired(runs[d2f], runs[ar]),
-                "same_mode": {
-                    mode: paired(runs[Key("d2f", mode, size)], runs[Key("ar", mode, size)])
-                    for mode in modes
-                    if Key("ar", mode, size) in runs
-                },
-            }
-        )
+        same_mode = {
+            key.mode: paired(done, runs[replace(key, kind="ar")])
+            for key, done in runs.items()
+            if (key.kind, key.batch_size) == ("d2f", size) and replace(key, kind="ar") in runs
+        }
+        modes, ratio = {"d2f": d2f.mode, "ar": ar.mode}, paired(runs[d2f], runs[ar])
+        rows.append({"batch_size": size, "modes": modes, "ratio": ratio, "same_mode": same_mode})
     return rows
 
 
@@ -316,23 +301,15 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         sizes = [p["batch_size"] for p in rows]
         speed = {k: [p["useful_tokens_per_s"][k] for p in rows] for k in ("median", "min", "max")}
         label = f"{figure.NAMES[kind]}, {mode}, {report[f'score_{kind}']:.1%} right"
-        style = styles.get(mode, ":")
-        axes.plot(sizes, speed["median"], style, marker="o", color=figure.COLORS[kind], label=label)
-        axes.fill_between(
-            sizes, speed["min"], speed["max"], color=figure.COLORS[kind], alpha=0.15, lw=0
-        )
-    markers = iter("sD^vPX*")
+        style, color = styles.get(mode, ":"), figure.COLORS[kind]
+        axes.plot(sizes, speed["median"], style, marker="o", color=color, label=label)
+        axes.fill_between(sizes, speed["min"], speed["max"], color=color, alpha=0.15, lw=0)
+    markers, color = iter("sD^vPX*"), figure.COLORS["vanilla"]
     for p in (p for p in points if p["kind"] == "vanilla"):
-        axes.plot(
-            p["batch_size"],
-            p["useful_tokens_per_s"]["median"],
-            next(markers, "."),
-            color=figure.COLORS["vanilla"],
-            # Hollow: wrong answers, so what it is fast at is no use.
-            mfc=figure.COLORS["vanilla"] if p["score"] >= 0.5 else "none",
-            ls="none",
-            label=f"vanilla {p['mode']}, {p['score']:.0%} right",
-        )
+        # Hollow: wrong answers, so what it is fast at is no use.
+        how = dict(color=color, mfc=color if p["score"] >= 0.5 else "none", ls="none")
+        where, label = p["useful_tokens_per_s"]["median"], f"{p['mode']}, {p['score']:.0%} right"
+        axes.plot(p["batch_size"], where, next(markers, "."), label=f"vanilla {label}", **how)
     figure.logarithmic(axes, "batch size", "useful tokens per second")
     axes.set_xticks(sorted({p["batch_size"] for p in points}))
     figure.legend_below(axes)
@@ -354,12 +331,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=32, help="prompts per run and batch size, at least")
     add("--max-tokens", type=int, default=64)
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
-    add(
-        "--modes",
-        nargs="+",
-        choices=("eager", "compiled"),
-        help="of vLLM (default: both, on a GPU compiled, as each is an engine of its own)",
-    )
+    help = "of vLLM (default: both, on a GPU compiled, as each is an engine of its own)"
+    add("--modes", nargs="+", choices=("eager", "compiled"), help=help)
     add("--vanilla", nargs="+", default=["512:1", "512:4", "64:1", "64:4"], metavar="LEN:PER_STEP")
     add("--vanilla-forwards", type=int, default=512, help="forwards of the teacher per run")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
@@ -380,14 +353,9 @@ def throughput(run: Record) -> None:
         vanilla = tuple(Setting.parse(text) for text in args.vanilla)
     except ValueError as error:
         raise UsageError(f"--vanilla {error}") from None
-    plan = Plan(
-        items=tuple(load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)),
-        batch_sizes=tuple(sorted(set(args.batch_sizes))),
-        runs=args.runs,
-        prompts=args.prompts,
-        vanilla=vanilla,
-        vanilla_forwards=args.vanilla_forwards,
-    )
+    items = load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)
+    sizes = tuple(sorted(set(args.batch_sizes)))
+    plan = Plan(tuple(items), sizes, args.runs, args.prompts, vanilla, args.vanilla_forwards)
     options = parse_options("--engine-args", args.engine_args)
     models = {kind: resolve_model(*given) for kind, given in named.items() if given[1]}
     if "d2f" not in models:
@@ -397,9 +365,8 @@ def throughput(run: Record) -> None:
         for kind in ("d2f", "ar"):
             if kind in models:
                 table.append(Decoder(f"{kind} {mode}", models[kind], mode, options))
-    todo = [(number, size) for number in range(plan.runs) for size in plan.batch_sizes]
     try:
-        _measure_all(run, plan, table, todo)
+        _measure_all(run, plan, table)
     except KeyboardInterrupt:
         if not runs_of(plan, run.points):
             raise
@@ -410,16 +377,14 @@ def throughput(run: Record) -> None:
     has_text = all(item.answer is not None for item in plan.items)
     made_up = run.points["simulated"]
     parts = build(runs_of(plan, run.points), names, args.max_tokens, has_text, made_up)
-    report = run.report(**parts)
-    run.write(report)
+    run.write(run.report(**parts))
 
 
-def _measure_all(
-    run: Record, plan: Plan, table: Sequence[Decoder], todo: Sequence[tuple[int, int]]
-) -> None:
+def _measure_all(run: Record, plan: Plan, table: Sequence[Decoder]) -> None:
     from tqdm import tqdm
 
-    keys = {f"run {number}, batch {size}": (number, size) for number, size in todo}
+    every = itertools.product(range(plan.runs), plan.batch_sizes)
+    keys = {f"run {number}, batch {size}": (number, size) for number, size in every}
     if all(run.settled(key) for key in keys):
         return
     with workers(table, max(plan.batch_sizes), run.args.max_tokens) as decoders:
@@ -430,11 +395,7 @@ def _measure_all(
             run.point(key, partial(measure, plan, decoders, number, size))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    prepare_process()
-    return record.main(throughput, args, markdown, FIGURES)
-
+main = record.command(parse, throughput, markdown, FIGURES, prepare_process)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -38,6 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a device where there is none: `benchmarks.kernels` runs such tests alone."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def stress_result(request: pytest.FixtureRequest) -> Callable[..., None]:
     """A function that writes what a stress test measured, and fails if it found failures."""

@@ -5,6 +5,7 @@ Pure functions. `floor` bounds a step from below by the bytes and operations tha
 at the bandwidth and speed measured on the machine; `Cost` is fitted to measured steps.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,22 +39,9 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
-        """From a JSON object; other keys are left alone.
-
-        Raises:
-            KeyError, ValueError: neither a formula nor at least two points.
-        """
-        c = float(values.get("c_ms_per_context_token", 0.0))
-        d = float(values.get("d_ms_per_request", 0.0))
-        if values.get("points"):
-            points = tuple(sorted((float(t), float(ms)) for t, ms in values["points"]))
-            if len({t for t, _ in points}) < 2:
-                raise ValueError("points: at least two different numbers of tokens are needed")
-            return cls(c_ms_per_context_token=c, d_ms_per_request=d, points=points)
-        return cls(float(values["a_ms"]), float(values["b_ms_per_token"]), c, d)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it stands in a report."""
+        points = values.get("points", ())
+        return cls(**{**values, "points": tuple((t, ms) for t, ms in points)})
 
     def ms(self, tokens: float, context: float, new: float = 0) -> float:
         """The cost of one step in which `new` requests enter."""
@@ -66,16 +54,13 @@ class Cost:
         (t0, ms0), (t1, ms1) = self.points[-2:]
         if tokens > t1:
             return ms1 + (ms1 - ms0) / (t1 - t0) * (tokens - t1)
-        counts, costs = zip(*self.points, strict=True)
-        return float(np.interp(tokens, np.array(counts), np.array(costs)))
+        return float(np.interp(tokens, *np.array(self.points).T))
 
     def relative_error(self, steps: "Sequence[StepCost]") -> dict[str, float]:
         """Of the measured steps: median and 90th percentile of |predicted / measured - 1|."""
         errors = [abs(self.ms(s.tokens, s.context, s.new) / s.ms - 1) for s in steps]
-        return {
-            "median": round(float(np.median(errors)), 4),
-            "p90": round(float(np.quantile(errors, 0.9)), 4),
-        }
+        median, p90 = (round(float(np.quantile(errors, q)), 4) for q in (0.5, 0.9))
+        return {"median": median, "p90": p90}
 
     def __str__(self) -> str:
         if self.points:
@@ -89,41 +74,22 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a request asks of the engine, whatever else is in the batch.
+    """What a request asks of the engine, whatever else is in the batch."""
 
-    Attributes:
-        tokens_per_forward: useful tokens per forward; 1 for an autoregressive model.
-        window_tokens: tokens it puts into a forward, beside its prompt; 1 for such a model.
-    """
-
-    tokens_per_forward: float
-    window_tokens: float
+    tokens_per_forward: float  # useful ones; 1 for an autoregressive model
+    window_tokens: float  # what it puts into a forward, beside its prompt; 1 for such a model
     answer_tokens: float
     prompt_tokens: float
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Trace":
-        """From a JSON object; other keys are left alone.
-
-        Raises:
-            KeyError, ValueError: a figure is missing or not positive.
-        """
-        trace = cls(**{name: float(values[name]) for name in cls.__slots__})
-        if bad := [name for name, value in asdict(trace).items() if not value > 0]:
-            raise ValueError(f"{bad[0]} must be greater than 0")
-        return trace
-
-    @classmethod
     def mean(cls, traces: "Sequence[Trace]") -> "Trace":
         """Of many requests: totals divided by totals."""
-        forwards = sum(t.forwards for t in traces)
-        answer = sum(t.answer_tokens for t in traces)
-        return cls(
-            tokens_per_forward=answer / forwards,
-            window_tokens=sum(t.window_tokens * t.forwards for t in traces) / forwards,
-            answer_tokens=answer / len(traces),
-            prompt_tokens=sum(t.prompt_tokens for t in traces) / len(traces),
+        forwards, count = sum(t.forwards for t in traces), len(traces)
+        answer, prompt = (
+            sum(getattr(t, name) for t in traces) for name in ("answer_tokens", "prompt_tokens")
         )
+        window = sum(t.window_tokens * t.forwards for t in traces)
+        return cls(answer / forwards, window / forwards, answer / count, prompt / count)
 
     @property
     def forwards(self) -> float:
@@ -143,26 +109,16 @@ def traces_of(batches: "Sequence[Batch]") -> list[Trace]:
 
 
 def floor(bytes_: float, flops: float, machine: Mapping[str, float]) -> tuple[float, str]:
-    """The least milliseconds for so many bytes and operations, and which of the two decides.
-
-    Args:
-        machine: `copy_gb_per_s` and `matmul_gflop_per_s`, as `timing.machine` measures them.
+    """The least milliseconds for so many bytes and operations on a machine of `timing.machine`,
+    and which of the two decides.
     """
-    times = {
-        "bytes": bytes_ / machine["copy_gb_per_s"] / 1e6,
-        "flops": flops / machine["matmul_gflop_per_s"] / 1e6,
-    }
-    bound = max(times, key=lambda name: times[name])
-    return times[bound], bound
+    by_bytes, by_flops = bytes_ / machine["copy_gb_per_s"], flops / machine["matmul_gflop_per_s"]
+    return max((by_bytes / 1e6, "bytes"), (by_flops / 1e6, "flops"))
 
 
 def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[str, float]) -> float:
-    """Of a step in bfloat16: weights and cached keys read once, or two operations per weight and
-    token, whichever takes longer.
-
-    Args:
-        shape: one of `shapes.SHAPES`.
-        context: cached tokens that are attended to.
+    """Of a step in bfloat16: weights and `context` cached keys read once, or two operations per
+    weight and token, whichever takes longer.
     """
     weights = shapes.weight_bytes(shape)["step"]
     bytes_ = weights + shapes.kv_bytes_per_token(shape) * context
@@ -172,9 +128,8 @@ def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[st
 def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
     """Least squares of relative errors, outliers weighed down: a busy machine has slow steps.
 
-    Args:
-        knots: the cost of tokens is a line with knots at powers of two, never falling, as on a GPU,
-            whose steps cost the same until it runs out of arithmetic. Else it is a straight line.
+    With `knots` the cost of tokens is a line with knots at powers of two, never falling: a GPU's
+    steps cost the same until it runs out of arithmetic. Else it is a straight line.
     """
     new, tokens, context, ms = (
         np.array([getattr(s, name) for s in steps], dtype=float)
@@ -226,9 +181,8 @@ def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
 def predict_batch(cost: Cost, traces: Sequence[Trace], size: int, budget: int) -> float:
     """Useful tokens per second of batches that begin together and end with their last request.
 
-    Args:
-        traces: the requests, dealt out in batches; repeated to fill a batch larger than all.
-        budget: most tokens of a step; what is more goes into further steps.
+    `traces` are dealt out in batches, and repeated to fill a batch larger than all of them. What is
+    beyond the `budget` of a step's tokens goes into further steps.
     """
     useful = ms = 0.0
     count = max(1, len(traces) // size)
@@ -256,10 +210,9 @@ def crossing(d2f: Cost, d2f_trace: Trace, ar: Cost, ar_trace: Trace) -> int | No
     return None
 
 
-def falls_below_1(sizes: Sequence[float], ratios: Sequence[float]) -> float | None:
+def falls_below_1(ratios: Mapping[int, float]) -> float | None:
     """Where a ratio over batch sizes falls below 1, on straight lines between logarithms."""
-    pairs = list(zip(sizes, ratios, strict=True))
-    for (a, high), (b, low) in zip(pairs, pairs[1:], strict=False):
+    for (a, high), (b, low) in itertools.pairwise(ratios.items()):
         if high >= 1 > low:
             share = math.log(high) / (math.log(high) - math.log(low))
             return float(f"{a * (b / a) ** share:.4g}")

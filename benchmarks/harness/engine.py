@@ -8,13 +8,14 @@ come out of it. vLLM's own statistics stay off, as they would be paid per step.
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.record import on_gpu
+from benchmarks.harness.record import Skip, on_gpu
 from benchmarks.harness.workload import Item, grade, simulated
+from vllm_d2f.d2f import D2FParams
 
 
 def start_llm(model: str, **options: Any) -> Any:
@@ -28,29 +29,29 @@ def start_llm(model: str, **options: Any) -> Any:
     from vllm_d2f import register
 
     register()
-    defaults: dict[str, Any] = dict(
-        dtype="auto" if on_gpu() else "float32",
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        seed=0,
-    )
+    defaults: dict[str, Any] = dict(enable_prefix_caching=False, disable_log_stats=True, seed=0)
     if not on_gpu():
-        defaults["kv_cache_memory_bytes"] = 1 << 28
+        defaults |= dict(dtype="float32", kv_cache_memory_bytes=1 << 28)
     return LLM(model=model, **(defaults | options))
 
 
 def start_engine(model: str, *, window: int, max_model_len: int, **options: Any) -> Any:
     """`vllm.LLM` set for comparison with the reference: float32, eager, token ids in and out."""
+    section = {"block_size": 4, "max_blocks": 1, "window": window}
     defaults: dict[str, Any] = dict(
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=64,
-        kv_cache_memory_bytes=1 << 28,
-        block_size=32,
-        skip_tokenizer_init=True,
-        additional_config={"d2f": {"block_size": 4, "max_blocks": 1, "window": window}},
-    )
+        dtype="float32", enforce_eager=True, max_num_seqs=64, kv_cache_memory_bytes=1 << 28,
+        block_size=32, skip_tokenizer_init=True, additional_config={"d2f": section},
+    )  # fmt: skip
     return start_llm(model, max_model_len=max_model_len, **(defaults | options))
+
+
+def greedy(max_tokens: int, params: Any = None, **more: Any) -> Any:
+    """Greedy decoding. The D2F settings in `params` (or a dictionary of some) travel with it."""
+    from vllm import SamplingParams
+
+    given = asdict(params) if isinstance(params, D2FParams) else params
+    extra = {f"d2f_{name}": value for name, value in given.items()} if given else None
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=extra, **more)
 
 
 def core_of(llm: Any) -> Any:
@@ -76,48 +77,30 @@ def shut_down(llm: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one request gave and cost.
-
-    Attributes:
-        useful: tokens up to the end token, it included.
-        raw: decoded tokens, those behind the end token too.
-        forwards: forwards the request took part in.
-        computed: tokens run through the model after the prompt, all forwards together.
-        first_s: from handing in the batch to the request's first tokens.
-        last_s: the same to its last ones.
-    """
+    """What one request gave and cost."""
 
     item: int
     final: bool
     exact: bool
-    useful: int
-    raw: int
-    forwards: int
-    computed: int
+    useful: int  # tokens up to the end token, it included
+    raw: int  # decoded tokens, those behind the end token too
+    forwards: int  # those the request took part in
+    computed: int  # tokens run through the model after the prompt, all forwards together
     prompt: int
-    first_s: float
-    last_s: float
+    first_s: float  # from handing in the batch to the request's first tokens
+    last_s: float  # the same to its last ones
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """One engine step.
-
-    Attributes:
-        requests: in the step.
-        new: of them, those that enter with their prompt.
-        tokens: in the step, prompts included.
-        context: cached tokens that the others attend to.
-        ms: wall time since the step before, everything that happened between included.
-        cpu_ms: the same, CPU time of this process.
-    """
+    """One engine step."""
 
     requests: int
-    new: int
-    tokens: int
-    context: int
-    ms: float
-    cpu_ms: float = 0.0
+    new: int  # of them, those that enter with their prompt
+    tokens: int  # prompts included
+    context: int  # cached tokens that the others attend to
+    ms: float  # wall time since the step before, everything that happened between included
+    cpu_ms: float = 0.0  # the same, CPU time of this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +173,8 @@ class Clock:
         """Seconds since `start`. What came after the last step counts as part of it."""
         now, cpu = time.perf_counter(), time.process_time()
         last = self.steps[-1]
-        self.steps[-1] = replace(
-            last,
-            ms=last.ms + 1e3 * (now - self._at),
-            cpu_ms=last.cpu_ms + 1e3 * (cpu - self._cpu_at),
-        )
+        ms, cpu_ms = last.ms + 1e3 * (now - self._at), last.cpu_ms + 1e3 * (cpu - self._cpu_at)
+        self.steps[-1] = replace(last, ms=ms, cpu_ms=cpu_ms)
         return now - self.began
 
 
@@ -204,17 +184,13 @@ class Engine:
     def __init__(
         self, model: str, *, mode: str, max_batch: int, max_tokens: int, options: dict[str, Any]
     ) -> None:
-        from vllm import SamplingParams
-
-        settings = dict(
-            enforce_eager=mode == "eager", max_num_seqs=max_batch, use_tqdm_on_load=False
-        )
-        self.llm = start_llm(model, **(settings | options))
+        settings = dict(max_num_seqs=max_batch, use_tqdm_on_load=False)
+        self.llm = start_llm(model, **(dict(settings, enforce_eager=mode == "eager") | options))
         # None, or the tokens per forward that are accepted whatever the model says.
         self.simulated = simulated(self.llm.llm_engine.model_config.hf_config)
         # Random weights and made-up acceptance end their answers anywhere: all get to the same end.
         endless = self.simulated is not None or options.get("load_format") == "dummy"
-        self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=endless)
+        self.sampling = greedy(max_tokens, ignore_eos=endless)
         self.clock = Clock().attach(self.llm)
 
     def measure(self, items: Sequence[Item], batch_size: int, offset: int = 0) -> list[Batch]:
@@ -236,8 +212,8 @@ class Engine:
         cpu = time.process_time()
         outputs = self.llm.generate([i.question for i in items], self.sampling, use_tqdm=False)
         seconds, cpu_s = self.clock.stop(), time.process_time() - cpu
-        # Requests enter and are numbered in the order of the prompts.
-        ids = sorted(self.clock.last, key=_number)
+        # vLLM numbers the requests of a call; a suffix makes an id unique.
+        ids = sorted(self.clock.last, key=lambda name: int(name.split("-")[0]))
         answers = tuple(
             self._answer(item, offset + at, output, self.clock.first[key], self.clock.last[key])
             for at, (item, output, key) in enumerate(zip(items, outputs, ids, strict=True))
@@ -252,22 +228,12 @@ class Engine:
         counters = completion.spec_decode_metrics
         graded = grade(item, completion.text, completion.finish_reason == "stop")
         return Answer(
-            item=index,
-            final=graded.final,
-            exact=graded.exact,
-            useful=tokens,
-            raw=tokens,
+            item=index, final=graded.final, exact=graded.exact, useful=tokens, raw=tokens,
             forwards=tokens if counters is None else denoising_forwards(completion),
             computed=tokens if counters is None else counters.num_draft_tokens,
             prompt=len(output.prompt_token_ids),
-            first_s=first - self.clock.began,
-            last_s=last - self.clock.began,
-        )
-
-
-def _number(request_id: str) -> int:
-    """vLLM numbers the requests of `LLM.generate`; a suffix makes the id unique."""
-    return int(request_id.split("-")[0])
+            first_s=first - self.clock.began, last_s=last - self.clock.began,
+        )  # fmt: skip
 
 
 def reset_peak() -> None:
@@ -276,47 +242,35 @@ def reset_peak() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def peak_mib() -> float:
     """Peak resident memory since `reset_peak`, or of the device where there is one."""
-    import resource
-
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 # Dummy weights: what a step costs, whatever is decoded.
 
 BLOCK, MAX_BLOCKS = 32, 8
-LASTING_WINDOWS = {"d2f_tau_add": 0.0, "d2f_tau_act": 1.0}
+LASTING_WINDOWS = {"tau_add": 0.0, "tau_act": 1.0}
 """A block is opened in every forward, and none but the first is fully active: each that is decodes
 one position per forward, whatever is simulated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine is started for.
+    """What an engine is started for."""
 
-    Attributes:
-        requests: most of them at once.
-        step_tokens: most tokens of a step.
-        length: longest request, prompt and answer.
-    """
-
-    requests: int = 256
+    requests: int = 256  # at once
     step_tokens: int = 256 * 4 * BLOCK
-    length: int = 3072
+    length: int = 3072  # of a request, prompt and answer
 
 
 SMALL = Limits(requests=8, step_tokens=8 * 4 * BLOCK, length=512)
@@ -336,16 +290,13 @@ class DummyEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self.diffusion, self.limits = diffusion, limits
         given: dict[str, Any] = dict(
+            load_format="dummy", skip_tokenizer_init=True, use_tqdm_on_load=False,
             dtype="float32" if small else "bfloat16",
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=limits.length,
-            max_num_seqs=limits.requests,
+            max_model_len=limits.length, max_num_seqs=limits.requests,
             # A prompt goes whole and beside windows that are full: without room for both the last
             # requests would wait until others end.
             max_num_batched_tokens=limits.step_tokens + limits.length,
-            use_tqdm_on_load=False,
-        )
+        )  # fmt: skip
         if small:
             given |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 27)
         else:
@@ -384,29 +335,20 @@ class DummyEngine:
 
     def sampling(self, max_tokens: int, blocks: int | None = None) -> Any:
         """Greedy, to the last token. With `blocks`, windows of so many that last."""
-        from vllm import SamplingParams
+        how = {"max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
+        return greedy(max_tokens, how, ignore_eos=True, detokenize=False)
 
-        extra = {"d2f_max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra,
-        )
-
-    def unfit(self, requests: int, length: int, tokens: int) -> str | None:
-        """Why so many requests cannot be in one step; None if they can."""
+    def fit(self, requests: int, length: int, width: int) -> None:
+        """Skip a point whose requests cannot all be in one step."""
         limits = self.limits
         for asked, room, what in (
             (requests, limits.requests, "requests"),
-            (tokens, limits.step_tokens, "tokens in a step"),
+            (requests * width, limits.step_tokens, "tokens in a step"),
             (length, limits.length, "positions of a request"),
             (requests * length, self.cache_tokens, "cached positions"),
         ):
             if asked > room:
-                return f"{asked} {what}, the engine has room for {room}"
-        return None
+                raise Skip(f"{asked} {what}, the engine has room for {room}")
 
     @contextmanager
     def running(

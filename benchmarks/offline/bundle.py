@@ -6,15 +6,16 @@
 The host has Python, torch for CUDA, Triton, transformers and nvcc, and no network. Into the bundle
 go the parts of vLLM and FlashInfer that dense models need, packages that the host lacks, this
 package and its benchmarks. Wheels come from pip's package index and are kept in `--wheels`. The
-result is one archive in pieces, a manifest with the SHA-256 of every piece and file, and the
-scripts that unpack and run it. The same wheels and sources give the same archive.
+result is one archive in pieces, the SHA-256 of every piece, and run.sh, which checks, unpacks and
+runs it. The same wheels and sources give the same archive. Compiled code is carried for every
+architecture that vLLM is built for, so the pieces are several.
 """
 
 import argparse
 import fnmatch
 import hashlib
 import io
-import json
+import itertools
 import lzma
 import re
 import shutil
@@ -22,18 +23,16 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.offline import fatbin
+from benchmarks.harness.record import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PIECE_BYTES = 60 << 20
 """Most of a piece: what can be copied to the host at once is little more."""
 PYTHON = "3.12"
-ARCHITECTURE = 90
 PLATFORMS = tuple(f"manylinux{version}_x86_64" for version in ("_2_31", "_2_28", "_2_17", "2014"))
 
 VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
@@ -57,21 +56,14 @@ DROPPED = {
 """By package; `*` matches across folders."""
 
 LIBRARIES = {
-    "_C_stable_libtorch.abi3.so",
-    "cumem_allocator.abi3.so",
-    "spinloop.abi3.so",
-    "fs_io_C.abi3.so",
-    "_vllm_fa3_C.abi3.so",
+    f"{name}.abi3.so"
+    for name in ["_C_stable_libtorch", "cumem_allocator", "spinloop", "fs_io_C", "_vllm_fa3_C"]
 }
 """Compiled parts of vLLM that stay; the others serve MoE models and other devices."""
 
 DATA = (
-    "include/*",
-    "cutlass/include/*",
-    "cutlass/tools/util/include/*",
-    "cccl/*",
-    "spdlog/include/*",
-    "csrc/xqa/*",
+    *("include/*", "cutlass/include/*", "cutlass/tools/util/include/*", "cccl/*"),
+    *("spdlog/include/*", "csrc/xqa/*"),
 )
 """Of `flashinfer/data`, beside the sources at the top of `csrc`."""
 
@@ -106,7 +98,7 @@ def wanted(package: str, name: str) -> bool:
     return True
 
 
-def wheel_files(wheel: Path, architecture: int = ARCHITECTURE) -> Iterator[Source]:
+def wheel_files(wheel: Path) -> Iterator[Source]:
     """The wanted files of a wheel as they lie when it is installed, without scripts."""
     package = wheel.name.split("-")[0]
     with zipfile.ZipFile(wheel) as archive:
@@ -120,10 +112,7 @@ def wheel_files(wheel: Path, architecture: int = ARCHITECTURE) -> Iterator[Sourc
                 installed = match[2]
             if not wanted(package, installed):
                 continue
-            content = archive.read(name)
-            if package == "vllm" and installed.endswith(".so"):
-                content = fatbin.keep_only(content, architecture)
-            yield Source(f"site/{installed}", content)
+            yield Source(f"site/{installed}", archive.read(name))
 
 
 def repository_files(root: Path) -> Iterator[Source]:
@@ -142,75 +131,44 @@ def repository_files(root: Path) -> Iterator[Source]:
             yield Source(f"repo/{name}", path.read_bytes(), bool(path.stat().st_mode & 0o100))
 
 
-def split(archive: Path, limit: int) -> list[dict[str, Any]]:
-    """Replace an archive by pieces of at most `limit` bytes beside it; what the manifest says."""
-    pieces: list[dict[str, Any]] = []
-    with archive.open("rb") as file:
-        while content := file.read(limit):
-            name = f"{archive.name}.{len(pieces):02d}"
-            archive.with_name(name).write_bytes(content)
-            pieces.append({"name": name, "size": len(content), "sha256": _sha256(content)})
-    archive.unlink()
-    return pieces
-
-
-def pack(
-    sources: Sequence[Source] | Iterator[Source],
-    out: Path,
-    about: dict[str, Any],
-    limit: int = PIECE_BYTES,
-    preset: int = 3,
-) -> dict[str, Any]:
-    """Write the archive in pieces, its manifest, and the scripts for the host.
-
-    Args:
-        about: put into the manifest (versions).
-        limit: bytes of a piece.
-
-    Raises:
-        BundleError: two files of one name.
-    """
-    if out.exists():
-        shutil.rmtree(out)
+def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset: int = 3) -> int:
+    """Write pieces of at most `limit` bytes, their checksums, and run.sh; the number of files."""
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, str] = {}
     whole = out / "bundle.tar.xz"
     with (
         lzma.open(whole, "wb", preset=preset) as compressed,
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
         for source in sources:
-            if source.name in files:
-                if files[source.name]["sha256"] == _sha256(source.content):
+            digest = hashlib.sha256(source.content).hexdigest()
+            if known := files.get(source.name):
+                if known == digest:
                     continue
                 raise BundleError(f"{source.name} comes from two packages; drop one of them")
             info = tarfile.TarInfo(source.name)
             info.size, info.mode = len(source.content), 0o755 if source.executable else 0o644
             archive.addfile(info, io.BytesIO(source.content))
-            files[source.name] = {"size": info.size, "sha256": _sha256(source.content)}
-    manifest = {**about, "pieces": split(whole, limit), "files": dict(sorted(files.items()))}
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    here = Path(__file__).parent
-    for name in ("run.sh", "unpack.py"):
-        shutil.copy(here / name, out / name)
-    return manifest
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+            files[source.name] = digest
+    sums: list[str] = []
+    with whole.open("rb") as file:
+        while content := file.read(limit):
+            name = f"{whole.name}.{len(sums):02d}"
+            (out / name).write_bytes(content)
+            sums.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
+    whole.unlink()
+    (out / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("run.sh"), out)
+    return len(files)
 
 
 def download(wheels: Path, root: Path, python: str) -> list[Path]:
-    """The wheels of the host's packages and of this one, from pip's index unless they are here.
-
-    Raises:
-        BundleError: pip finds one of them not.
-    """
+    """The wheels of the host's packages and of this one, from pip's index unless they are here."""
     wheels.mkdir(parents=True, exist_ok=True)
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
-    tags = [
-        word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)
-    ]  # noqa: E501
+    abis = (f"cp{python.replace('.', '')}", "abi3", "none")
+    tags = [word for abi in abis for word in ("--abi", abi)]
     _pip(
         ["download", "--no-deps", "--only-binary", ":all:", "--python-version", python, *platforms]
         + [*tags, "--implementation", "cp", "-d", str(wheels), VLLM, FLASHINFER, *LACKING]
@@ -244,15 +202,10 @@ def _pip(words: list[str]) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.offline.bundle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("offline.bundle", __doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"))
     parser.add_argument("--wheels", type=Path, default=Path("build/gpu-wheels"))
     parser.add_argument("--python", default=PYTHON, help="the host's version (%(default)s)")
-    parser.add_argument("--arch", type=int, default=ARCHITECTURE, help="90: H100, H200")
     return parser.parse_args(argv)
 
 
@@ -260,27 +213,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         wheels = download(args.wheels, ROOT, args.python)
-        names = [path.name.split("-")[:2] for path in wheels]
-
-        def sources() -> Iterator[Source]:
-            for wheel in wheels:
-                print(wheel.name, flush=True)
-                yield from wheel_files(wheel, args.arch)
-            yield from repository_files(ROOT)
-
-        about = {
-            "python": args.python,
-            "architecture": f"sm_{args.arch}",
-            "packages": {name: version for name, version in sorted(names)},
-        }
-        manifest = pack(sources(), args.out, about)
+        from_wheels = (source for wheel in wheels for source in wheel_files(wheel))
+        count = pack(itertools.chain(from_wheels, repository_files(ROOT)), args.out)
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    sizes = [piece["size"] for piece in manifest["pieces"]]
+    sizes = [piece.stat().st_size for piece in args.out.glob("bundle.tar.xz.*")]
     print(
-        f"{args.out}: {len(sizes)} pieces, {sum(sizes) / 1e6:.1f} MB, {len(manifest['files'])} "
-        f"files; on the host: bash {args.out.name}/run.sh"
+        f"{args.out}: {len(sizes)} pieces, {sum(sizes) / 1e6:.1f} MB, {count} files; on the host: "
+        f"bash {args.out.name}/run.sh"
     )
     return 0
 

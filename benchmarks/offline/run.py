@@ -21,8 +21,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness.record import TIME_IS_UP
+from benchmarks.harness.record import TIME_IS_UP, Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "run.log"
@@ -34,18 +35,12 @@ FRUITLESS = 2
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An experiment with its options.
+    """An experiment with its options."""
 
-    Attributes:
-        name: of its result, OUT/NAME.json.
-        command: module and options on a GPU; `rehearsal`: what is added to them on a CPU.
-        seconds: most that one of its processes may take.
-    """
-
-    name: str
-    command: str
-    seconds: float
-    rehearsal: str = "--rehearse"
+    name: str  # of its result, OUT/NAME.json
+    command: str  # module and options on a GPU
+    seconds: float  # most that one of its processes may take
+    rehearsal: str = "--rehearse"  # what is added on a CPU
 
 
 CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"
@@ -88,10 +83,14 @@ class Plan:
         minutes = f"{0.75 * seconds / 60:.2f}"
         return [*words, "--json", str(self.out / f"{step.name}.json"), "--minutes", minutes]
 
+    def result(self, step: Step) -> dict[str, Any]:
+        """The report of a step, empty if there is none."""
+        path = self.out / f"{step.name}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def finished(self, step: Step) -> bool:
         """Whether every point of a step is there, was skipped or failed."""
-        path = self.out / f"{step.name}.json"
-        return path.exists() and "left_for_a_later_run" not in json.loads(path.read_text())
+        return bool(found := self.result(step)) and "left_for_a_later_run" not in found
 
     def progress(self, step: Step) -> int:
         """Something that grows with every point and every attempt of one."""
@@ -143,14 +142,10 @@ def process(plan: Plan, name: str, words: Sequence[str], seconds: float) -> int:
     plan.say(f"{name}: at most {seconds:.0f} s")
     began = time.monotonic()
     with (plan.out / LOG).open("ab") as log:
-        child = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
+        how: dict[str, Any] = dict(
+            stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}
         )
+        child = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **how)
         try:
             code = child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -165,11 +160,7 @@ def process(plan: Plan, name: str, words: Sequence[str], seconds: float) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.offline.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("offline.run", __doc__)
     known = {step.name: step for step in (*STEPS, *MORE)}
     add = parser.add_argument
     add("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(known)}")
@@ -197,9 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     plan = Plan(args.out.resolve(), 60 * args.minutes, args.rehearse, args.copy_to)
     for step in args.steps:
-        path = plan.out / f"{step.name}.json"
-        if args.retry and path.exists() and json.loads(path.read_text()).get("failed"):
-            path.unlink()
+        if args.retry and plan.result(step).get("failed"):
+            (plan.out / f"{step.name}.json").unlink()
     return run(plan, args.steps)
 
 

@@ -16,11 +16,23 @@ python=${PYTHON:-python3}
 out=$(realpath -m "${OUT:-gpu-results}")
 work=$(realpath -m "${WORK:-gpu-work}")
 if [ -z "${BUNDLE+set}" ]; then
-    BUNDLE=; [ ! -f "$here/manifest.json" ] || BUNDLE=$here
+    BUNDLE=; [ ! -f "$here/SHA256SUMS" ] || BUNDLE=$here
 fi
 mkdir -p "$out" "$work"
 if [ -n "$BUNDLE" ]; then
-    base=$("$python" "$here/unpack.py" "$BUNDLE" "$work/bundle")
+    base=$work/bundle/$(sha256sum <"$BUNDLE/SHA256SUMS" | cut -c 1-12)
+    if [ ! -d "$base" ]; then
+        (cd "$BUNDLE" && sha256sum --check --quiet SHA256SUMS) || {
+            echo "error: a piece of the bundle is missing or damaged: copy it again" >&2
+            exit 1
+        }
+        rm -rf "$base.part"
+        mkdir -p "$base.part"
+        cat "$BUNDLE"/bundle.tar.xz.* | "$python" -c 'import sys, tarfile
+with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as archive:
+    archive.extractall(sys.argv[1], filter="data")' "$base.part"
+        mv "$base.part" "$base"
+    fi
     root=$base/repo
     # The bundle's packages come before the host's.
     export PYTHONPATH="$root:$base/site${PYTHONPATH:+:$PYTHONPATH}"

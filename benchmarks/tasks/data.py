@@ -20,52 +20,49 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     ),
     "math": (
         "EleutherAI/hendrycks_math",
-        (
-            *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
-            *("number_theory", "prealgebra", "precalculus"),
+        tuple(
+            [
+                "algebra",
+                "counting_and_probability",
+                "geometry",
+                "intermediate_algebra",
+                "number_theory",
+                "prealgebra",
+                "precalculus",
+            ]
         ),
         {"test": ("math_test.jsonl", "test.jsonl", "test/*/*.json")},
     ),
-    "humaneval": (
-        "openai/openai_humaneval",
-        ("openai_humaneval",),
-        {"test": ("HumanEval.jsonl.gz", "HumanEval.jsonl")},
-    ),
-    "mbpp": (
-        "google-research-datasets/mbpp",
-        ("full",),
-        {"test": ("mbpp_test.jsonl", "mbpp.jsonl")},
-    ),
-}
+    "humaneval": ("openai/openai_humaneval", ("openai_humaneval",),
+                  {"test": ("HumanEval.jsonl.gz", "HumanEval.jsonl")}),
+    "mbpp": ("google-research-datasets/mbpp", ("full",),
+             {"test": ("mbpp_test.jsonl", "mbpp.jsonl")}),
+}  # fmt: skip
 MBPP_TEST = range(11, 511)
 """The task ids of MBPP's test split, for the file that holds all of them."""
 
 
 class DataMissing(Exception):
-    """No such folder or file, and what to pass instead."""
+    """No such folder or file; names what was looked for, and what to pass instead."""
 
 
 def load(name: str, data: str | None = None, splits: Sequence[str] = ("test",), **_: Any) -> dict:
-    """The splits of a task as data sets.
-
-    Raises:
-        DataMissing: names the files that were looked for.
-    """
+    """The splits of a task as data sets."""
     from datasets import Dataset
 
-    if name == "arithmetic":
-        return {"test": Dataset.from_list(list(_arithmetic()))}
+    if name == "arithmetic":  # the embedded models' own domain, generated
+        from training.arithmetic import problems
+
+        asked = problems("test", 500, seed=0)
+        return {"test": Dataset.from_list([{"question": p.question, "answer": p.answer}
+                                           for p in asked])}  # fmt: skip
     if data is None:
         return _from_hub(name, splits)
     return {split: Dataset.from_list(read(name, Path(data), split)) for split in splits}
 
 
 def read(name: str, folder: Path, split: str) -> list[dict[str, Any]]:
-    """One split's questions from a local folder.
-
-    Raises:
-        DataMissing: names the files that were looked for.
-    """
+    """One split's questions from a local folder."""
     files = SOURCES[name][2][split]
     if not folder.is_dir():
         raise DataMissing(f"--data {folder}: no such folder; pass one with {' or '.join(files)}")
@@ -95,23 +92,11 @@ def _from_hub(name: str, splits: Sequence[str]) -> dict:
 
     source, configurations, _ = SOURCES[name]
     try:
-        return {
-            split: concatenate_datasets(
-                [load_dataset(source, one, split=split) for one in configurations]
-            )
-            for split in splits
-        }
+        parts = {s: [load_dataset(source, one, split=s) for one in configurations] for s in splits}
+        return {split: concatenate_datasets(found) for split, found in parts.items()}
     except Exception as error:
         files = ", ".join(SOURCES[name][2]["test"])
         raise DataMissing(
             f"{source} could not be loaded from the Hub ({type(error).__name__}); pass "
             f"--data FOLDER with one of these files: {files}"
         ) from error
-
-
-def _arithmetic(count: int = 500) -> Iterator[dict[str, str]]:
-    """The embedded models' own domain, generated: needs no file and no network."""
-    from training.arithmetic import problems
-
-    for problem in problems("test", count, seed=0):
-        yield {"question": problem.question, "answer": problem.answer}

@@ -43,7 +43,7 @@ def measure(run):
     run.write(run.report(points=run.points))
 
 args = record.Parser(name, None).finish(arguments, {{}})
-sys.exit(record.main(measure, args, lambda report: [str(report["points"])]))
+sys.exit(record.main(measure, args, lambda report: [str(report["points"])], {{}}))
 """
 TWO = (Step("first", "x", 120), Step("second", "x", 120))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, parity, streaming
+from benchmarks import overhead, parity, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 ABOUT = {"command", "seed", "versions", "hardware"}
@@ -32,8 +32,8 @@ def run(module, path, *arguments):
         (parity.main, ["--model", "ar-tiny"], "no D2F model"),
         (parity.main, ["--data", "/no/such/file"], "--data"),
         (overhead.main, ["--model", "/no/such/folder"], "--model"),
-        (streaming.main, ["--model", "/no/such/folder"], "--model"),
-        (streaming.main, ["--model", "ar-tiny"], "d2f section"),
+        (serving.main, ["--streaming", "--models", "/no/such/folder"], "--models"),
+        (serving.main, ["--streaming", "--models", "ar-tiny"], "no D2F model"),
     ],
 )
 def test_what_is_missing_is_said(main, arguments, hint, capsys):

@@ -36,10 +36,10 @@ def test_every_kind_of_point_is_settled_and_a_failure_ends_the_process(tmp_path)
         run.write(run.report(points=run.points))
 
     args = arguments(tmp_path / "s.json")
-    assert record.main(experiment, args, lambda report: ["# Title"]) == FAILED
+    assert record.main(experiment, args, lambda report: ["# Title"], {}) == FAILED
     assert seen == ["a", "b", "c"]
     assert json.loads((tmp_path / "s.json").read_text())["left_for_a_later_run"]
-    assert record.main(experiment, args, lambda report: ["# Title"]) == 0
+    assert record.main(experiment, args, lambda report: ["# Title"], {}) == 0
     assert seen == ["a", "b", "c", "d"]
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["points"] == {"a": {"ms": 1.0}, "d": {"ms": 1.0}}
@@ -88,7 +88,7 @@ def test_no_point_begins_after_the_deadline(tmp_path):
         run.need_all()
 
     args = arguments(tmp_path / "s.json")
-    assert record.main(experiment, args, lambda report: []) == TIME_IS_UP
+    assert record.main(experiment, args, lambda report: [], {}) == TIME_IS_UP
     assert not (tmp_path / "s.json").exists()
 
 

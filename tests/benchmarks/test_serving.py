@@ -161,16 +161,6 @@ def test_a_broken_model_scores_low(tmp_path, broken_model):
 
 
 @pytest.mark.slow
-def test_vllm_bench_throughput(tmp_path):
-    """As it comes with vLLM, on d2f-tiny."""
-    args = serving.parse(["--quick", "--max-tokens", "16"])
-    found = serving.throughput(args, "d2f-tiny")
-    assert "failed" not in found, found
-    assert found["num_requests"] == 8
-    assert found["tokens_per_second"] > found["requests_per_second"] > 0
-
-
-@pytest.mark.slow
 def test_made_up_acceptance_is_labelled(tmp_path):
     section = {"d2f": {"block_size": 16, "max_blocks": 4, "simulate_tokens_per_forward": 2.9}}
     options = f"--load-format dummy --additional-config '{json.dumps(section)}'"
@@ -178,3 +168,40 @@ def test_made_up_acceptance_is_labelled(tmp_path):
     assert report["models"]["d2f-tiny"]["simulated_tokens_per_forward"] == 2.9
     assert "SIMULATED ACCEPTANCE" in (tmp_path / "serving.md").read_text()
     assert report["scores"]["d2f-tiny"]["exact"] == 0
+
+
+# How text leaves.
+
+
+def test_a_block_leaves_one_forward_after_it_is_full():
+    """Blocks of 4, forwards end at 1, 2, ... 7; another request's forward ends at 8."""
+    line = serving.Timeline(4, 0.0, [(1.0, 1), (2.0, 4), (3.0, 6), (5.0, 9), (7.0, 10)])
+    steps = [float(at) for at in range(1, 9)]
+    assert line.prefix() == [(1.0, 1), (2.0, 3), (3.0, 2), (5.0, 3), (7.0, 1)]
+    # Full with forwards 2 and 5, committed by 3 and 6; the rest leaves with the last forward.
+    assert line.block(steps) == [(3.0, 4), (6.0, 4), (7.0, 2)]
+
+
+def test_an_answer_of_one_forward_leaves_at_once_either_way():
+    line = serving.Timeline(4, 0.5, [(1.0, 3)])
+    assert line.prefix() == line.block([0.4, 1.0, 2.0]) == [(1.0, 3)]
+
+
+def test_summary_of_pieces():
+    figures = serving.summary([0.0, 1.0], [[(1.0, 2), (1.5, 2)], [(1.5, 4)]])
+    assert figures == {
+        "first_token_ms": 750.0,
+        "gap_ms": 500.0,
+        "gap_p95_ms": 500.0,
+        "pieces": 1.5,
+        "tokens_per_piece": 2.67,
+    }
+
+
+def test_streaming_quick(tmp_path):
+    out = tmp_path / "streaming.json"
+    assert serving.main(["--streaming", "--quick", "--json", str(out)]) == 0
+    ((at_once, ways),) = json.loads(out.read_text())["at_once"].items()
+    assert at_once == "2"
+    assert ways["prefix"]["first_token_ms"] < ways["block"]["first_token_ms"]
+    assert ways["prefix"]["pieces"] > ways["block"]["pieces"]
