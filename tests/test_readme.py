@@ -45,11 +45,16 @@ def unique(items: list) -> list:
     return sorted(set(items))
 
 
-@pytest.mark.parametrize("module", unique([words[2] for words in commands("python")]))
+def program(words: list[str]) -> tuple[str, ...]:
+    """The module of a `python -m` line, and its subcommand if it has one."""
+    return tuple(words[2:4] if words[3:] and words[3].isalpha() else words[2:3])
+
+
+@pytest.mark.parametrize("module", unique([program(words) for words in commands("python")]))
 def test_commands_of_python_take_help(module):
     assert all(words[1] == "-m" for words in commands("python"))
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
+        [sys.executable, "-m", *module, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -57,7 +62,7 @@ def test_commands_of_python_take_help(module):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for words in commands("python"):
-        if words[2] == module:
+        if program(words) == module:
             for option in words[3:]:
                 assert not option.startswith("--") or option in done.stdout
 
