@@ -194,16 +194,16 @@ class Storm:
         """Note which request had a request's slot before it."""
         self._before: dict[str, str] = {}
         last: dict[int, str] = {}
-        state = self.engine.state
-        add_request = state.add_request
+        states = self.engine.states
+        add = states.add
 
         def watched(slot: int, data: Any) -> None:
             request_id = data.req_id.rsplit("-", 1)[0]  # vLLM appends what makes it unique
             self._before[request_id] = last.get(slot, "")
             last[slot] = request_id
-            add_request(slot, data)
+            add(slot, data)
 
-        state.add_request = watched
+        states.add = watched
 
 
 def storm(prompts: str, aborts: int, asks: int = 200, seed: int = 0) -> dict[str, Any]:
