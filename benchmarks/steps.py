@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "full": {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
     "async": {"async_scheduling": True},
+    "eager": {"enforce_eager": True},
 }
 """The engine's arguments of `--variant`."""
 UNITS = {
@@ -301,6 +302,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--blocks", type=int, nargs="+", default=[4, 1, 2, 8], help="of 32, open in each window")
     add("--contexts", type=int, nargs="+", default=[512, 2048])
     add("--rates", type=float, nargs="+", default=[2.0, RATE, 4.0], help="tokens per forward")
+    add("--gpu-memory-utilization", type=float, default=0.92, help="share of the device's memory")
     add("--answer", type=int, default=128, help="tokens of an answer where speed is measured")
     quick = {"requests": [1, 4, 64], "contexts": [512]}
     positive = ("requests", "blocks", "contexts", "rates", "answer")
@@ -318,14 +320,18 @@ def steps(run: Record) -> None:
     device, dtype = ("cpu", torch.float32) if args.rehearse else ("cuda", torch.bfloat16)
     machine = run.point("machine", partial(timing.machine, torch.device(device), dtype))
     changes = {} if args.rehearse and args.variant == "full" else VARIANTS[args.variant]
+    step_tokens = max(args.requests) * 4 * BLOCK
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
 
             @cache
             def engine(shape: str = shape) -> DummyEngine:
                 where = shapes.write(Path(folder), shape, args.rehearse)
-                limits = SMALL if args.rehearse else Limits()
-                how = dict(diffusion=shape in shapes.D2F, limits=limits, small=args.rehearse)
+                limits = SMALL if args.rehearse else replace(Limits(), step_tokens=step_tokens)
+                how: dict[str, Any] = dict(
+                    diffusion=shape in shapes.D2F, limits=limits, small=args.rehearse,
+                    gpu_memory_utilization=args.gpu_memory_utilization,
+                )  # fmt: skip
                 return DummyEngine(where, **how, **changes)
 
             for key, measure in points(args, shape, engine):

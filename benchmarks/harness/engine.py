@@ -285,7 +285,14 @@ class DummyEngine:
     """
 
     def __init__(
-        self, folder: Path, *, diffusion: bool, limits: Limits, small: bool, **changes: Any
+        self,
+        folder: Path,
+        *,
+        diffusion: bool,
+        limits: Limits,
+        small: bool,
+        gpu_memory_utilization: float = 0.92,
+        **changes: Any,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self.diffusion, self.limits = diffusion, limits
@@ -300,7 +307,7 @@ class DummyEngine:
         if small:
             given |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 27)
         else:
-            given["gpu_memory_utilization"] = 0.92
+            given["gpu_memory_utilization"] = gpu_memory_utilization
         if diffusion:
             # Each request says how many blocks it opens; a rate makes vLLM simulate.
             section = {"block_size": BLOCK, "max_blocks": 4, "window": BLOCK * MAX_BLOCKS}

@@ -45,9 +45,10 @@ class Step:
 
 CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"
 EDGES = "--requests 1 8 --blocks 4 --contexts 512 --what steps"
+LITTLE = '--engine-args {{"gpu_memory_utilization":0.3}}'
 # FlashInfer has no float32.
-FLOAT32 = "parity --prompts 16 --ways batch single --attention-backend TRITON_ATTN"
-BFLOAT16 = "parity --prompts 40 --ways batch --dtype bfloat16"
+FLOAT32 = f"parity --prompts 16 --ways batch single --attention-backend TRITON_ATTN {LITTLE}"
+BFLOAT16 = f"parity --prompts 40 --ways batch --dtype bfloat16 {LITTLE}"
 FEW = "--contexts 512 2048 --requests 1 16 --blocks 1 4"
 STEPS = (
     Step("kernels", "kernels --rows 32", 120),
