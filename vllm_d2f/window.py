@@ -174,14 +174,15 @@ class Window:
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
         values += [*ends, *[-1] * (room - len(ends))]
         _copy_in(self.counters[row], torch.tensor(values))
-        self.tokens_RW[row] = mask_id
-        self.decoded_RW[row] = False
+        # Assigning a number to an element would wait for the device; filling does not.
+        self.tokens_RW[row].fill_(mask_id)
+        self.decoded_RW[row].fill_(False)
         if tail:
             _copy_in(self.tokens_RW[row, : len(tail)], torch.tensor(tail))
-            self.decoded_RW[row, : len(tail)] = True
+            self.decoded_RW[row, : len(tail)].fill_(True)
         self.block_RW[row] = torch.div(self.column_W, size, rounding_mode="floor") * size
         self.previous_RW[row] = (self.block_RW[row] - size).clamp(min=0)
-        self.tau_R1[row] = params.tau_conf
+        self.tau_R1[row].fill_(params.tau_conf)
         self.num_ends = max(self.num_ends, len(ends))
 
     def rows(self, index_R: Tensor) -> "Window":

@@ -153,13 +153,14 @@ class RequestStates:
             self.drawing.add(slot)
             if params.top_k > 0 or params.top_p < 1:
                 self.truncating.add(slot)
-        self.sampling.temperature_R[slot] = params.temperature
-        self.sampling.top_k_R[slot] = max(params.top_k, 0)
-        self.sampling.top_p_R[slot] = params.top_p
-        self.sampling.min_p_R[slot] = params.min_p
+        # Assigning a number to an element would wait for the device; filling does not.
+        self.sampling.temperature_R[slot].fill_(params.temperature)
+        self.sampling.top_k_R[slot].fill_(max(params.top_k, 0))
+        self.sampling.top_p_R[slot].fill_(params.top_p)
+        self.sampling.min_p_R[slot].fill_(params.min_p)
         # A request without a seed takes the engine's next one, which is the same on every rank.
         seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
-        self.sampling.seed_R[slot] = seed
+        self.sampling.seed_R[slot].fill_(seed)
 
     def _make_sampler(
         self, slot: int, data: NewRequestData, params: D2FParams

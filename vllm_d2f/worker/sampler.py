@@ -82,9 +82,9 @@ class D2FSampler:
         """Publish the first query. `RequestStates.add` has made the window."""
         row = self.states.row(req_index)
         window = self.states.window.rows(row)
-        self.lag_S[req_index] = 0
+        self.lag_S[req_index].fill_(0)
         if self.states.async_scheduling:
-            self.req_states.draft_tokens[req_index] = self.states.mask_id  # vLLM wrote zeros
+            self.req_states.draft_tokens[req_index].fill_(self.states.mask_id)  # vLLM wrote zeros
         self._publish(row, window, window.tokens_RW, window.start_R)
         self.proposals.add_request(req_index)
 
