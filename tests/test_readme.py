@@ -149,7 +149,7 @@ def figures() -> str:
     ways = [way for _, report in parity_reports() for way in report["ways"].values()]
     equal = f"{sum(way['equal'] for way in ways):,} of {sum(way['of'] for way in ways):,}"
     rows.append(("answers with the tokens and forward passes of the reference loop", equal))
-    rows.append(("published 7B and 8B models; any model on a GPU", "not run yet"))
+    rows.append(("published 7B and 8B models", "not run yet"))
     return table(["what", "result"], rows)
 
 

@@ -158,7 +158,7 @@ def play(device, async_scheduling, shift, drawing, guard, rules=(), origin="prom
         for name in ("num_sampled", "num_rejected", "num_nans"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         if not async_scheduling:  # the next query begins where the window does
-            moved = plain.states.window.start_R[busy] - torch.tensor(start_S)[busy]
+            moved = plain.states.window.start_R[busy].cpu() - torch.tensor(start_S)[busy]
             here = torch.tensor(tails) + torch.tensor(widths)
             assert torch.equal(here - want.num_rejected.cpu(), moved.cpu())
         for row, count in enumerate(want.num_sampled.tolist()):

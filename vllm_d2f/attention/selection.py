@@ -36,8 +36,8 @@ def prepare(vllm_config: "VllmConfig") -> None:
     buffers for `max_num_seqs` of them in that mode. A window has as many sequences as open blocks,
     so with these backends only the layers between the attention layers are captured. The backend of
     this package can be part of a FULL graph (`vllm_d2f.attention.cuda_graphs`). It is only on
-    request, with `--compilation-config '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'`: no measurement
-    on a device has shown a gain yet.
+    request, with `--compilation-config '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'`: on an H200 a
+    step of one request took 7.8 instead of 12.3 ms, but tokens have not been compared there yet.
 
     Raises:
         ValueError: FlashInfer is requested and not installed, or lacks the head size, or another
