@@ -127,7 +127,7 @@ def repository_files(root: Path) -> Iterator[Source]:
         raise BundleError(f"git ls-files in {root}: {error}; run it from a checkout") from None
     for name in sorted(set(done.stdout.split("\0")) - {""}):
         path = root / name
-        if path.is_file() and not name.startswith("benchmarks/results/"):
+        if path.is_file() and not name.startswith(("benchmarks/results/", "training/adapters/")):
             yield Source(f"repo/{name}", path.read_bytes(), bool(path.stat().st_mode & 0o100))
 
 
