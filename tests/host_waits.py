@@ -2,7 +2,8 @@
 """Finds, on a CPU, what would make the host wait for a device.
 
 On a CPU nothing waits, so this looks for the operations themselves: those whose result has a size
-that only the device knows, and those that bring a value to Python. On CUDA use
+that only the device knows, those that bring a value to Python, and assignments of a Python number to
+one row, which copy it from the host (`fill_` does not). On CUDA use
 `torch.cuda.set_sync_debug_mode("error")`, which asks the driver.
 """
 
@@ -63,7 +64,16 @@ def no_host_waits(allowed=()):
 
         return original, method
 
-    watched = {name: watch(name) for name in METHODS}
+    def assign(self, index, value):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        # An H200 waited for `x[3] = 1.0`, and not for `x[:, 3] = 1.0`.
+        number = isinstance(value, bool | int | float)
+        if number and isinstance(index, int) and caller not in allowed:
+            raise HostWait(f"a number assigned to a row in {caller}")
+        return setitem(self, index, value)
+
+    setitem = torch.Tensor.__setitem__
+    watched = {name: watch(name) for name in METHODS} | {"__setitem__": (setitem, assign)}
     for name, (_, method) in watched.items():
         setattr(torch.Tensor, name, method)
     try:

@@ -45,6 +45,7 @@ class Step:
 
 CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"
 EDGES = "--requests 1 8 --blocks 4 --contexts 512 --what steps"
+# The tiny model needs little, and others may use the device.
 LITTLE = '--engine-args {{"gpu_memory_utilization":0.3}}'
 # FlashInfer has no float32.
 FLOAT32 = f"parity --prompts 16 --ways batch single --attention-backend TRITON_ATTN {LITTLE}"
