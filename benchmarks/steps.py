@@ -297,7 +297,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add, what = parser.add_argument, ["steps", "speed", "profile"]
     add("--shapes", nargs="+", choices=list(shapes.SHAPES), default=["dream", "qwen"])
     add("--what", nargs="+", choices=what, default=what)
-    add("--variant", choices=list(VARIANTS), default="plain", help="graphs, async scheduling or neither")
+    add("--variant", choices=list(VARIANTS), default="plain", help="graphs or scheduling")
     add("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     add("--blocks", type=int, nargs="+", default=[4, 1, 2, 8], help="of 32, open in each window")
     add("--contexts", type=int, nargs="+", default=[512, 2048])

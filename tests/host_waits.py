@@ -2,8 +2,8 @@
 """Finds, on a CPU, what would make the host wait for a device.
 
 On a CPU nothing waits, so this looks for the operations themselves: those whose result has a size
-that only the device knows, those that bring a value to Python, and assignments of a Python number to
-one row, which copy it from the host (`fill_` does not). On CUDA use
+that only the device knows, those that bring a value to Python, and assignments of a Python number
+to one row, which copy it from the host (`fill_` does not). On CUDA use
 `torch.cuda.set_sync_debug_mode("error")`, which asks the driver.
 """
 
