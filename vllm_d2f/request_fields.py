@@ -99,12 +99,14 @@ class RequestFields:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http" or not _is_json(scope):
             return await self.app(scope, receive, send)
+        from vllm.exceptions import VLLMValidationError
+
         messages: list[Message] = []
         while not messages or messages[-1].get("more_body"):
             messages.append(await receive())
         try:
             options = self.options(b"".join(message.get("body", b"") for message in messages))
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:  # vLLM's is no ValueError
             return await _refusal(error)(scope, receive, send)
 
         async def replay() -> "Message":
@@ -141,7 +143,7 @@ def _is_json(scope: "Scope") -> bool:
     return scope["method"] == "POST" and (not types or b"json" in types[0].lower())
 
 
-def _refusal(error: ValueError) -> "ASGIApp":
+def _refusal(error: Exception) -> "ASGIApp":
     """HTTP 400 in the form in which vLLM answers errors."""
     from starlette.responses import JSONResponse
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
