@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job `extract`: a sentence about a restaurant becomes JSON with eight fixed keys.
 
-The sentences are those that people wrote for the E2E challenge (CC BY-SA 4.0, arXiv 1706.09254), each
-from a list of facts. Writers left facts out, which is known as the semantic noise of this data
+The sentences are those that people wrote for the E2E challenge (CC BY-SA 4.0, arXiv 1706.09254),
+each from a list of facts. Writers left facts out, which is known as the semantic noise of this data
 (arXiv 1911.03905). A model cannot extract what is not written, so `stated` sets a fact to null
 unless the sentence speaks of its kind, and corrects it where the sentence names another value. The
 rule is the same for training and test; `--facts given` writes the facts as they come.
