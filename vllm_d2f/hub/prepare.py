@@ -17,12 +17,15 @@ from vllm_d2f.hub import HubError, cache, checkpoint, download, say
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
 from vllm_d2f.models import FAMILIES, PUBLISHED
+from vllm_d2f.models.adapted import FAMILIES as adapted_families
 from vllm_d2f.settings import settings_from_dict
 
 __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
+STACKS = {arch: one.hf for one in adapted_families for arch in (one.architecture, one.hf)}
+"""What an adapter of an autoregressive base results in -> the architecture of that base."""
 _VARIANTS = {"base": "base", "instruct": "instruct", "chat": "instruct"}
 
 
@@ -159,7 +162,8 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     adapter = read_adapter(adapter_source.folder)
     base_source = _source(plan.base, plan.base_revision, "base")
     config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
-    _check_architecture(plan, config)
+    own = _own_config(adapter.folder)
+    _check_architecture(plan, config, own)
     evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
     index = checkpoint.index_of(base_source.folder)
     if index is not None:
@@ -180,9 +184,11 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
             files = merge_weights(base, adapter, part, bar.update)
         _write_small_files(base_source.folder, part)
+        if own:  # a chat template, a tokenizer with a mask token
+            _write_small_files(adapter.folder, part)
         _write_card(part, name, sources)
         # config.json is the last file that makes this a checkpoint.
-        cache.write_json(part / "config.json", _merged_config(config, plan))
+        cache.write_json(part / "config.json", _merged_config(own or config, plan))
         for path in part.iterdir():
             if path.name not in files:
                 files[path.name] = {"size": path.stat().st_size, "sha256": cache.sha256_of(path)}
@@ -218,10 +224,27 @@ def _source(given: str, revision: str | None, what: str) -> Source:
     return download.fetch(given, revision, what)
 
 
-def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
+def _own_config(adapter: Path) -> dict[str, Any]:
+    """The config.json that `training` writes beside an adapter of an autoregressive base.
+
+    It is what the merged model has: the adapter makes another architecture of its base.
+    """
+    if not (adapter / "config.json").exists():
+        return {}
+    own = checkpoint.read_json(checkpoint.plain_file(adapter, "config.json"))
+    return own if _architecture(own) in STACKS else {}
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
     listed = config.get("architectures")
-    found = listed[0] if isinstance(listed, list) and listed else None
+    return listed[0] if isinstance(listed, list) and listed else None
+
+
+def _check_architecture(plan: MergePlan, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    found = _architecture(config)
     allowed = [plan.architecture] if plan.architecture else list(FAMILIES)
+    if own:
+        allowed = [STACKS[str(_architecture(own))]]
     if found not in allowed:
         raise HubError(
             f"{plan.base}: config.json says architecture {found!r:.80}, expected "
