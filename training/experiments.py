@@ -29,6 +29,7 @@ from training.data import encode_problems
 from training.evaluate import d2f
 from training.report import machine, read_lines, read_log, versions
 from training.train import fit, set_up
+from vllm_d2f.output import check_output
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def run_one(plan: Plan, name: str, seed: int, teacher: Path, out: Path) -> dict[
         start.with_suffix(".part").rename(start)
     accelerator = Accelerator()
     attention = chosen_attention(config.model.attention, accelerator.device)
-    folder = out / f"{name}-{seed}"
+    folder = out / f"{name}-{seed}.part"
+    check_output(folder, "teacher/final.safetensors", text="")
     shutil.rmtree(folder, ignore_errors=True)  # a half-trained one begins again: it takes minutes
     student = config.stages["student"]
     # `set_up` looks for both stages side by side.
@@ -181,7 +183,6 @@ def write(
         "table": rows,
         "runs": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(plan, rows, report))
     plot(plan, rows, path.with_suffix(".png"))
@@ -284,6 +285,10 @@ def main(argv: list[str] | None = None) -> None:
         chosen = args.variants.split(",") if args.variants else list(plan.variants)
         if unknown := set(chosen) - set(plan.variants):
             raise ConfigError(f"--variants: unknown {sorted(unknown)}")
+        report = args.results.with_suffix(".json")
+        report.parent.mkdir(parents=True, exist_ok=True)
+        beside = (report.with_suffix(".md"), report.with_suffix(".png"))
+        check_output(report, text='"variants"', beside=beside)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     kept = args.out / "runs.jsonl"

@@ -218,7 +218,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
         train(config, tmp_path, ("ar",))
     assert checkpoint.progress_of(checkpoint.find(tmp_path / "ar"))["step"] == 2
     # Between the two renames only the old one is there.
-    os.rename(tmp_path / "ar" / "checkpoint", tmp_path / "ar" / "checkpoint.old")
+    os.rename(tmp_path / "ar" / "checkpoint", tmp_path / "ar" / ".checkpoint.old")
     assert checkpoint.progress_of(checkpoint.find(tmp_path / "ar"))["step"] == 2
 
     def killed(source, target):
