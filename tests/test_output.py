@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No command replaces what this package did not write; a closed pipe ends one without a traceback."""
+"""No command replaces what this package did not write. A closed pipe brings no traceback."""
 
 import os
 import subprocess
