@@ -89,13 +89,16 @@ def build(
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
     rows = [{"decoder": name, **row} for name, row in report["scores"].items()]
+    about = (
+        f"Job `{report['job']}`. Ranges of scores are 95 % intervals over the answers, "
+        "`against ar` is of the difference on the same questions; ranges of speeds are over the "
+        f"runs. A score is {report['score'].replace('_', ' ')}."
+    )
     other = "slots records valid punctuation_f1 case_f1 numbers exact"
     shown = " ".join(key for key in other.split() if any(key in row for row in rows))
     return [
         *record.head("D2F against its alternatives", report),
-        f"Job `{report['job']}`. Ranges of scores are 95 % intervals over the answers, "
-        "`against ar` is of the difference on the same questions; ranges of speeds are over the "
-        f"runs. A score is {report['score'].replace('_', ' ')}.",
+        about,
         "",
         *record.columns(
             f"decoder answers score against_ar leaves_the_control tokens_per_forward {shown}", rows

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the terminal")
     options = parser.parse_args()
+    if options.out and options.out.exists():
+        parser.error(f"{options.out} exists; name another file")
     prompts = options.prompts.read_text().splitlines() if options.prompts else PROMPTS
 
     # These options suit the tiny model on a CPU. A 7B model on a GPU needs none of them.

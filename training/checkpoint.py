@@ -63,12 +63,16 @@ def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Ite
     """
     main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
-    part, old = (directory.with_name(directory.name + end) for end in (".part", ".old"))
+    part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("part", "old"))
     if main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait()
-    yield part
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # it may have filled the disk
+        raise
     wait()
     if main:
         _sync(part)
@@ -91,7 +95,7 @@ def write_whole(file: Path, text: str) -> None:
 def find(directory: Path) -> Path | None:
     """The newest whole checkpoint."""
     # Between two renames only the old one is there.
-    for name in ("checkpoint", "checkpoint.old"):
+    for name in ("checkpoint", ".checkpoint.old"):
         if (directory / name / "progress.json").exists():
             return directory / name
     return None

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Of a folder that a run writes: no path."""
 
 SCHEDULES = ("monotone", "paper", "chain_uniform", "sorted_uniform", "random")
 
@@ -311,7 +313,7 @@ class StageSection(Section):
     save_every: Positive = 500
     evaluate_every: Positive = 500
     evaluate: Annotated[int, Field(ge=0)] = 100
-    export: str | None = None
+    export: Name | None = None
     merge: bool = True
 
     @model_validator(mode="after")
@@ -348,7 +350,7 @@ class FinalSection(Section):
 class Config(Section):
     """A whole run: the stages in order."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     model: ModelSection
     data: DataSection = DataSection()
     decoding: DecodingSection = DecodingSection()
@@ -359,9 +361,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_fit(self) -> "Config":
         seen: set[str] = set()
+        exports: dict[str, str] = {}
         for name, stage in self.stages.items():
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"stages.{name}: use letters, digits, - and _ in a stage's name")
+            if not name.replace("-", "").replace("_", "").isalnum() or name == "models":
+                raise ValueError(
+                    f"stages.{name}: use letters, digits, - and _ in a stage's name; `models` is "
+                    "the folder of exports"
+                )
+            if stage.export is not None and exports.setdefault(stage.export, name) != name:
+                raise ValueError(
+                    f"stages.{name}.export: {exports[stage.export]!r} has the same; name another"
+                )
             if stage.start is not None and stage.start not in seen:
                 raise ValueError(
                     f"stages.{name}.start: {stage.start!r} is no earlier stage; "
@@ -430,14 +440,21 @@ def load_config(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config; see training/configs")
-    values = _yaml(path.read_text(), str(path))
+    try:
+        values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping")
-    variants = values.pop("variants", {})
+    variants = values.pop("variants", None) or {}
+    if not isinstance(variants, dict) or not all(
+        isinstance(v or {}, dict) for v in variants.values()
+    ):
+        raise ConfigError(f"{path}: variants: must map names to sections")
     if variant is not None:
         if variant not in variants:
             raise ConfigError(f"{path}: has no variant {variant!r}; it has {sorted(variants)}")
-        values = merged(values, variants[variant])
+        values = merged(values, variants[variant] or {})  # an empty one changes nothing
     for override in overrides:
         values = merged(values, parse_override(override))
     return make_config(values, str(path))

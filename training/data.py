@@ -7,6 +7,7 @@ that was never interrupted, and there is no data state to save.
 Shapes: B rows, T tokens, D documents (examples) of a batch.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -265,6 +266,15 @@ def read_records(
             f"{counts['dropped']} longer than data.max_length {data.max_length})"
         )
     return Records(kept, counts, GROUPED if data.group_by_length else 1)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """sha256 of what is learnt from examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        learnt = (example.prompt, example.answer, example.ended, example.end)
+        digest.update(repr(learnt).encode())
+    return digest.hexdigest()
 
 
 def check_tokenizer(data: DataSection, tokenizer: Any) -> None:

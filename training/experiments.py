@@ -10,6 +10,7 @@ several thresholds. A result is kept as soon as it is there; running the command
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -29,6 +30,8 @@ from training.data import encode_problems
 from training.evaluate import d2f
 from training.report import machine, read_lines, read_log, versions
 from training.train import fit, set_up
+from training.trainer import fingerprint_files, same_inputs
+from vllm_d2f.output import check_output
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class Plan:
             b for g in self.groups.values() if name in g["variants"] for b in g.get("decode", ())
         ]
         return sorted({trained, *more})
+
+    def fingerprint(self, name: str) -> str:
+        """sha256 of what decides the results of a variant."""
+        decoded = (self.thresholds, self.problems, self.block_sizes(name))
+        decided = f"{self.of(name, 0).model_dump_json()} {decoded}"
+        return hashlib.sha256(decided.encode()).hexdigest()
 
 
 def load_plan(path: Path) -> Plan:
@@ -97,7 +106,8 @@ def run_one(plan: Plan, name: str, seed: int, teacher: Path, out: Path) -> dict[
         start.with_suffix(".part").rename(start)
     accelerator = Accelerator()
     attention = chosen_attention(config.model.attention, accelerator.device)
-    folder = out / f"{name}-{seed}"
+    folder = out / f"{name}-{seed}.part"
+    check_output(folder, "teacher/final.safetensors", text="")
     shutil.rmtree(folder, ignore_errors=True)  # a half-trained one begins again: it takes minutes
     student = config.stages["student"]
     # `set_up` looks for both stages side by side.
@@ -181,7 +191,6 @@ def write(
         "table": rows,
         "runs": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(plan, rows, report))
     plot(plan, rows, path.with_suffix(".png"))
@@ -284,7 +293,18 @@ def main(argv: list[str] | None = None) -> None:
         chosen = args.variants.split(",") if args.variants else list(plan.variants)
         if unknown := set(chosen) - set(plan.variants):
             raise ConfigError(f"--variants: unknown {sorted(unknown)}")
+        report = args.results.with_suffix(".json")
+        report.parent.mkdir(parents=True, exist_ok=True)
+        beside = (report.with_suffix(".md"), report.with_suffix(".png"))
+        check_output(report, text='"variants"', beside=beside)
     except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        begun = {"--teacher": fingerprint_files([args.teacher])}
+        begun |= {f"variants.{name}": plan.fingerprint(name) for name in chosen}
+        same_inputs(args.out, begun)
+    except ValueError as error:
         sys.exit(f"error: {error}")
     kept = args.out / "runs.jsonl"
     results = read_lines(kept) if kept.exists() else []

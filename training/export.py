@@ -6,6 +6,7 @@ A folder appears, or changes, as a whole.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,13 +177,14 @@ def _write_adapter(
 
     assert stage.lora is not None
     weights = {}
-    for name, tensor in get_peft_model_state_dict(net).items():
+    # PEFT would add the whole head if it is among the targets.
+    for name, tensor in get_peft_model_state_dict(net, save_embedding_layers=False).items():
         inner = name.removeprefix("base_model.model.")
         inner = BY_NAME[loaded.family].to_checkpoint(inner)
         weights[f"base_model.model.{inner}"] = tensor.detach().cpu().contiguous()
-    ends = {
-        name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights
-    }  # as the official base calls them
+    # As the official base calls them; its head may have the name of a module of the layers.
+    modules = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in weights}
+    ends = {m.rpartition(".")[2] if re.search(r"\.\d+\.", m) else m for m in modules}
     config = net.peft_config["default"].to_dict()
     embedding = net.get_base_model().model.embed_tokens
     if hasattr(embedding, MASK_ROW):

@@ -366,6 +366,11 @@ def lora_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
             ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
             raise ValueError(f"lora.targets: the model has no {target!r}; it has {ends}")
         chosen += found
+    if "lm_head" in chosen and model.config.tie_word_embeddings:
+        raise ValueError(
+            "lora.targets: lm_head is the embedding of this base (tie_word_embeddings), and an "
+            "adapter would be lost; leave it out"
+        )
     return chosen
 
 

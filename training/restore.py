@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vllm_d2f.output import OutputError, check_output
+
 FILLERS = ("um", "uh", "er", "you know", "well")
 # Pairs that sound alike and that recognisers mix up.
 HOMOPHONES = {
@@ -269,6 +271,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--answers", action="store_true", help="answers without calculations too")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
+    try:
+        check_output(args.out)
+    except OutputError as error:
+        parser.error(str(error))
     texts = []
     for line in args.texts.read_text().splitlines():
         record = json.loads(line)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from training import checkpoint
 from training.arithmetic import problems
@@ -36,6 +37,7 @@ from training.trainer import (
     set_up,
     take_whole,
 )
+from vllm_d2f.output import check_output, disk_is_full, ends_with_its_pipe
 
 
 def train(
@@ -54,10 +56,12 @@ def train(
     check_trackers(config)
     chosen = []
     for name in stages or config.stages:
+        exported(config, name, out)
         if (out / name / "done.json").exists():
             same_settings(out / name, config, name)
         else:
             check_source(data_of(config, name))
+            check_output(out / name, "settings.json", text="")
             chosen.append(name)
     accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(out))
     if accelerator.distributed_type.value == "DEEPSPEED":
@@ -118,16 +122,27 @@ def finish(run: Run, out: Path) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def exported(config: Config, name: str, out: Path) -> Path | None:
+    """The folder that the stage's model is written to, if any; an earlier export may be there.
+
+    Raises:
+        OutputError: something else is there. The card of an export says that it is one.
+    """
+    if (export_to := config.stages[name].export) is None:
+        return None
+    check_output(out / "models" / export_to, "README.md", "Trained with vllm-d2f")
+    return out / "models" / export_to
+
+
 def export_stage(run: Run, out: Path, figures: str = "") -> None:
     """Write `OUT/models/NAME`, if the stage has a name for it."""
-    stage, config = run.stage, run.config
-    if stage.export is None:
+    config = run.config
+    if (folder := exported(config, run.name, out)) is None:
         return
     text = card(config, run.name, figures)
     export(
-        run.loaded, run.predictor.net, stage, config.decoding, out / "models" / stage.export,
-        text, config.model.base,
-    )  # fmt: skip
+        run.loaded, run.predictor.net, run.stage, config.decoding, folder, text, config.model.base
+    )
 
 
 def final_evaluation(
@@ -162,7 +177,9 @@ def held_out_problems(config: Config, run: Run) -> list[Example]:
     return encode_problems(items, run.loaded.tokenizer)
 
 
+@ends_with_its_pipe()
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--config", type=Path, required=True, help="YAML file, see training/configs"
@@ -178,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         "--dry-run", action="store_true", help="sizes, LoRA targets and memory, without weights"
     )
     args = parser.parse_intermixed_args(argv)  # overrides may stand anywhere
+    out: Path = args.out or Path("build")
     try:
         config = load_config(args.config, args.overrides, "smoke" if args.smoke else args.variant)
         stages = tuple(args.stages.split(",")) if args.stages else None
@@ -197,12 +215,23 @@ def main(argv: list[str] | None = None) -> None:
         given = [*(["--variant", variant] if variant else []), *args.overrides]
         if args.threads:
             torch.set_num_threads(args.threads)
-        out = args.out or Path("build") / config.name
+        out = args.out or out / config.name
+        if stages is None and out.exists():
+            report = out / "report.json"
+            beside = (report.with_suffix(".md"), report.with_suffix(".png"))
+            check_output(report, text='"training_minutes"', beside=beside)
         train(config, out, stages)
         if stages is None:
             command = f"python -m training.train --config {args.config} {' '.join(given)}".strip()
             final_evaluation(config, out, command=command)
-    except (ValueError, OSError, RuntimeError) as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        if disk_is_full(error):
+            error = OSError(
+                f"{out}: the disk is full ({error}). The last checkpoint is whole: free some space "
+                "and run the same command again, which goes on from it"
+            )
         sys.exit(f"error: {error}")
 
 

@@ -9,9 +9,12 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from training.data import (
     Records,
     Source,
     end_of,
+    fingerprint,
     make_source,
     training_batch,
     validation,
@@ -114,14 +118,15 @@ def set_up(
     """Load the model a stage starts from, its teacher and, if they are not given, its data."""
     stage = config.stages[name]
     directory = out / name
+    weights = out / (stage.start or "") / "final.safetensors"
+    if stage.start is not None and not weights.exists():
+        raise FileNotFoundError(f"{weights} is missing; run the stage {stage.start} first")
     same_settings(directory, config, name)
     loaded = load(config.model, attention, stage.seed)
     tied = loaded.config.tie_word_embeddings  # then the LM head is not stored
     data = data or Data.read(config, name, loaded)
+    same_inputs(directory, inputs(config, name, out, loaded, data))
     if stage.start is not None:
-        weights = out / stage.start / "final.safetensors"
-        if not weights.exists():
-            raise FileNotFoundError(f"{weights} is missing; run the stage {stage.start} first")
         start = load_file(weights)
         adapted = config.stages[stage.start].lora is not None
         if not adapted:
@@ -191,6 +196,47 @@ def same_settings(directory: Path, config: Config, name: str) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(file, json.dumps(values, indent=1) + "\n")
+
+
+def inputs(config: Config, name: str, out: Path, base: Base, data: Data) -> dict[str, str]:
+    """Fingerprints of what a stage reads, by the fields that name it."""
+    found = {"data.validation": fingerprint(data.held_out)}
+    if isinstance(data.source, Records):
+        found["data.source"] = fingerprint(data.source.all)
+    if base.folder is not None:
+        found["model.base"] = fingerprint_files(sorted(base.folder.glob("*.safetensors")))
+    if (start := config.stages[name].start) is not None:
+        found[f"stages.{name}.start"] = fingerprint_files([out / start / "final.safetensors"])
+    return found
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
+    """sha256 of names, sizes and both ends of weight files: a training changes every part."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for begin in (0, max(size - (1 << 20), 0)):
+                file.seek(begin)
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def same_inputs(directory: Path, values: dict[str, str]) -> None:
+    """What was begun goes on with the same data and weights.
+
+    Raises:
+        ValueError: their content has changed; the fields are named.
+    """
+    file = directory / "inputs.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if other := [name for name in values if before.get(name, values[name]) != values[name]]:
+        raise ValueError(
+            f"{directory} was begun with another content of {', '.join(other)}; bring that back, "
+            "delete the folder, or use another --out"
+        )
+    checkpoint.write_whole(file, json.dumps(before | values, indent=1) + "\n")
 
 
 def fit(run: Run, stop_after: int | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from vllm_d2f.hub import HubError
 from vllm_d2f.hub.command import add_commands, overview
 from vllm_d2f.models import FAMILIES, PRESETS
+from vllm_d2f.output import OutputError, ends_with_its_pipe
 from vllm_d2f.settings import settings_from_dict
 
 PACKAGES = (
@@ -99,6 +100,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"{name}={value}")
 
 
+@ends_with_its_pipe()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand, or print the report. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m vllm_d2f", description=__doc__)
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if run := getattr(args, "run", None):
         try:
             return run(args)
-        except HubError as error:
+        except (HubError, OutputError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     found = report()

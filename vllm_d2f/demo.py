@@ -25,7 +25,9 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_d2f import __version__
 from vllm_d2f.metrics import denoising_forwards
+from vllm_d2f.output import OutputError, check_output, ends_with_its_pipe
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -171,6 +173,7 @@ def _machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "threads": os.environ["OMP_NUM_THREADS"],
         "python": platform.python_version(),
+        "vllm-d2f": __version__,
         **{name: import_module(name).__version__ for name in ("torch", "vllm")},
     }
 
@@ -184,6 +187,7 @@ def _prepare_process() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+@ends_with_its_pipe()
 def main() -> None:
     """Run the command."""
     about = "A D2F model and its autoregressive twin answer 16 problems in stock vLLM."
@@ -192,6 +196,11 @@ def main() -> None:
     parser.add_argument("--baseline", default="ar-tiny", help='a plain model, "" for none')
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
+    if options.json:
+        try:
+            check_output(options.json)
+        except OutputError as error:
+            parser.error(str(error))
 
     _prepare_process()
     problems = bundled_problems()

@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_d2f.output import OutputError, check_output
+
 FAILED, TIME_IS_UP = 70, 75
 """Exit codes: a point failed and its process is not to be trusted; the same command goes on."""
 ATTEMPTS = 2
@@ -137,11 +139,18 @@ class Record:
         }
         header = json.loads(json.dumps(header, default=str))
         path = self.journal
-        if path is None:
+        if path is None or self.path is None:
             return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = (self.path.with_name(f"{self.path.stem}{suffix}.png") for suffix in self.figures)
+        try:
+            check_output(path, text='"experiment"')
+            beside = (self.path.with_suffix(".md"), *drawn)
+            check_output(self.path, text="python -m benchmarks.", beside=beside)
+        except OutputError as error:
+            raise UsageError(str(error)) from None
         if self.args.restart:
             path.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         known, *lines = _lines(path) or [header]
         if other := sorted(k for k in {*known, *header} if known.get(k) != header.get(k)):
             raise UsageError(

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.record import Parser
+from vllm_d2f.output import OutputError, check_output
 
 ROOT = Path(__file__).resolve().parents[2]
 PIECE_BYTES = 60 << 20
@@ -135,6 +136,7 @@ def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset:
     """Write pieces of at most `limit` bytes, their checksums, and run.sh; the number of files."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("run.sh"), out)  # first: it is the mark of `check_output`
     files: dict[str, str] = {}
     whole = out / "bundle.tar.xz"
     with (
@@ -159,7 +161,6 @@ def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset:
             sums.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
     whole.unlink()
     (out / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
-    shutil.copy(Path(__file__).with_name("run.sh"), out)
     return len(files)
 
 
@@ -212,10 +213,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
+        check_output(args.out, "run.sh")
         wheels = download(args.wheels, ROOT, args.python)
         from_wheels = (source for wheel in wheels for source in wheel_files(wheel))
         count = pack(itertools.chain(from_wheels, repository_files(ROOT)), args.out)
-    except BundleError as error:
+    except (BundleError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     sizes = [piece.stat().st_size for piece in args.out.glob("bundle.tar.xz.*")]

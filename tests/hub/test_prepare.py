@@ -22,6 +22,7 @@ from vllm_d2f.__main__ import main, show
 from vllm_d2f.hub import HubError, cache, download, names
 from vllm_d2f.hub.prepare import MergePlan, ensure, merge, plan_of, prepare, variant_of
 from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
+from vllm_d2f.output import OutputError
 from vllm_d2f.settings import settings_from_dict
 
 NAME = "d2f-dream-7b"
@@ -34,7 +35,7 @@ def plan(made, **options) -> MergePlan:
 def leftovers(folder: Path) -> list[str]:
     if not folder.exists():
         return []
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -150,7 +151,6 @@ def rewrite(change):
     [
         (remove("*00002*.safetensors"), "is missing"),
         (remove("config.json"), "config.json is missing"),
-        (remove(cache.RECORD), "d2f_merge.json is missing"),
         (shorten, "bytes of"),
         (lambda folder: (folder / cache.RECORD).write_text("{"), "not readable"),
         (rewrite(lambda record: []), "not readable"),
@@ -171,11 +171,18 @@ def test_a_damaged_folder_is_never_served(dream, damage, reason):
         assert f"python -m vllm_d2f rm {NAME}" in str(error.value)
 
 
-def test_a_folder_of_someone_else_is_not_touched(dream, cache_folder):
+def test_a_folder_of_someone_else_is_not_touched(dream, cache_folder, command, capsys):
     (cache_folder / NAME).mkdir(parents=True)
     (cache_folder / NAME / "mine.txt").write_text("mine")
-    with pytest.raises(HubError, match="not written by vllm-d2f"):
-        names.resolve(NAME)
+    for attempt in (
+        lambda: names.resolve(NAME),
+        lambda: prepare(NAME, plan(dream)),
+        lambda: prepare(NAME, plan(dream), force=True),
+    ):
+        with pytest.raises(OutputError, match="vllm-d2f did not write it"):
+            attempt()
+    assert "vllm-d2f did not write it" in command("rm", NAME, status=1)
+    assert main(["models"]) == 1 and "damaged" in capsys.readouterr().out
     assert (cache_folder / NAME / "mine.txt").read_text() == "mine"
 
 
@@ -197,9 +204,17 @@ def test_merge_to_a_folder_of_ones_own(dream, tmp_path):
     with pytest.raises(HubError, match="exists.*--force"):
         merge(out, own)
     merge(out, own, force=True)
+    (tmp_path / "own" / "model.lock").write_text("mine")
     (tmp_path / "precious").mkdir()
-    with pytest.raises(HubError, match="was not written by a merge"):
+    (tmp_path / "precious" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="precious: exists, and vllm-d2f did not write it"):
         merge(tmp_path / "precious", own, force=True)
+    assert leftovers(tmp_path / "precious") == ["mine.txt"]
+    merge(out, own, force=True)
+    assert leftovers(out.parent) == ["model", "model.lock"], "no lock of ours is left"
+    assert (out.parent / "model.lock").read_text() == "mine"
+    with pytest.raises(HubError, match="cannot be written .*; name another --out"):
+        merge(tmp_path / "precious" / "mine.txt" / "out", own)
     with pytest.raises(HubError, match="unknown setting 'blocks'"):
         merge(tmp_path / "x", MergePlan(own.base, own.adapter, d2f={"blocks": 1}))
 
@@ -260,8 +275,8 @@ def test_the_command_on_a_disk_that_fills_up(dream, tmp_path):
 
     full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert full.returncode == 1
-    assert "the disk filled up" in full.stderr and "D2F_CACHE" in full.stderr
-    assert [p for p in out.parent.rglob("*") if not p.name.endswith(".lock")] == []
+    assert "the disk filled up" in full.stderr and "name another --out" in full.stderr
+    assert "D2F_CACHE" not in full.stderr and list(out.parent.iterdir()) == []
     assert subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -439,7 +454,8 @@ def test_the_command_from_first_to_last(dream, llada, tmp_path, command):
     assert "expected LLaDAModelLM" in command("prepare", "d2f-llada-8b", *other, status=1)
     assert "ships with the package" in command("rm", "d2f-tiny", status=1)
     assert "unknown model name" in command("rm", "d2f-x", status=1)
-    assert "freed" in command("rm", NAME)
+    assert "freed 6" in command("rm", NAME)
+    assert command("rm", NAME) == f"there is no merged {NAME} to free\n"
     assert not cache.folder_of(NAME).exists()
 
     out = tmp_path / "out"

@@ -152,9 +152,9 @@ def kill_checkpoints(kills: int, folder: Path) -> dict[str, Any]:
         time.sleep(rng.random() * duration * 1.1)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        counts["left_parts"] += (folder / "checkpoint.part").exists()
+        counts["left_parts"] += (folder / ".checkpoint.part").exists()
         # Between its two renames only the old one is there.
-        renaming = (folder / "checkpoint.old").exists() and not (folder / "checkpoint").exists()
+        renaming = (folder / ".checkpoint.old").exists() and not (folder / "checkpoint").exists()
         counts["between_renames"] += renaming
         try:
             found = loaded()

@@ -73,6 +73,11 @@ def test_experiments_are_valid_and_differ_from_the_default():
         ("stages.ar.optimizer.betas=[1, 2]", "stages.ar.optimizer.betas"),
         ("model.sizes.hidden_size=130", "model.sizes.hidden_size 130 is no multiple of num_att"),
         ("trackers=[mlflow]", "trackers.0"),
+        ("stages.ar.export=/data/models", r"stages.ar.export: .*got '/data/models'"),
+        ("stages.ar.export=../x", r"stages.ar.export: .*got '../x'"),
+        ("stages.ar.export=.checkpoint", r"stages.ar.export: .*got '.checkpoint'"),
+        ("stages.ar.export=d2f-tiny", "stages.student.export: 'ar' has the same"),
+        ("stages={models: {objective: next_token, steps: 1}}", "stages.models: .* folder of exp"),
         (
             "stages.student.loss={block_size: 8, prompt_attention: block_causal}",
             "in blocks of decoding.block_size 16; make loss.block_size 8 the same",
@@ -97,6 +102,39 @@ def test_command_line_says_it_in_one_line(capsys, tmp_path):
     assert not (tmp_path / "x" / "ar").exists()
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         main(["--config", str(TINY), "--out", str(tmp_path / "y"), "model.attention=xformers"])
+
+
+def test_variants(tmp_path):
+    """An empty one changes nothing."""
+    file = tmp_path / "c.yaml"
+    for variants, message in (("{smoke: }", None), ("[smoke]", "map"), ("{smoke: 3}", "map")):
+        file.write_text(f"{TINY.read_text().partition('variants:')[0]}\nvariants: {variants}\n")
+        if message is None:
+            assert load_config(file, variant="smoke") == load_config(file)
+            continue
+        with pytest.raises(ConfigError, match="variants: must map names to sections"):
+            load_config(file, variant="smoke")
+    file.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match="c.yaml: not UTF-8.*save it as UTF-8"):
+        load_config(file)
+
+
+def test_no_folder_of_the_users_is_replaced(tmp_path, monkeypatch):
+    """It is found before anything is loaded."""
+
+    def open_base(section):
+        raise AssertionError("the base was opened")
+
+    monkeypatch.setattr("training.train.open_base", open_base)
+    for place in ("models/d2f-tiny/model.safetensors", "student/notes.txt", "report.md"):
+        out = tmp_path / place.partition("/")[0]
+        mine = out / place
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        with pytest.raises(SystemExit, match="exists, and vllm-d2f did not write it"):
+            main(["--config", str(TINY), "--out", str(out)])
+        assert [path for path in out.rglob("*") if path.is_file()] == [mine]
+        assert mine.read_text() == "mine"
 
 
 def test_scores_that_need_held_out_problems_ask_for_them():

@@ -3,11 +3,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import write_dream, write_dream_tokenizer, write_llada
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.arithmetic import problems
@@ -23,9 +25,10 @@ from training.config import (
 )
 from training.data import Example, padded
 from training.export import export, merged_state
-from training.model import Predictor, add_lora, as_teacher, load
+from training.model import BY_NAME, Predictor, add_lora, as_teacher, load, lora_modules
 from training.report import card
 from training.tokenizer import build_tokenizer
+from vllm_d2f.hub.prepare import MergePlan, merge
 from vllm_d2f.models import register_configs
 from vllm_d2f.models.hf import load_hf
 from vllm_d2f.models.llada import FAMILY as LLADA
@@ -113,9 +116,9 @@ def test_attention_gradients_agree_on_cuda(base, attention):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def random_adapter(loaded):
+def random_adapter(loaded, section=LORA):
     """An adapter that changes something; as initialised B is zero."""
-    net = add_lora(loaded, LORA, 0)
+    net = add_lora(loaded, section, 0)
     torch.manual_seed(1)
     for name, parameter in net.named_parameters():
         if "lora_B" in name:
@@ -188,6 +191,27 @@ def test_an_adapter_alone_has_the_official_names(base, tmp_path):
     plain = load(base, "eager").model.state_dict()
     target = LLADA.to_stack(f"model.{inner}{output}") + ".weight"
     torch.testing.assert_close(plain[target] + 2.0 * b @ a, state[target], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_the_head_is_merged(base, tmp_path):
+    """By `python -m vllm_d2f merge`, to what `merge: true` writes."""
+    loaded = load(base, "eager")
+    head = LORA.model_copy(update={"targets": ("q_proj", "lm_head")})
+    net = random_adapter(loaded, head)
+    state = merged_state(net)
+    export(loaded, net, stage(lora=head, merge=False), DECODING, tmp_path / "a", "card", base.base)
+    written = merge(tmp_path / "m", MergePlan(base.base, str(tmp_path / "a"), check_variant=False))
+    for file in written.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(tensor, state[BY_NAME[base.family].to_stack(name)])
+
+
+def test_an_adapter_of_a_tied_head_would_be_lost():
+    config = SimpleNamespace(tie_word_embeddings=True)
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(2, 2)})
+    model.config = config
+    with pytest.raises(ValueError, match="lora.targets: lm_head is the embedding of this base"):
+        lora_modules(model, ("lm_head",))
 
 
 def test_names_go_there_and_back():

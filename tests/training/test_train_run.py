@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -189,6 +190,37 @@ def test_lora_training_resumes_exactly_and_keeps_the_base(tmp_path):
     assert changed and all(name.split(".")[-2] in "q_proj k_proj v_proj o_proj" for name in changed)
 
 
+def test_a_training_goes_on_with_what_it_was_begun_with_only(tmp_path):
+    """Other records or other weights under the same name stop it; brought back it goes on."""
+    config, out = lora_config(tmp_path, evaluate_every=100), tmp_path / "out"
+    train(config, out, stop_after=1)
+    for file, fields in (
+        (tmp_path / "data.jsonl", "data.validation, data.source"),
+        (tmp_path / "base" / "model.safetensors", "model.base"),
+    ):
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"a b c", b"a b d", 1))
+        if file.suffix == ".safetensors":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"begun with another content of {fields};.*--out"):
+            train(config, out)
+        assert checkpoint.progress_of(checkpoint.find(out / "student"))["step"] == 1
+        file.write_bytes(content)
+    train(config, out, stop_after=2)
+    # A training that an earlier version began has no fingerprints, and gets them.
+    (out / "student" / "inputs.json").unlink()
+    train(config, out, stop_after=3)
+    assert (out / "student" / "inputs.json").exists()
+
+
+def test_a_stage_goes_on_from_the_stage_that_it_began_with(whole, tmp_path):
+    shutil.copytree(whole / "teacher", tmp_path / "teacher")
+    train(make_config(CHAIN), tmp_path, ("student",), stop_after=1)
+    shutil.copy(whole / "ar" / "final.safetensors", tmp_path / "teacher")
+    with pytest.raises(ValueError, match="another content of stages.student.start;"):
+        train(make_config(CHAIN), tmp_path, ("student",))
+
+
 def test_gathered_weights_make_a_model_of_one_piece(tmp_path):
     """What sharded training does at its end, from weights that one process gathered."""
     config = lora_config(tmp_path)
@@ -218,7 +250,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
         train(config, tmp_path, ("ar",))
     assert checkpoint.progress_of(checkpoint.find(tmp_path / "ar"))["step"] == 2
     # Between the two renames only the old one is there.
-    os.rename(tmp_path / "ar" / "checkpoint", tmp_path / "ar" / "checkpoint.old")
+    os.rename(tmp_path / "ar" / "checkpoint", tmp_path / "ar" / ".checkpoint.old")
     assert checkpoint.progress_of(checkpoint.find(tmp_path / "ar"))["step"] == 2
 
     def killed(source, target):
@@ -363,6 +395,13 @@ def test_experiments_run_resume_and_report(whole, tmp_path):
     arguments = ["--config", str(file), "--teacher", str(teacher), "--out", str(tmp_path / "w"),
                  "--results", str(results)]  # fmt: skip
     experiments([*arguments, "--variants", "default"])
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(json.dumps({**plan, "problems": 4}))
+    with pytest.raises(SystemExit, match="another content of variants.default"):
+        experiments([*arguments, "--config", str(changed)])
+    other = ["--teacher", str(whole / "ar" / "final.safetensors")]
+    with pytest.raises(SystemExit, match="another content of --teacher"):
+        experiments([*arguments, *other])
     experiments(arguments)
     report = json.loads(results.with_suffix(".json").read_text())
     runs = {(r["variant"], r["seed"]) for r in report["runs"]}

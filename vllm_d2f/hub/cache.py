@@ -6,22 +6,24 @@ in a folder lists its files with their sizes and sha256. A folder is served only
 there and every listed file has its size.
 """
 
-import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_d2f.hub import HubError, say
 from vllm_d2f.hub.checkpoint import read_json
+from vllm_d2f.output import check_output, disk_is_full
 
-__all__ = ["RECORD", "State", "damaged_files", "folder_of", "inspect", "is_part", "locked", "root"]
+__all__ = ["RECORD", "State", "damaged_files", "elsewhere", "folder_of", "inspect", "is_part"]
+__all__ += ["locked", "root"]
 __all__ += ["remove_folder", "remove_parts", "write_whole"]
 
 RECORD = "d2f_merge.json"
@@ -117,25 +119,46 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locked(folder: Path) -> AbstractContextManager[Any]:
+def elsewhere(folder: Path) -> str:
+    """The remedy where `folder` cannot hold a model: only a cache is moved by the environment."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if any(folder.is_relative_to(cache) for cache in (root(), Path(HF_HUB_CACHE).resolve())):
+        return "set HF_HOME or D2F_CACHE to a folder of yours, on a disk with space"
+    return "name another --out"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a place: one process prepares it, others wait.
 
-    The lock ends with its process, however that ends.
+    The lock is a file beside the place. It ends with its process, however that ends.
     """
-    from filelock import FileLock, Timeout
-
+    path = folder.with_name(f".{folder.name}.d2f-lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        try:
-            return lock.acquire(blocking=False)
-        except Timeout:
-            say(f"waiting for another process that prepares {folder}")
-            return lock.acquire()
+        file = path.open("a")
+        while not _lock(file, folder):
+            file.close()
+            file = path.open("a")
     except OSError as error:
-        raise HubError(
-            f"{folder.parent}: cannot be written ({error}). Set D2F_CACHE to a folder of yours"
-        ) from None
+        why = f"{folder.parent}: cannot be written ({error}); {elsewhere(folder.parent)}"
+        raise HubError(why) from None
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], folder: Path) -> bool:
+    """Wait for the lock; False if the process that held it has deleted the file meanwhile."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"waiting for another process that prepares {folder}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return os.fstat(file.fileno()).st_nlink > 0
 
 
 def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
@@ -161,10 +184,10 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
         os.rename(part, folder)
         _sync(folder.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if disk_is_full(error):
             raise HubError(
                 f"{folder}: the disk filled up while it was written; nothing was kept. Free some "
-                "space, or set D2F_CACHE to a folder on another disk, and run it again"
+                f"space, or {elsewhere(folder.parent)}, and run it again"
             ) from None
         raise HubError(f"{folder}: cannot be written ({error}); nothing was kept") from error
     finally:
@@ -177,7 +200,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Rename a folder, if there is one, and delete it: its place never holds a half-deleted one."""
+    """Rename a folder, if there is one, and delete it: its place never holds a half-deleted one.
+
+    Raises:
+        OutputError: it has no record, so this package did not write it.
+    """
+    check_output(folder, RECORD, text="")
     if not os.path.lexists(folder):
         return
     gone = folder.with_name(f"{folder.name}.part-{os.getpid()}0")

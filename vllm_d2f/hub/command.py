@@ -130,7 +130,9 @@ def _models(args: argparse.Namespace) -> int:
             if row.get(what)
         ]
         if reason := row.get("reason"):
-            details.append(f"damaged: {reason}; python -m vllm_d2f rm {row['name']}")
+            ours = (Path(row["folder"]) / cache.RECORD).exists()
+            remedy = f"python -m vllm_d2f rm {row['name']}" if ours else "move it away"
+            details.append(f"damaged: {reason}; {remedy}")
         if unfinished := row.get("unfinished"):
             details.append(
                 f"{human(unfinished)} left by an interrupted merge; the next prepare or rm frees it"
@@ -163,18 +165,19 @@ def _remove(args: argparse.Namespace) -> int:
         raise HubError(f"{args.name} ships with the package; there is nothing to free")
     if args.name not in PUBLISHED:
         raise HubError(f"unknown model name {args.name!r:.80}; known are {', '.join(PUBLISHED)}")
-    folder = cache.folder_of(args.name)
-    with cache.locked(folder):
-        freed = cache.inspect(folder).size
-        freed += cache.remove_parts(folder)
-        cache.remove_folder(folder)
+    folder, freed = cache.folder_of(args.name), 0
+    if folder.parent.is_dir():
+        with cache.locked(folder):
+            freed = cache.inspect(folder).size
+            cache.remove_folder(folder)
+            freed += cache.remove_parts(folder)
     downloads = _downloads(PUBLISHED[args.name])
     if args.downloads and downloads:
         commits = [revision.commit_hash for repo in downloads for revision in repo.revisions]
         strategy = scan_cache_dir().delete_revisions(*commits)
         strategy.execute()
         freed += strategy.expected_freed_size
-    print(f"freed {human(freed)}")
+    print(f"freed {human(freed)}" if freed else f"there is no merged {args.name} to free")
     if not args.downloads and downloads:
         kept = sum(repo.size_on_disk for repo in downloads)
         print(f"{human(kept)} of downloads are still in the Hub's cache: add --downloads")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-from vllm_d2f.hub import HubError, human
+from vllm_d2f.hub import HubError, cache, human
 from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
 
 __all__ = ["Source", "Unreachable", "at_revision", "check_space", "fetch", "fetch_weights", "local"]
@@ -136,8 +136,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         raise HubError(
             f"not enough disk space for {what}: {human(needed + SPARE)} needed under {folder}, "
             f"{human(free)} free. Free some (`python -m vllm_d2f models` shows what is there, "
-            "`python -m vllm_d2f rm NAME` removes it) or set HF_HOME or D2F_CACHE to a folder "
-            "on another disk"
+            f"`python -m vllm_d2f rm NAME` removes it) or {cache.elsewhere(folder)}"
         )
 
 

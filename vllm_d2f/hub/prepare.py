@@ -21,6 +21,7 @@ from vllm_d2f.hub.wheel import base_from_wheel
 from vllm_d2f.models import FAMILIES, PUBLISHED
 from vllm_d2f.models.adapted import FAMILIES as adapted_families
 from vllm_d2f.models.family import Published, Wheel
+from vllm_d2f.output import check_output
 from vllm_d2f.settings import settings_from_dict
 
 __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
@@ -133,6 +134,7 @@ def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
         HubError: the model cannot be prepared; the message says what to do.
     """
     folder = cache.folder_of(name)
+    check_output(folder, cache.RECORD, text="")
     with cache.locked(folder):
         state = cache.inspect(folder)
         if not force:
@@ -165,11 +167,10 @@ def merge(folder: Path, plan: MergePlan, force: bool = False) -> Path:
     folder = folder.expanduser().absolute()
     if cache.is_part(folder):
         raise HubError(f"{folder}: names ending in .part-NUMBER are for unfinished merges")
+    check_output(folder, cache.RECORD, text="")
     with cache.locked(folder):
         if cache.inspect(folder).kind != "absent" and not force:
             raise HubError(f"{folder}: exists; name another folder, or add --force to replace it")
-        if force and folder.exists() and not (folder / cache.RECORD).exists():
-            raise HubError(f"{folder}: was not written by a merge, so --force does not replace it")
         _merge(folder, plan, folder.name)
     return folder
 
@@ -393,6 +394,7 @@ def _write_card(part: Path, name: str, sources: Mapping[str, Mapping[str, Any]])
 
 def _refuse_damaged(name: str, folder: Path, state: cache.State) -> None:
     if state.kind == "damaged":
+        check_output(folder, cache.RECORD, text="")
         raise HubError(
             f"{name}: {folder} is damaged: {state.reason}. Remove it with "
             f"`python -m vllm_d2f rm {name}` and use the name again"

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_d2f.output import check_output, ends_with_its_pipe
+
 if TYPE_CHECKING:
     from vllm_d2f.watch.picture import Picture
 
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@ends_with_its_pipe()
 def watch(options: argparse.Namespace) -> None:
     """Load the models, show them decoding, and write the files.
 
@@ -81,8 +84,7 @@ def watch(options: argparse.Namespace) -> None:
     from vllm_d2f.watch.picture import together
 
     for file in filter(None, (options.gif, options.html)):
-        if not file.resolve().parent.is_dir():
-            raise ValueError(f"{file}: no such folder to write into")
+        check_output(file)
     given = {name: getattr(options, name) for name in SETTINGS}
     given = {name: value for name, value in given.items() if value is not None}
     decoders: list[D2FDecoder | ARDecoder] = [D2FDecoder(options.model, given, options.raw)]

@@ -60,7 +60,7 @@ def write_gif(
     duration[-1] *= HOLD
     images[0].save(
         path, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0,
-        optimize=True,
+        optimize=True, comment=b"vllm-d2f",
     )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ def page(question: str, runs: Sequence[Sequence[Picture]]) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width">
+<meta name="generator" content="vllm-d2f">
 <title>{escape(title)}</title>
 <style>{STYLE}{_block_styles()}</style></head><body>
 <h1>{escape(question)}</h1>

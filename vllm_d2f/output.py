@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where commands write: they keep what they find there, unless this package wrote it."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["OutputError", "check_output", "disk_is_full", "ends_with_its_pipe"]
+
+# Some libraries report a failed write in words of their own.
+_FULL = ("No space left", "quota exceeded", "unexpected pos")
+
+
+class OutputError(ValueError):
+    """A command cannot write where it was told to; the message says what to do."""
+
+
+def check_output(
+    path: Path, mark: str = "", text: str = "vllm-d2f", beside: Iterable[Path] = ()
+) -> None:
+    """Refuse a file that cannot be written, and a place with what this package did not write.
+
+    A command calls this before it begins its work, for the file or folder that it will write.
+
+    Args:
+        mark: for a folder, which is made with its parents, the file in it by which it is known.
+        text: what the mark, or the file, has in it if this package wrote it.
+        beside: files that are written with `path`, and are this package's if `path` is.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    parent = path.absolute().parent
+    if not mark and not (parent.is_dir() and os.access(parent, os.W_OK)):
+        why = "cannot be written" if parent.is_dir() else "no such folder to write into"
+        raise OutputError(f"{path}: {why}; name another place")
+    for place in (path, *beside):
+        if os.path.lexists(place) and not _is_empty(place):
+            sign = path / mark
+            if not sign.is_file() or text.encode() not in sign.read_bytes():
+                raise OutputError(
+                    f"{place}: exists, and vllm-d2f did not write it; name another place, or move "
+                    "it away"
+                )
+
+
+def _is_empty(place: Path) -> bool:
+    """Whether writing destroys nothing: an empty folder or file, or a device."""
+    if place.is_dir():
+        return not any(place.iterdir())
+    return place.exists() and not (place.is_file() and place.stat().st_size)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space, whichever library says so."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(word in str(error) for word in _FULL)
+
+
+@contextmanager
+def ends_with_its_pipe() -> Iterator[None]:
+    """End the command without a traceback when the reader of its output ends, as `| head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes what is left at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell reports SIGPIPE
