@@ -78,8 +78,9 @@ def settings_from_dict(
 
     Args:
         sections: at least one is not None. Their keys are `block_size`, `max_blocks`, `tau_add`,
-            `tau_act`, `tau_conf`, `window` (block_size * max_blocks where no section gives it),
-            `prompt_attention`, `block_origin`, `preset` and `simulate_tokens_per_forward`.
+            `tau_act`, `tau_conf`, `min_per_step`, `window` (block_size * max_blocks where no
+            section gives it), `prompt_attention`, `block_origin`, `preset` and
+            `simulate_tokens_per_forward`.
         family: the model's family, whose `prompt_attention` and `block_origin` are the defaults.
 
     Raises:
