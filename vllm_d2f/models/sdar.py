@@ -30,6 +30,8 @@ class SDARMoeConfig(D2FConfig, Qwen3MoeConfig):
     model_type = "sdar_moe"
     free_head_dim = True
 
+    head_dim: int = 128
+
     def check_layout(self, extra: dict[str, Any]) -> None:
         super().check_layout(extra)
         check_experts(self, "num_experts")
