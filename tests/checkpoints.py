@@ -215,9 +215,7 @@ def write_sdar_moe(path: str | Path, experts: int = 8, **options: Any) -> Path:
         "num_experts": experts,
         "num_experts_per_tok": 2,
     }
-    return _write_hf(
-        path, "SDARMoeForCausalLM", "sdar_moe", head_dim=32, more=more, **options
-    )
+    return _write_hf(path, "SDARMoeForCausalLM", "sdar_moe", head_dim=32, more=more, **options)
 
 
 def _with_experts(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:

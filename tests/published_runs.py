@@ -22,7 +22,8 @@ class Run:
         answer: up to and with its first end token.
         goal: answer positions up to the end of its last block.
         forwards: of that goal, counted as this package counts: the prompt runs with the first
-            forward, and a block commits beside the next one, the last one not at all. None where that cannot be compared.
+            forward, and a block commits beside the next one, the last one not at all. None where
+            that cannot be compared.
     """
 
     prompt: tuple[int, ...]

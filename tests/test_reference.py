@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_runs import DATA, published_runs
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from published_runs import DATA, published_runs
 
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.models.hf import load_hf

@@ -119,7 +119,7 @@ class D2FConfig:
         hidden_size: int
         num_hidden_layers: int
         num_attention_heads: int
-        num_key_value_heads: int | None
+        num_key_value_heads: Any  # int, in some of them also None
         rms_norm_eps: float
         rope_parameters: Any
         hidden_act: str
@@ -187,7 +187,9 @@ class D2FConfig:
             try:
                 setattr(self, name, value)
             except StrictDataclassFieldValidationError as error:
-                raise ValueError(f"config.json: {own} = {value!r:.80} has the wrong type") from error
+                raise ValueError(
+                    f"config.json: {own} = {value!r:.80} has the wrong type"
+                ) from error
 
     def _name(self, field: str) -> str:
         """The name under which the family's config.json carries `field`, for messages."""
@@ -250,11 +252,11 @@ class D2FConfig:
         share = (self.rope_parameters or {}).get("partial_rotary_factor", 0.5)
         share = extra.setdefault("partial_rotary_factor", share)
         check_number("partial_rotary_factor", share, 0.0, 1.0)
-        rotated = self.head_dim * share
+        rotated = getattr(self, "head_dim", 0) * share
         if rotated % 2:
             raise ValueError(
-                f"config.json: partial_rotary_factor {share} of head_dim {self.head_dim} must be an "
-                "even number of channels"
+                f"config.json: partial_rotary_factor {share} must give an even number of channels, "
+                f"not {rotated:g}"
             )
         check_equal("rotary_dim", extra.pop("rotary_dim", None), (None, int(rotated)), "as above")
 

@@ -20,13 +20,14 @@ BlockOrigin = Literal["prompt_end", "zero"]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A D2F model on the Hub, which `vllm serve NAME` downloads, merges and serves.
+    """A model on the Hub, which `vllm serve NAME` downloads, merges and serves.
 
     Attributes:
         about: one line for the list of models.
-        base, adapter: repositories on the Hub.
-        variant: "base" or "instruct": which of the family's checkpoints the base is.
-        gigabytes: size of the downloads, for messages.
+        base, adapter: repositories on the Hub. Without an adapter the base is the whole model.
+        variant: "base" or "instruct": which of the family's checkpoints an adapter's base is.
+        gigabytes: size of the downloads, for messages; the weights take as much memory.
+        licence: of the base, as the Hub names it.
         d2f: the `d2f` section of the merged config.json.
         context: `max_model_len` unless the user gives it; None leaves it to the base's config.json.
         base_revision, adapter_revision: branch, tag or commit; None is the main branch.
@@ -34,13 +35,19 @@ class Published:
 
     about: str
     base: str
-    adapter: str
-    variant: str
     gigabytes: float
+    licence: str
+    adapter: str | None = None
+    variant: str | None = None
     d2f: Mapping[str, Any] = field(default_factory=dict)
     context: int | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
+
+    @property
+    def repositories(self) -> list[str]:
+        """What is downloaded."""
+        return [self.base] if self.adapter is None else [self.base, self.adapter]
 
 
 @dataclass(frozen=True, eq=False)

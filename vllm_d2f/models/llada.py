@@ -112,6 +112,7 @@ FAMILY = Family(
             adapter="SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora",
             variant="instruct",
             gigabytes=16.1,
+            licence="mit",
             d2f={"preset": "llada-gsm8k"},
         ),
     },

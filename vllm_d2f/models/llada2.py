@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Glm4MoeConfig
 
 from vllm_d2f.models.config import D2FConfig, Switches, check_equal, check_experts
-from vllm_d2f.models.family import Family
+from vllm_d2f.models.family import Family, Published
 
 __all__ = ["FAMILY", "LLaDA2MoeConfig"]
 
@@ -83,5 +83,21 @@ FAMILY = Family(
     presets={
         "default": dict(block_size=32, max_blocks=1, tau_conf=0.95),
         "mbd": dict(block_size=32, max_blocks=2, tau_add=0.1, tau_act=0.9, tau_conf=0.95),
+    },
+    published={
+        "llada2-mini": Published(
+            about="LLaDA2.0-mini, 16B with 1.4B active",
+            base="inclusionAI/LLaDA2.0-mini",
+            gigabytes=32.5,
+            licence="apache-2.0",
+            d2f={"preset": "llada2-default", "window": 64},
+        ),
+        "mbd-llada2-mini": Published(
+            about="MBD-Math-LLaDA2-mini, 16B with 1.4B active",
+            base="SJTU-DENG-Lab/MBD-Math-LLaDA2-mini",
+            gigabytes=32.5,
+            licence="mit",
+            d2f={"preset": "llada2-mbd"},
+        ),
     },
 )

@@ -60,7 +60,23 @@ def _family(name: str, stack: str, config: type[D2FConfig], published: dict) -> 
     )
 
 
+def _published(base: str, gigabytes: float, preset: str = "sdar-default") -> Published:
+    # The window leaves a request room for the presets with several open blocks.
+    d2f = {"preset": preset, "window": 128}
+    return Published(base.partition("/")[2], base, gigabytes, licence="mit", d2f=d2f)
+
+
 FAMILIES = (
-    _family("sdar", "Qwen3", SDARConfig, {}),
+    _family(
+        "sdar",
+        "Qwen3",
+        SDARConfig,
+        {
+            "sdar-1.7b": _published("JetLM/SDAR-1.7B-Chat", 4.1),
+            "sdar-4b": _published("JetLM/SDAR-4B-Chat", 8.8),
+            "sdar-8b": _published("JetLM/SDAR-8B-Chat", 16.4),
+            "mbd-sdar-8b": _published("SJTU-DENG-Lab/MBD-Math-SDAR-8B-Chat-b32", 16.4, "sdar-mbd"),
+        },
+    ),
     _family("sdar_moe", "Qwen3Moe", SDARMoeConfig, {}),
 )
