@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -252,7 +253,7 @@ def _is_rank(value: Any) -> bool:
 
 def merge_weights(
     base: Sequence[Shard],
-    adapter: Adapter,
+    adapter: Adapter | None,
     folder: Path,
     progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
@@ -261,6 +262,7 @@ def merge_weights(
     All names and shapes are checked before the first byte is written.
 
     Args:
+        adapter: None copies the base.
         progress: called with the number of bytes just written.
 
     Returns:
@@ -271,10 +273,11 @@ def merge_weights(
         OSError: the disk is full.
     """
     tensors = {name: info for shard in base for name, info in shard.tensors.items()}
-    matched = match(adapter, tensors)
+    matched = match(adapter, tensors) if adapter else {}
     check_shapes(matched, tensors)
     written = {}
-    with safe_open(adapter.folder / WEIGHTS, framework="pt") as weights:
+    opened = safe_open(adapter.folder / WEIGHTS, framework="pt") if adapter else nullcontext()
+    with opened as weights:
         for shard in base:
             target = folder / shard.path.name
             written[target.name] = _merge_file(shard, matched, weights, target, progress)

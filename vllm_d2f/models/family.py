@@ -30,14 +30,15 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A D2F model on the Hub, which `vllm serve NAME` downloads, merges and serves.
+    """A model on the Hub, which `vllm serve NAME` downloads, merges and serves.
 
     Attributes:
         about: one line for the list of models.
-        base, adapter: repositories on the Hub. An adapter without a slash is a folder in
-            vllm_d2f/embedded.
-        variant: "base" or "instruct": which of the family's checkpoints the base is.
-        gigabytes: size of the downloads, for messages.
+        base, adapter: repositories on the Hub. Without an adapter the base is the whole model; one
+            without a slash is a folder in vllm_d2f/embedded.
+        variant: "base" or "instruct": which of the family's checkpoints an adapter's base is.
+        gigabytes: size of the downloads, for messages; the weights take as much memory.
+        licence: of the base, as the Hub names it.
         d2f: the `d2f` section of the merged config.json.
         context: `max_model_len` unless the user gives it; None leaves it to the base's config.json.
         base_revision, adapter_revision: branch, tag or commit; None is the main branch.
@@ -46,14 +47,25 @@ class Published:
 
     about: str
     base: str
-    adapter: str
-    variant: str
     gigabytes: float
+    licence: str
+    adapter: str | None = None
+    variant: str | None = None
     d2f: Mapping[str, Any] = field(default_factory=dict)
     context: int | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
     wheel: Wheel | None = None
+
+    @property
+    def shipped(self) -> str | None:
+        """The folder of an adapter that comes with the package."""
+        return self.adapter if self.adapter and "/" not in self.adapter else None
+
+    @property
+    def repositories(self) -> list[str]:
+        """What is downloaded."""
+        return [self.base] if self.shipped or not self.adapter else [self.base, self.adapter]
 
 
 @dataclass(frozen=True, eq=False)

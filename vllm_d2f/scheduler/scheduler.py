@@ -311,8 +311,9 @@ class D2FScheduler(Scheduler):
                 need = self._whole_blocks(request, request.num_computed_tokens, min(need, budget))
             if need > budget:
                 held_back.append((request, request.spec_token_ids))
+                need -= len(request.spec_token_ids)  # vLLM schedules its tail, if there is room
                 request.spec_token_ids = []
-            else:
+            if need <= budget:
                 budget -= need
         return held_back
 
