@@ -98,7 +98,7 @@ def overview() -> list[dict[str, Any]]:
         row |= dict(about=published.about, folder=str(folder), presets=family.preset_names)
         row |= dict(base=published.base, adapter=published.adapter, family=family.name)
         row |= dict(gigabytes=published.gigabytes, licence=published.licence)
-        row |= dict(preset=published.d2f["preset"])
+        row |= dict(preset=published.d2f.get("preset", "its own"))
         for what in ("base", "adapter"):
             if source := state.record.get(what):
                 row |= {what: source["source"], f"{what}_revision": source["revision"]}
@@ -133,8 +133,9 @@ def _models(args: argparse.Namespace) -> int:
         ]
         if "family" in row:
             details.append(
-                f"family {row['family']}, preset {row['preset']}, {row['gigabytes']:.0f} GB of "
-                f"memory for weights in bfloat16, licence {row['licence']}"
+                f"family {row['family']}, preset {row['preset']}, "
+                f"{human(int(1e9 * row['gigabytes']))} of memory for weights in bfloat16, "
+                f"licence {row['licence']}"
             )
         if reason := row.get("reason"):
             ours = (Path(row["folder"]) / cache.RECORD).exists()
