@@ -113,9 +113,7 @@ def test_every_tensor_has_its_place(tmp_path, name):
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     model_config = ModelConfig(model=str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True)
-    vllm_config = VllmConfig(
-        model_config=model_config, load_config=LoadConfig(load_format="dummy")
-    )
+    vllm_config = VllmConfig(model_config=model_config, load_config=LoadConfig(load_format="dummy"))
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
         with torch.device("meta"):
             model = initialize_model(vllm_config=vllm_config)
