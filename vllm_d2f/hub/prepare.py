@@ -161,6 +161,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     base_source = _source(plan.base, plan.base_revision, "base")
     config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
     _check_architecture(plan, config)
+    checkpoint.check_tokenizer_files(base_source.folder)
     evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
     index = checkpoint.index_of(base_source.folder)
     if index is not None:
