@@ -8,16 +8,18 @@ from vllm_d2f.patches.patch import Original, patch
 REDIRECT = "vllm.config.model:maybe_model_redirect"
 SPECULATORS = "vllm.engine.arg_utils:maybe_override_with_speculators"
 OFFLINE = "vllm.engine.arg_utils:get_model_path"
+TOKENIZER = "vllm.tokenizers.registry:cached_resolve_tokenizer_args"
 
 
 @patch(
     REDIRECT,
     apply="process",
     why="vLLM takes a model name for a folder or a Hub id, so `vllm serve d2f-tiny` would ask the "
-    "Hub for a model that ships with this package.",
+    "Hub for a model that ships with this package. `vllm bench` asks it for a tokenizer too.",
     how="vLLM's own redirect (`VLLM_MODEL_REDIRECT_PATH`) also resolves the names of "
-    "`vllm_d2f.hub.names`, and the two Hub look-ups that run before it skip these names. The "
-    "user's redirect file comes first; folders and Hub ids are handled by the original.",
+    "`vllm_d2f.hub.names`, and the two Hub look-ups that run before it skip these names. What "
+    "finds a tokenizer's files gets the folder of a name. The user's redirect file comes first; "
+    "folders and Hub ids are handled by the original.",
     upstream="none yet: vLLM lacks a registry of model locations, as `register_model` is one of "
     "architectures",
     remove_when="a plugin can register model names",
@@ -25,6 +27,7 @@ OFFLINE = "vllm.engine.arg_utils:get_model_path"
         REDIRECT: "c059c0ecf1027c6d",
         SPECULATORS: "f757de6fee98d435",
         OFFLINE: "41775b7b871aa027",
+        TOKENIZER: "1c27c8ef653f4947",
     },
 )
 def p05_model_names(original: Original, model: str) -> str:
@@ -69,3 +72,10 @@ def _offline(original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
     # With HF_HUB_OFFLINE the original looks the name up in the Hub's cache. The name is not
     # resolved yet, because vLLM later derives from it the model name that clients use.
     return model if is_name(model) else original(model, *args, **kwargs)
+
+
+@p05_model_names.also(TOKENIZER)
+def _tokenizer(original: Original, tokenizer_name: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm_d2f.hub.names import tokenizer_of
+
+    return original(tokenizer_of(str(tokenizer_name)), *args, **kwargs)

@@ -383,12 +383,6 @@ class Config(Section):
                     f"stages.{name}.start: {stage.start!r} trains an adapter, which goes on with "
                     "the same lora section only; else export it and name the folder as model.base"
                 )
-            length = (stage.data or self.data).max_length
-            if self.model.sizes and length > self.model.sizes.max_position_embeddings:
-                raise ValueError(
-                    f"data.max_length {length} is more than the model's "
-                    f"max_position_embeddings {self.model.sizes.max_position_embeddings}"
-                )
             data = stage.data or self.data
             wants = "evaluate" in stage.model_fields_set and stage.evaluate
             if wants and not data.held_out:
@@ -415,9 +409,26 @@ class Config(Section):
             if stage.lora is not None and stage.optimizer.name == "muon":
                 raise ValueError(f"stages.{name}.optimizer.name: use adamw with lora")
             seen.add(name)
+        if self.model.sizes:
+            self.check_positions(self.model.sizes.max_position_embeddings)
         if self.final.problems and not self.data.held_out:
             raise ValueError("final.problems: needs data.validation (problems not trained on)")
         return self
+
+    def check_positions(self, positions: int) -> None:
+        """Refuse sequences that are longer than the model's positions.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        for name, stage in self.stages.items():
+            length = (stage.data or self.data).max_length
+            if length > positions:
+                own = f"stages.{name}." if stage.data else ""
+                raise ValueError(
+                    f"{own}data.max_length {length} is more than the model's "
+                    f"max_position_embeddings {positions}"
+                )
 
 
 class ConfigError(ValueError):

@@ -297,12 +297,16 @@ def end_of(data: DataSection, tokenizer: Any) -> int | None:
 
 def _records(name: str, split: str) -> Iterator[Mapping[str, Any]]:
     if is_file(name):
-        with Path(name).open(encoding="utf-8") as lines:
+        with Path(name).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode())
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{name}, line {number}: not UTF-8 ({error}); save the file as UTF-8"
+                    ) from None
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
                 if not isinstance(record, dict):
@@ -311,7 +315,13 @@ def _records(name: str, split: str) -> Iterator[Mapping[str, Any]]:
         return
     import datasets
 
-    loaded = datasets.load_dataset(name, split=split)
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:  # of the network, the Hub, or the dataset's files
+        raise ValueError(
+            f"data.source: {name}, split {split}, cannot be read: {error}. Give a JSONL file, or a "
+            "folder or Hub id that datasets.load_dataset takes"
+        ) from None
     yield from loaded  # type: ignore[misc]
 
 
@@ -330,6 +340,7 @@ def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[An
                 raise ValueError(
                     f"{where}: field {data.messages!r}: a message needs role and content, both text"
                 )
+            _check_text(message["role"] + message["content"], f"{where}: field {data.messages!r}")
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{where}: the last message must be the assistant's")
         return messages[:-1], messages[-1]["content"]
@@ -340,7 +351,18 @@ def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[An
                 f"{where}: field {name!r} (data.{option}) is missing or no text; "
                 f"it has {sorted(record)}"
             )
+        _check_text(record[name], f"{where}: field {name!r} (data.{option})")
     return record[data.prompt], record[data.response]
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half of a character ({text[error.start]!r}, a lone surrogate); "
+            "write the whole character, or leave the record out"
+        ) from None
 
 
 def _encoded(

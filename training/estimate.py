@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from training.config import Config, ConfigError, StageSection
-from training.model import DTYPES, MODELS, Loaded, add_lora, new_config
+from training.config import Config, StageSection
+from training.model import DTYPES, MODELS, Loaded, add_lora, new_config, open_base
 
 GIB = 1 << 30
 
@@ -41,15 +41,10 @@ class Estimate:
 
 
 def estimate(config: Config, stage: StageSection) -> Estimate:
-    """Estimate one stage.
-
-    Raises:
-        ConfigError: the config has no `model.sizes` to go by.
-    """
+    """Estimate one stage, by `model.sizes` if they are given, else by the base's config.json."""
     section = config.model
-    if section.sizes is None:
-        raise ConfigError("model.sizes: --dry-run needs the model's sizes")
-    hub_config = new_config(section)
+    hub_config = new_config(section) if section.sizes else open_base(section).config
+    config.check_positions(hub_config.max_position_embeddings)
     with torch.device("meta"):
         model: Any = MODELS[section.family](hub_config)
         model = model.to(DTYPES[section.dtype])

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 from training.attention import as_argument
 from training.config import LoraSection, ModelSection
 from training.tokenizer import build_tokenizer, padded_vocab_size
+from vllm_d2f.hub import checkpoint, download, names
 from vllm_d2f.models import FAMILIES, register_configs
 
 # An autoregressive base is called by its stack: `llama` becomes the family `d2f_llama`.
@@ -140,17 +140,21 @@ def local_folder(section: ModelSection, patterns: Sequence[str]) -> Path:
 
     Raises:
         FileNotFoundError: it looks like a folder, and there is none.
+        ValueError: with what to do.
     """
     assert section.base is not None
-    path = Path(section.base).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") > 1:
-        raise FileNotFoundError(f"model.base: {section.base} does not exist")
-    found = snapshot_download(
-        section.base, revision=section.revision, allow_patterns=list(patterns)
-    )
-    return Path(found)
+    try:
+        path = Path(names.resolve(section.base)).expanduser()
+        if path.is_dir() and section.revision is not None:
+            raise ValueError(f"{section.base} is a folder, and model.revision is for a Hub id")
+        if not path.is_dir():
+            if path.is_absolute() or section.base.startswith((".", "~")) or len(path.parts) > 2:
+                raise FileNotFoundError(f"model.base: {section.base} does not exist")
+            path = download.snapshot(section.base, section.revision, patterns)
+        checkpoint.check_tokenizer_files(path)
+    except ValueError as error:
+        raise ValueError(f"model.base: {error}") from None
+    return path
 
 
 def check_tokens(section: ModelSection, config: Any, tokenizer: Any) -> None:

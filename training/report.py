@@ -27,10 +27,10 @@ DECODED = {
 def card(config: Config, name: str, figures: str = "") -> str:
     """A short model card, generated from the run."""
     stage = config.stages[name]
-    # A base has a licence of its own; a folder of somebody's machine is no name for it.
+    # A base has a licence of its own; a folder or name of this machine is no name for it.
     own = config.model.base
     about = "license: apache-2.0\n" if own is None else ""
-    if own is not None and not Path(own).is_dir():
+    if own is not None and "/" in own and not Path(own).is_dir():
         about = f"base_model: {own}\n"
     lines = [
         f"---\n{about}pipeline_tag: text-generation\n---\n# {stage.export}\n",

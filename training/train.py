@@ -71,6 +71,7 @@ def train(
         )
     attention = chosen_attention(attention or config.model.attention, accelerator.device)
     base = open_base(config.model)
+    config.check_positions(base.config.max_position_embeddings)
     data = {name: Data.read(config, name, base) for name in chosen}
     if config.trackers:
         accelerator.init_trackers(config.name, flat(config.model_dump(mode="json")))
@@ -229,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         if disk_is_full(error):
             error = OSError(
-                f"{out}: the disk is full ({error}). The last checkpoint is whole: free some space "
-                "and run the same command again, which goes on from it"
+                f"{out}: the disk is full ({error}). What was saved before is whole: free some "
+                "space and run the same command again, which goes on from there"
             )
         sys.exit(f"error: {error}")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 __all__ = ["OutputError", "check_output", "disk_is_full", "ends_with_its_pipe"]
 
-# Some libraries report a failed write in words of their own.
-_FULL = ("No space left", "quota exceeded", "unexpected pos")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Rust's libraries quote the system, and torch has words of its own for a failed write.
+_FULL_WORDS = (*map(os.strerror, _FULL), "unexpected pos")
 
 
 class OutputError(ValueError):
@@ -56,8 +57,8 @@ def _is_empty(place: Path) -> bool:
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether a write failed for want of space, whichever library says so."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in full or any(word in str(error) for word in _FULL)
+    said = str(error)
+    return getattr(error, "errno", None) in _FULL or any(words in said for words in _FULL_WORDS)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up: turn a checkpoint of a D2F family into a deployment, or refuse it with the remedy."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import vllm.envs as envs
@@ -14,7 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.selection import prepare as prepare_attention
 from vllm_d2f.engine_args import SCHEDULER, check_engine_args
-from vllm_d2f.hub.checkpoint import check_weight_files
+from vllm_d2f.hub.checkpoint import check_tokenizer_files, check_weight_files
 from vllm_d2f.models import FAMILIES
 from vllm_d2f.settings import Settings, settings_from_dict
 
@@ -40,6 +41,9 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         check_weight_files(vllm_config)
 
         model_config = vllm_config.model_config
+        tokenizer = Path(str(model_config.tokenizer))
+        if tokenizer.is_dir() and not model_config.skip_tokenizer_init:
+            check_tokenizer_files(tokenizer)
         if model_config.trust_remote_code:
             logger.warning(
                 "--trust-remote-code is switched off: D2F models need none. Config, tokenizer and "

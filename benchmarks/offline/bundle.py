@@ -128,9 +128,8 @@ def repository_files(root: Path) -> Iterator[Source]:
         raise BundleError(f"git ls-files in {root}: {error}; run it from a checkout") from None
     for name in sorted(set(done.stdout.split("\0")) - {""}):
         path = root / name
-        skipped = ("benchmarks/results/", "training/adapters/", "vllm_d2f/embedded/ar-smollm2")
-        skipped += ("vllm_d2f/embedded/d2f-smollm2",)
-        if path.is_file() and not name.startswith(skipped):
+        skipped = name.startswith(("benchmarks/results/", "training/adapters/"))
+        if path.is_file() and not skipped and "-lora/" not in name:
             yield Source(f"repo/{name}", path.read_bytes(), bool(path.stat().st_mode & 0o100))
 
 

@@ -2,6 +2,7 @@
 """Benchmarks against the server that runs already: vLLM's own `vllm bench serve`, and lm-eval."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,29 @@ def test_lm_eval_with_settings_in_each_request(server, tmp_path):
     preset = run("evaluate", tmp_path / "preset.json", *address, "--preset", "dream-gsm8k")
     assert preset["d2f"]["block_size"] == 32 and preset["d2f"]["max_blocks"] == 2
     assert preset["score"]["exact_match"] >= 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["throughput", "latency", "serve"])
+def test_vllms_benchmarks_know_the_names(kind, tmp_path, request):
+    """Without a network."""
+    engine = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "67108864"]
+    random = ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "16"]
+    options = {
+        "throughput": [*engine, *random, "--num-prompts", "4"],
+        "latency": [*engine, "--input-len", "16", "--output-len", "16", "--batch-size", "1"]
+        + ["--num-iters-warmup", "1", "--num-iters", "1"],
+        "serve": [*random, "--num-prompts", "4"],
+    }[kind]
+    if kind == "serve":
+        options += ["--base-url", request.getfixturevalue("server").url]
+    program = str(Path(sys.executable).with_name("vllm"))
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run(
+            [program, "bench", kind, "--model", "d2f-tiny", *options],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=log,
+            timeout=600,
+        )
+    assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]

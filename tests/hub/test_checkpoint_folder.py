@@ -7,7 +7,14 @@ import os
 import pytest
 
 from vllm_d2f.hub import HubError
-from vllm_d2f.hub.checkpoint import open_checkpoint, plain_file, read_header, read_json
+from vllm_d2f.hub.checkpoint import (
+    check_tokenizer_files,
+    open_checkpoint,
+    plain_file,
+    read_header,
+    read_json,
+)
+from vllm_d2f.hub.download import TOKENIZER_FILES
 from vllm_d2f.hub.prepare import MergePlan, merge
 
 INDEX = "model.safetensors.index.json"
@@ -185,6 +192,21 @@ def test_pickled_weights(dream):
         file.rename(file.with_name(file.name.replace("safetensors", "bin")))
     with pytest.raises(HubError, match="pickle"):
         open_checkpoint(dream.base)
+
+
+def test_a_base_without_a_tokenizer(tmp_path, dream):
+    """Merged it would serve a tokenizer that knows no text."""
+    for name in TOKENIZER_FILES:
+        (dream.base / name).unlink(missing_ok=True)
+    with pytest.raises(HubError, match="neither tokenizer.json nor vocab.json with merges.txt"):
+        merge(tmp_path / "out", MergePlan(str(dream.base), str(dream.adapter)))
+    assert not (tmp_path / "out").exists()
+    for files in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",)):
+        for name in files:
+            (dream.base / name).touch()
+        check_tokenizer_files(dream.base)
+        for name in files:
+            (dream.base / name).unlink()
 
 
 def test_no_checkpoint(tmp_path, dream):

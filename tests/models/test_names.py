@@ -6,7 +6,14 @@ import json
 import pytest
 
 from vllm_d2f.hub import names
-from vllm_d2f.hub.names import EMBEDDED, UnknownModelError, is_name, known_names, resolve
+from vllm_d2f.hub.names import (
+    EMBEDDED,
+    UnknownModelError,
+    is_name,
+    known_names,
+    resolve,
+    tokenizer_of,
+)
 from vllm_d2f.models import PUBLISHED
 
 
@@ -122,6 +129,24 @@ def test_engine_arguments_keep_the_name_for_clients(patched, tmp_path, monkeypat
     assert config.model == config.tokenizer == str(patched / "d2f-tiny")
     assert config.runner_type == "generate" and config.convert_type == "none"
     assert config.hf_config.model_type == "Dream"
+
+
+def test_a_tokenizer_by_name(patched, tmp_path, monkeypatch):
+    """As `vllm bench serve` and `bench throughput` ask for it, without a network."""
+    from checkpoints import write_dream
+    from vllm.tokenizers import get_tokenizer
+
+    write_dream(patched / "d2f-tiny")
+    by_name = get_tokenizer("d2f-tiny", tokenizer_mode="auto")
+    assert by_name.get_vocab() == get_tokenizer(str(patched / "d2f-tiny")).get_vocab()
+    assert len(by_name.get_vocab()) > 100
+    with pytest.raises(UnknownModelError, match="Did you mean d2f-tiny"):
+        get_tokenizer("d2f-tinny")
+    # Nobody downloads 31 GB for a tokenizer: the base's is the same.
+    monkeypatch.setenv("D2F_CACHE", str(tmp_path / "cache"))
+    for name in PUBLISHED:
+        assert tokenizer_of(name) == PUBLISHED[name].base
+    assert tokenizer_of("me/model") == "me/model"
 
 
 def test_misspelt_name_reaches_the_user(patched):

@@ -22,6 +22,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.tokenizers import get_tokenizer  # noqa: E402
 
 import vllm_d2f  # noqa: E402
+from vllm_d2f.hub.download import TOKENIZER_FILES  # noqa: E402
 from vllm_d2f.startup import D2FConfigHook  # noqa: E402
 
 vllm_d2f.register()
@@ -89,6 +90,17 @@ def test_no_code_of_the_checkpoint_runs(dream, tmp_path, trust):
     tokenizer = get_tokenizer(made.tokenizer, trust_remote_code=made.trust_remote_code)
     assert tokenizer.encode("a pen")
     assert not marker.exists()
+
+
+def test_a_model_without_a_tokenizer_is_not_started(dream, made, monkeypatch):
+    """transformers would make an empty one, and every prompt be refused as empty."""
+    for name in TOKENIZER_FILES:
+        (dream / name).unlink(missing_ok=True)
+    monkeypatch.setattr(made.model_config, "tokenizer", str(dream))
+    with pytest.raises(ValueError, match="neither tokenizer.json nor vocab.json with merges.txt"):
+        D2FConfigHook.verify_and_update_config(made)
+    monkeypatch.setattr(made.model_config, "skip_tokenizer_init", True)
+    D2FConfigHook.verify_and_update_config(made)
 
 
 class Bomb:

@@ -4,11 +4,13 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from training.config import ConfigError, load_config, merged, parse_override
 from training.estimate import dry_run, estimate
 from training.experiments import load_plan
 from training.train import main
+from vllm_d2f.hub.names import resolve_embedded
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -223,6 +225,24 @@ def test_dry_run_knows_the_official_models(name, parameters, trained):
     assert found.total < 80e9
     text = dry_run(config)
     assert f"{parameters:,}" in text and "GiB" in text
+
+
+def test_a_bases_own_config_bounds_and_sizes_a_run(tmp_path, capsys):
+    """Without `model.sizes`: `--dry-run` reads them, and longer sequences than positions end it."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "{name: t, model: {base: dream-tiny}, data: {max_length: 512}, "
+        "stages: {student: {objective: d2f, steps: 1}}}"
+    )
+    main(["--config", str(file), "--dry-run"])
+    weights = load_file(resolve_embedded("dream-tiny") / "model.safetensors")
+    count = f"{sum(tensor.numel() for tensor in weights.values()):,}"
+    assert f"parameters  {count}, trained {count}" in capsys.readouterr().out
+    too_long = "data.max_length 513 is more than the model's max_position_embeddings 512"
+    for more in (["--dry-run"], ["--out", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit, match=too_long):
+            main(["--config", str(file), *more, "data.max_length=513"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_refuses_unknown_targets():

@@ -115,6 +115,14 @@ def test_an_answer_may_end_with_a_token_of_its_own(tmp_path):
         ({"prompt": "a"}, r"record 1: field 'response' \(data.response\) is missing"),
         ({"prompt": "a", "response": 3}, "missing or no text"),
         ([1], "line 1: must be an object"),
+        (
+            {"prompt": "a \ud83d", "response": "b"},
+            r"a.jsonl, record 1: field 'prompt' \(data.prompt\) holds half of a character \('\\ud8",
+        ),
+        (
+            {"prompt": "a", "response": "\udc00"},
+            r"field 'response' .*\('\\udc00', a lone surrogate",
+        ),
     ],
 )
 def test_bad_records_are_named(tmp_path, tokenizer, record, message):
@@ -130,6 +138,7 @@ def test_bad_records_are_named(tmp_path, tokenizer, record, message):
         ([{"role": "user", "content": "a"}] * 2, "the last message must be the assistant's"),
         (["a", "b"], "a message needs role and content, both text"),
         ([{"role": "user"}, {"role": "assistant"}], "a message needs role and content"),
+        ([{"role": "user", "content": "\ud83d"}] * 2, "field 'messages' holds half of a character"),
     ],
 )
 def test_bad_messages_are_named(tmp_path, messages, message):
@@ -137,6 +146,20 @@ def test_bad_messages_are_named(tmp_path, messages, message):
     file = write(tmp_path / "a.jsonl", [record])
     with pytest.raises(ValueError, match=f"record 1: .*{message}"):
         check_source(DataSection(source=file, messages="messages"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, encoding):
+    good = json.dumps({"prompt": "x", "response": "y"}) + "\n"
+    bad = '{"prompt": "caf\u00e9", "response": "b"}\n'.encode(encoding)
+    (tmp_path / "a.jsonl").write_bytes(good.encode() + bad)
+    with pytest.raises(ValueError, match="a.jsonl, line 2: not UTF-8 .*; save the file as UTF-8"):
+        check_source(DataSection(source=str(tmp_path / "a.jsonl")))
+
+
+def test_a_dataset_that_cannot_be_read_is_named(tokenizer):
+    with pytest.raises(ValueError, match="data.source: nobody/nothing, split train, cannot be"):
+        make_source(DataSection(source="nobody/nothing"), tokenizer, 16)
 
 
 def test_a_chat_template_is_needed_where_it_is_asked_for(tmp_path):

@@ -25,9 +25,18 @@ from training.config import (
 )
 from training.data import Example, padded
 from training.export import export, merged_state
-from training.model import BY_NAME, Predictor, add_lora, as_teacher, load, lora_modules
+from training.model import (
+    BY_NAME,
+    Predictor,
+    add_lora,
+    as_teacher,
+    load,
+    lora_modules,
+    open_base,
+)
 from training.report import card
 from training.tokenizer import build_tokenizer
+from vllm_d2f.hub.names import resolve_embedded
 from vllm_d2f.hub.prepare import MergePlan, merge
 from vllm_d2f.models import register_configs
 from vllm_d2f.models.hf import load_hf
@@ -241,6 +250,24 @@ def test_a_tokenizer_without_mask_token_is_refused_before_the_weights(tmp_path):
         load(ModelSection(base=str(path)), "eager")
     with pytest.raises(FileNotFoundError, match="model.base: ./nowhere does not exist"):
         load(ModelSection(base="./nowhere"), "eager")
+
+
+def test_a_base_by_name_or_with_the_remedy(tmp_path):
+    """Names of the package are known; what cannot be had says what `prepare` says."""
+    named = open_base(ModelSection(base="dream-tiny"))
+    assert named.folder == resolve_embedded("dream-tiny")
+    for base, revision, message in (
+        ("dream-tny", None, "model.base: unknown model name 'dream-tny'. Did you mean dream-tiny"),
+        ("nobody/nothing", "v1", "model.base: nobody/nothing at revision v1 is not in the cache"),
+        ("dream-tiny", "v1", "model.base: dream-tiny is a folder, and model.revision is for a Hub"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_base(ModelSection(base=base, revision=revision))
+    path = write_dream(tmp_path / "base")
+    for name in ("tokenizer.json", "vocab.json"):
+        (path / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="model.base: .* holds no tokenizer, neither tokenizer.j"):
+        open_base(ModelSection(base=str(path)))
 
 
 def test_cards_name_no_licence_of_a_base_and_no_folder(tmp_path):

@@ -4,7 +4,9 @@
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -219,6 +221,33 @@ def test_a_stage_goes_on_from_the_stage_that_it_began_with(whole, tmp_path):
     shutil.copy(whole / "ar" / "final.safetensors", tmp_path / "teacher")
     with pytest.raises(ValueError, match="another content of stages.student.start;"):
         train(make_config(CHAIN), tmp_path, ("student",))
+
+
+def test_a_disk_that_fills_up_is_named_and_nothing_is_lost(tmp_path):
+    """torch says `unexpected pos` of it. With space the same command goes on."""
+    lora_config(tmp_path)
+    values = {
+        "name": "full",
+        "model": {"base": str(tmp_path / "base")},
+        "data": {"source": str(tmp_path / "data.jsonl"), "max_length": 64},
+        "stages": {"s": {"objective": "d2f", "steps": 2, "batch_size": 2, "evaluate": 0}},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    command = [sys.executable, "-m", "training.train", "--config", str(tmp_path / "c.yaml")]
+    command += ["--out", str(tmp_path / "out")]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    full = subprocess.run(command, preexec_fn=limit, cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "the disk is full" in full.stderr and "run the same command again" in full.stderr
+    assert {p.name for p in (tmp_path / "out" / "s").iterdir()} <= {
+        "settings.json",
+        "inputs.json",
+        "log.jsonl",
+    }, "no half of a checkpoint takes space"
 
 
 def test_gathered_weights_make_a_model_of_one_piece(tmp_path):

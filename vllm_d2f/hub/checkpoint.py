@@ -21,11 +21,14 @@ from vllm_d2f.hub import HubError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["Shard", "TensorInfo", "check_weight_files", "index_of", "is_adapter"]
-__all__ += ["open_checkpoint", "plain_file", "read_header", "read_json", "shard_names"]
+__all__ = ["Shard", "TensorInfo", "check_tokenizer_files", "check_weight_files", "index_of"]
+__all__ += ["is_adapter", "open_checkpoint", "plain_file", "read_header", "read_json"]
+__all__ += ["shard_names"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+_TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
 
 MAX_JSON = 32 << 20
 MAX_SHARDS = 1000
@@ -184,6 +187,20 @@ def open_checkpoint(folder: Path) -> list[Shard]:
                 "the folder mixes two downloads, download it again"
             )
     return shards
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder without a tokenizer: transformers makes an empty one of nothing.
+
+    Raises:
+        HubError: naming the files.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not any(names >= files for files in _TOKENIZERS):
+        raise HubError(
+            f"{folder}: holds no tokenizer, neither tokenizer.json nor vocab.json with merges.txt; "
+            "copy the tokenizer's files from where the model is from"
+        )
 
 
 def check_weight_files(vllm_config: "VllmConfig") -> None:

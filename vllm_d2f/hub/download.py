@@ -19,12 +19,14 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from vllm_d2f.hub import HubError, cache, human, say
 from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
 
-__all__ = ["Source", "Unreachable", "at_revision", "check_space", "fetch", "fetch_weights", "local"]
+__all__ = ["Source", "Unreachable", "at_revision", "check_space", "fetch", "fetch_weights"]
+__all__ += ["local", "snapshot"]
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -115,7 +117,7 @@ def fetch_weights(source: Source, target: Path) -> None:
             source.origin, revision=source.revision, allow_patterns=names, dry_run=True
         )
     except (errors.DryRunError, OSError):
-        files = []  # Without a connection the cache is used, or `_snapshot` says what is missing.
+        files = []  # Without a connection the cache is used, or `snapshot` says what is missing.
     missing = sum(file.file_size or 0 for file in files if file.will_download)
     merged = sum(file.file_size or 0 for file in files)
     memory = _device_memory()
@@ -156,10 +158,10 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Source:
     """Download files and compare them with their hashes; a damaged one is fetched once more."""
-    folder = _snapshot(repository, revision, names)
+    folder = snapshot(repository, revision, names)
     if damaged := _remove_damaged(folder, names):
         logger.warning("%s: %s was damaged, downloading it again", repository, ", ".join(damaged))
-        folder = _snapshot(repository, revision, names)
+        folder = snapshot(repository, revision, names)
         if still := _remove_damaged(folder, names):
             raise HubError(
                 f"{repository}: {still[0]} arrived twice with another content than the Hub's hash "
@@ -172,11 +174,14 @@ def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Sourc
     return Source(repository, folder.name, folder)
 
 
-def _snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Path:
-    """`huggingface_hub.snapshot_download`, with errors that say what to do."""
+def snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Path:
+    """`huggingface_hub.snapshot_download`, with errors that say what to do.
+
+    Args:
+        names: of files, or patterns. A name of an index holds none: `checkpoint.index_of`.
+    """
     wanted = at_revision(repository, revision and f"revision {revision}")
     try:
-        # The names hold no wildcards: `checkpoint.index_of` refuses others.
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
     except errors.HFValidationError as error:
         raise HubError(f"{repository!r:.100}: neither a folder nor a Hub id ({error})") from None

@@ -11,12 +11,12 @@ from importlib import resources
 from pathlib import Path
 
 from vllm_d2f.hub import own_name
-from vllm_d2f.hub.cache import is_part
+from vllm_d2f.hub.cache import folder_of, inspect, is_part
 from vllm_d2f.hub.checkpoint import is_adapter
 from vllm_d2f.models import PUBLISHED
 
 __all__ = ["EMBEDDED", "UnknownModelError", "is_name", "known_names", "refuse_unservable"]
-__all__ += ["resolve"]
+__all__ += ["resolve", "tokenizer_of"]
 
 # name -> what it is. The folders are vllm_d2f/embedded/<name>.
 EMBEDDED: dict[str, str] = {
@@ -83,6 +83,18 @@ def resolve(name: str) -> str:
     from vllm_d2f.hub.prepare import ensure
 
     return str(ensure(name))
+
+
+def tokenizer_of(name: str) -> str:
+    """Return where the tokenizer of `name` is; a client of a server downloads no weights for it.
+
+    Raises:
+        UnknownModelError: as `is_name`; the embedded model is missing.
+    """
+    if not is_name(name) or name in EMBEDDED:
+        return resolve(name)
+    folder = folder_of(name)
+    return str(folder) if inspect(folder).kind == "ready" else PUBLISHED[name].base
 
 
 def resolve_embedded(name: str) -> Path:

@@ -192,6 +192,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
     own = _own_config(adapter.folder) if adapter else {}
     _check_architecture(plan, config, own)
+    checkpoint.check_tokenizer_files(base_source.folder)
     evidence = {}
     if adapter is not None and adapter_source is not None:
         evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
