@@ -23,7 +23,7 @@ from benchmarks.parity import GRID, Case, engine_answers, reference_answers
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 
-MAX_LEN, WINDOW, PAGE, MASK = 192, 128, 32, 199
+MAX_LEN, WINDOW, PAGE, MASK = 144, 128, 32, 199
 PIPELINED = [params for params in GRID if params.max_blocks < 8]
 
 
@@ -42,7 +42,7 @@ def llm(model):
         model,
         window=WINDOW,
         max_model_len=MAX_LEN,
-        max_num_batched_tokens=WINDOW,
+        max_num_batched_tokens=MAX_LEN,  # the least with asynchronous scheduling
         block_size=PAGE,
         num_gpu_blocks_override=2 * MAX_LEN // PAGE,
         enable_prefix_caching=True,
