@@ -9,16 +9,21 @@ import itertools
 import random
 
 import pytest
+import rules
 from checkpoints import write_sdar_moe
 from common import check
 from published_runs import DATA, END, published_runs
+from rules import Rule
+from rules import engine_answers as engine_answers_of
+from test_sampling import OPTIONS
+from test_sampling import check as check_rules
 
 from benchmarks.harness.engine import greedy, preemptions, shut_down, start_engine
 from benchmarks.parity import GRID, Case, engine_answers, reference_answers
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 
-MAX_LEN, WINDOW, PAGE, MASK = 192, 128, 32, 199
+MAX_LEN, WINDOW, PAGE, MASK = 144, 128, 32, 199
 PIPELINED = [params for params in GRID if params.max_blocks < 8]
 
 
@@ -37,7 +42,7 @@ def llm(model):
         model,
         window=WINDOW,
         max_model_len=MAX_LEN,
-        max_num_batched_tokens=WINDOW,
+        max_num_batched_tokens=MAX_LEN,  # the least with asynchronous scheduling
         block_size=PAGE,
         num_gpu_blocks_override=2 * MAX_LEN // PAGE,
         enable_prefix_caching=True,
@@ -107,6 +112,21 @@ def test_edges(model, llm):
         cases.append(Case((MASK,), params, 2 * size))
         cases.append(Case((END,), params, 2 * size))
     compare(llm, model, cases)
+
+
+def test_sampling_parameters(model, llm):
+    """Those of `test_sampling`, in prompts whose tail shares a block with the answer."""
+    rng, asked = random.Random(8), []
+    for index, options in enumerate(OPTIONS.values()):
+        if 199 in options.get("allowed_token_ids", ()):  # Dream's end token is the mask here
+            options = options | {"allowed_token_ids": [*range(40, 90), END]}
+        if 199 in options.get("logit_bias", {}):
+            options = options | {"logit_bias": {END: 8.0}}
+        words = ((73, 8), (41,)) if index % 3 == 0 else ()
+        asked.append(Rule(random_prompt(rng, 8 + index % 8), options, words))
+    check_rules(
+        asked, rules.reference_answers(model, asked, MAX_LEN), engine_answers_of(llm, asked)
+    )
 
 
 @pytest.mark.slow

@@ -127,3 +127,13 @@ def test_every_tensor_has_its_place(tmp_path, name):
     count = sum(torch.Size(shape).numel() for shape in listed.values())
     assert count == sum(parameter.numel() for parameter in parameters.values())
     assert count / 1e9 == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, 4), ({"block_size": 16}, 16)])
+def test_a_checkpoint_without_a_d2f_section_decodes_as_published(tmp_path, own, expected):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["SDAR-4B-Chat"] | own))
+    model_config = ModelConfig(model=str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True)
+    VllmConfig(model_config=model_config, load_config=LoadConfig(load_format="dummy"))
+    d2f = model_config.hf_config.d2f
+    assert (d2f["block_size"], d2f["max_blocks"], d2f["tau_conf"]) == (expected, 1, 0.85)
+    assert (d2f["block_origin"], d2f["prompt_attention"]) == ("zero", "block_causal")
