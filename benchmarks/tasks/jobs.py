@@ -66,9 +66,10 @@ JOBS = {
 
 
 def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[Item]:
-    """The first `count` records of a JSONL file with "prompt" and "response", as a chat asks them.
+    """`count` records of a JSONL file with "prompt" and "response", as a chat asks them.
 
-    Without a file: generated problems, asked as they are.
+    They are drawn with the seed, for a file may be in an order. Without a file: generated problems,
+    asked as they are.
 
     Raises:
         UsageError: the file cannot be read, or holds too few records.
@@ -76,7 +77,9 @@ def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[It
     if data is None:
         return load_items(count, None, seed)
     try:
-        lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
+        lines = Path(data).read_text(encoding="utf-8").splitlines()
+        random.Random(seed).shuffle(lines)
+        lines = lines[:count]
         rows = [(row["prompt"], row["response"]) for row in map(json.loads, lines)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

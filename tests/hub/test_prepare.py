@@ -387,7 +387,7 @@ def test_offline_and_not_prepared_names_both_commands(tmp_path, monkeypatch):
 
 def test_a_whole_model_is_copied_without_an_adapter(tmp_path, cache_folder):
     """Its config says the family's model_type, whatever the published one says."""
-    base = write_adapted(tmp_path / "base", "Llama", tokenizer=False)
+    base = write_adapted(tmp_path / "base", "Llama")
     config = json.loads((base / "config.json").read_text())
     config |= {"architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama"}
     (base / "config.json").write_text(json.dumps(config))
@@ -398,7 +398,7 @@ def test_a_whole_model_is_copied_without_an_adapter(tmp_path, cache_folder):
     assert "adapter" not in state.record and prepare(name, plan_of(name, str(base))) == folder
     weights, copied = (load_file(path / "model.safetensors") for path in (base, folder))
     assert all(torch.equal(weights[key], copied[key]) for key in weights | copied)
-    served = engine_config(name).model_config.hf_config
+    served = engine_config(name, skip_tokenizer_init=True).model_config.hf_config
     assert served.family.name == "stable_diffcoder" and served.d2f["block_origin"] == "zero"
     with pytest.raises(ValueError, match="with 'stable_diffcoder'"):
         engine_config(base)
@@ -488,7 +488,7 @@ def test_the_command_from_first_to_last(dream, llada, tmp_path, command):
     assert "ready" in line and "kB" in line
     entry = shown.partition(f"\n{NAME} ")[2].partition("\nd2f-")[0]
     assert str(dream.base) in entry and "disk space" not in entry
-    assert "family dream, preset dream-gsm8k, 15 GB of memory" in entry
+    assert "family dream, preset dream-gsm8k, 15.3 GB of memory" in entry
     assert "needs about 32 GB of disk space" in shown
 
     other = ("--base", str(dream.base), "--adapter", str(llada.adapter))
