@@ -24,10 +24,11 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `setup` leaves it to the first run to compile what it imports, which this would forbid.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo serve test test-slow test-async test-next stress lint lint-imports docs models gpu-bundle clean
+.PHONY: help setup demo demo-text serve test test-slow test-async test-next stress lint lint-imports docs models gpu-bundle clean
 
 help:
 	@echo 'make demo       16 problems answered by d2f-tiny in vLLM, beside a plain model'
+	@echo 'make demo-text  SmolLM2 with D2F writes facts of sentences as JSON, beside its twin'
 	@echo 'make serve      the OpenAI-compatible server with d2f-tiny, PORT=8000'
 	@echo 'make test       all tests that need neither a GPU nor minutes each'
 	@echo 'make test-slow  the rest of the tests that need no GPU'
@@ -64,6 +65,9 @@ endif
 
 demo: setup
 	@$(BIN)/python -m vllm_d2f.demo
+
+demo-text: setup
+	@$(BIN)/python -m vllm_d2f.demo --text
 
 serve: setup
 	@echo 'When the server says "Application startup complete", ask it from another terminal:'

@@ -205,6 +205,36 @@ def write_adapted(path: str | Path, stack: str, **options: Any) -> Path:
     return _write_hf(path, f"D2F{stack}ForCausalLM", f"d2f_{stack.lower()}", **options)
 
 
+def write_sdar_moe(path: str | Path, experts: int = 8, **options: Any) -> Path:
+    """Write a checkpoint as SDAR-30B-A3B's on the Hub: Qwen3's names, every layer with experts."""
+    more = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+    }
+    return _write_hf(path, "SDARMoeForCausalLM", "sdar_moe", head_dim=32, more=more, **options)
+
+
+def _with_experts(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+    """Give every MLP as many variants of its first 32 neurons, and a router."""
+    generator, made = torch.Generator().manual_seed(7), {}
+    for name, tensor in weights.items():
+        layer, found, projection = name.partition(".mlp.")
+        if not found:
+            made[name] = tensor
+            continue
+        small = tensor[:, :32] if projection.startswith("down") else tensor[:32]
+        for expert in range(experts):
+            noise = torch.randn(small.shape, generator=generator) * small.std()
+            made[f"{layer}.mlp.experts.{expert}.{projection}"] = small + noise
+        router = torch.randn(experts, weights["model.norm.weight"].numel(), generator=generator)
+        made[f"{layer}.mlp.gate.weight"] = router / 4
+    return made
+
+
 def _write_hf(
     path: str | Path,
     architecture: str,
@@ -226,12 +256,14 @@ def _write_hf(
     dtype: torch.dtype = torch.float32,
     head_scale: float = 1.0,
     rename: Callable[[str], str] = str,
+    more: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint with transformers' field names.
 
     Args:
         head_dim: Qwen3's, wider than hidden / heads as in most of its sizes; it brings norms.
         rename: a tensor's name in transformers -> in the checkpoint.
+        more: further fields of config.json; with `num_experts` every layer is a mixture of experts.
     """
     path = Path(path)
     config = {
@@ -257,8 +289,11 @@ def _write_hf(
     }
     if head_dim is not None:
         config["head_dim"] = head_dim
+    config |= more or {}
     sizes = (vocab_size, hidden, layers, heads, kv_heads, intermediate)
     weights = _random_weights(*sizes, seed, head_scale, qkv_bias=qkv_bias, head_dim=head_dim)
+    if "num_experts" in config:
+        weights = _with_experts(weights, config["num_experts"])
     weights = {rename(name): tensor for name, tensor in weights.items()}
     _write(path, config, weights, d2f, shards, dtype)
     if tokenizer:

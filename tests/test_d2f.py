@@ -84,8 +84,9 @@ class Plain:
             at += len(block)
             masked = [p for p in here if block[p - here.start] is None]
             take = [p for p in masked if confidences[p] > self.params.tau_conf]
-            if active and masked and not take:
-                take = [max(masked, key=lambda p: (confidences[p], -p))]
+            if active and len(take) < self.params.min_per_step:
+                ranked = sorted(masked, key=lambda p: (-confidences[p], p))
+                take = ranked[: self.params.min_per_step]
             for p in take:
                 block[p - here.start] = tokens[p]
             self.accepted[not active] += len(take)
@@ -114,6 +115,7 @@ params_strategy = st.builds(
     tau_add=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     tau_act=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     tau_conf=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    min_per_step=st.sampled_from([1, 1, 2, 3, 99]),
 )
 request_strategy = st.tuples(
     params_strategy,
@@ -268,6 +270,8 @@ def test_semi_activated_blocks_wait_below_the_threshold():
         ("tau_act", -0.1),
         ("tau_conf", "0.9"),
         ("tau_conf", float("nan")),
+        ("min_per_step", 0),
+        ("min_per_step", 2.0),
     ],
 )
 def test_bad_params_are_refused_by_name(field_, value):

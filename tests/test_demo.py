@@ -63,6 +63,18 @@ def test_an_answer_is_right_by_its_last_number_and_its_own_end(text, finish_reas
     assert demo.is_right(output(text, finish_reason), PROBLEM) is right
 
 
+def test_sentences_are_right_as_a_whole():
+    from training.extract import KEYS
+
+    problems = bundled_problems("sentences")
+    assert len(problems) == len({p.question for p in problems}) == 8
+    for problem in problems:
+        assert problem.final is None and tuple(json.loads(problem.answer)) == KEYS
+        assert demo.is_right(output(problem.answer), problem)
+        assert not demo.is_right(output(problem.answer, "length"), problem)
+        assert not demo.is_right(output(problem.answer[:-1]), problem)
+
+
 def test_forwards_are_counted_by_vllm_or_are_the_tokens():
     assert count_forwards(output("x", histogram=[2, 0, 3])) == 5
     assert count_forwards(output("x")) == 9

@@ -156,7 +156,8 @@ def figures() -> str:
 def results() -> str:
     """The table of results as Markdown. A figure without a file does not appear."""
     rows = [*tiny_rows(), *demo_rows(), *throughput_rows(), *parity_rows(), *overhead_rows()]
-    return table(["what", "result", "where", "command"], [*rows, *streaming_rows()])
+    rows += [*streaming_rows(), *versus_rows()]
+    return table(["what", "result", "where", "command"], rows)
 
 
 def table(head: list[str], rows: Sequence[tuple[str, ...]]) -> str:
@@ -248,6 +249,26 @@ def parity_rows() -> Iterator[tuple[str, ...]]:
             f"{len(ways)} ways, {report['prompts']} prompts x {report['settings']} settings"
         )
         yield what, equal, report["machine"], f"`{report['command']}`"
+
+
+def versus_rows() -> Iterator[tuple[str, ...]]:
+    """One row for each job of a real language model."""
+    for path in sorted(RESULTS.glob("versus_*.json")):
+        report = json.loads(path.read_text())
+        hardware, score = report["hardware"], report["score"].replace("_", " ")
+        lines = [
+            f"{name}: {score} {100 * row['score'][0]:.1f} % of {row['answers']} answers, "
+            f"{row['tokens_per_forward']:.2f} tokens per forward, "
+            + ", ".join(
+                f"{point['against_ar']['median']:.2f}x at {point['batch_size']}"
+                for point in report["points"]
+                if point["decoder"] == name
+            )
+            for name, row in report["scores"].items()
+        ]
+        what = f"{report['models']['d2f']} and its twin: tokens per second over the twin's"
+        where = f"{hardware['cpu']}, {hardware['threads']} thread each"
+        yield what, "<br>".join(lines), where, f"`{report['command']}`"
 
 
 def overhead_rows() -> Iterator[tuple[str, ...]]:

@@ -40,6 +40,7 @@ DOCUMENTS = (
 PARSED = "parsed"
 HUB = "tests/hub/test_prepare.py::test_the_command_from_first_to_last"
 PROOFS: tuple[tuple[str, str], ...] = (
+    (r"make demo-text", PARSED),
     (r"make demo", "tests/test_demo.py::test_the_whole_demo"),
     (r"make (setup|serve|test|test-\w+|lint|models|stress|gpu-bundle)( EXTRA=\w+)?", PARSED),
     (r"make docs", "tests/test_docs.py::test_the_site_builds"),

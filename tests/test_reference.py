@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_runs import DATA, published_runs
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vllm_d2f.d2f import D2FParams
+from vllm_d2f.models.hf import load_hf
 from vllm_d2f.reference import decode, generate, hf_forward
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -131,3 +133,17 @@ def test_no_shift_reads_the_row_of_the_position_itself():
     params = D2FParams(4, 1)
     assert generate(forward, [1, 2], params, shift=False, **common) == ([12, 13, 14, 15], 1)
     assert generate(forward, [1, 2], params, shift=True, **common) == ([11, 12, 13, 14], 1)
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada2"])
+def test_runs_of_block_diffusion_families(family):
+    """SDAR's and LLaDA2.0's own loops: the tokens, and the forwards to the end of each block."""
+    model, config = load_hf(DATA / family)
+    forward = hf_forward(model)
+    how = dict(mask_id=config.mask_token_id, shift=config.logits_shift, block_origin="zero")
+    for run in published_runs(family):
+        tokens, forwards = generate(
+            forward, run.prompt, run.params, max_tokens=run.goal, ends=(), **how
+        )
+        assert tuple(tokens[: len(run.answer)]) == run.answer
+        assert run.forwards in (None, forwards)

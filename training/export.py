@@ -47,6 +47,8 @@ def export(
     with whole_folder(directory) as part:
         if hasattr(net, "peft_config") and not stage.merge:
             _write_adapter(part, loaded, net, stage, card, base)
+            if loaded.family in AUTOREGRESSIVE:  # what a merge makes of the base
+                _write_small_files(part, loaded, stage, decoding)
         else:
             _write_model(part, loaded, merged_state(net), stage, decoding, card)
 
@@ -143,9 +145,7 @@ def _write_model(
     decoding: DecodingSection,
     card: str,
 ) -> None:
-    _write_tokenizer(part, loaded)
-    _write_json(part / "config.json", hub_config(loaded, stage, decoding))
-    _write_json(part / "generation_config.json", _generation(loaded))
+    _write_small_files(part, loaded, stage, decoding)
     if loaded.config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     renamed = stage.objective != "next_token"
@@ -158,6 +158,14 @@ def _write_model(
     for file in part.glob("*.safetensors"):
         file.chmod(0o644)
     (part / "README.md").write_text(card)
+
+
+def _write_small_files(
+    part: Path, loaded: Loaded, stage: StageSection, decoding: DecodingSection
+) -> None:
+    _write_tokenizer(part, loaded)
+    _write_json(part / "config.json", hub_config(loaded, stage, decoding))
+    _write_json(part / "generation_config.json", _generation(loaded))
 
 
 def _write_adapter(

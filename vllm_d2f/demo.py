@@ -2,6 +2,11 @@
 """A D2F model and an autoregressive model of its size answer 16 problems in stock vLLM.
 
     python -m vllm_d2f.demo [--model d2f-tiny] [--baseline ar-tiny] [--json FILE]
+    python -m vllm_d2f.demo --text
+
+`--text` lets SmolLM2-135M-Instruct, trained with D2F, write the facts of eight sentences as JSON,
+beside its autoregressive twin. People wrote the sentences for the E2E challenge (CC BY-SA 4.0);
+neither model has seen them. Answers appear as they are decoded.
 
 Both run in this process, one after the other, with the same settings: float32 on a CPU, greedy,
 no compilation. Tokens are counted up to and including the end token. An autoregressive model needs
@@ -23,16 +28,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module, resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_d2f import __version__
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.output import OutputError, check_output, ends_with_its_pipe
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
+    from vllm import RequestOutput, SamplingParams
 
-MAX_TOKENS = 64
+MAX_TOKENS = {"problems": 64, "sentences": 128}
 REPEATS = 3
 WIDTH = 100
 NUMBER = re.compile(r"\d+")
@@ -50,11 +55,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, its worked answer, and the number that the answer ends with."""
+    """A question, its answer, and the number at its end; None if the whole answer counts."""
 
     question: str
     answer: str
-    final: int
+    final: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +75,9 @@ class Figures:
     single_tokens_per_s: float  # one problem after the other
 
 
-def bundled_problems() -> list[Problem]:
+def bundled_problems(name: str = "problems") -> list[Problem]:
     """Return the problems that ship with the package. No model was trained on them."""
-    file = resources.files("vllm_d2f").joinpath("embedded", "problems.json")
+    file = resources.files("vllm_d2f").joinpath("embedded", f"{name}.json")
     return [Problem(**problem) for problem in json.loads(file.read_text())]
 
 
@@ -85,7 +90,9 @@ def final_number(text: str) -> int | None:
 def is_right(output: "RequestOutput", problem: Problem) -> bool:
     """Whether the model ended the answer by itself, with the right number."""
     completion = output.outputs[0]
-    return completion.finish_reason == "stop" and final_number(completion.text) == problem.final
+    text = completion.text
+    right = text == problem.answer if problem.final is None else final_number(text) == problem.final
+    return completion.finish_reason == "stop" and right
 
 
 def count_forwards(output: "RequestOutput") -> int:
@@ -113,7 +120,8 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
         use_tqdm_on_load=False,
     )
     print(f"Loaded in {time.perf_counter() - began:.0f} s.\n", flush=True)
-    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    most = MAX_TOKENS["problems" if problems[0].final is not None else "sentences"]
+    sampling = SamplingParams(temperature=0, max_tokens=most)
 
     def seconds(*prompts: str) -> float:
         began = time.perf_counter()
@@ -121,9 +129,18 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
         return time.perf_counter() - began
 
     questions = [problem.question for problem in problems]
+    if problems[0].final is None:  # these models are asked in a chat
+        chats: Any = ([{"role": "user", "content": question}] for question in questions)
+        render: Any = llm.get_tokenizer().apply_chat_template
+        questions = [render(c, tokenize=False, add_generation_prompt=True) for c in chats]
     seconds(*questions)  # warms up
-    outputs = llm.generate(questions, sampling, use_tqdm=show)
-    if show:
+    if problems[0].final is None:
+        for problem, prompt in zip(problems, questions, strict=True):
+            print(f"\n{problem.question}")
+            _print_while_decoding(llm, prompt, sampling)
+        print(flush=True)
+    outputs = llm.generate(questions, sampling, use_tqdm=show and problems[0].final is not None)
+    if show and problems[0].final is not None:
         _print_answers(problems, outputs)
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return Figures(
@@ -135,6 +152,18 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
         batch_tokens_per_s=tokens / statistics.median(seconds(*questions) for _ in range(REPEATS)),
         single_tokens_per_s=tokens / sum(map(seconds, questions)),
     )
+
+
+def _print_while_decoding(llm: Any, prompt: str, sampling: "SamplingParams") -> None:
+    """Print an answer piece by piece, as the engine's steps bring it."""
+    engine, shown = llm.llm_engine, 0
+    engine.add_request("shown", prompt, sampling)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            text = output.outputs[0].text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print()
 
 
 def _print_answers(problems: Sequence[Problem], outputs: "Sequence[RequestOutput]") -> None:
@@ -192,8 +221,9 @@ def main() -> None:
     """Run the command."""
     about = "A D2F model and its autoregressive twin answer 16 problems in stock vLLM."
     parser = argparse.ArgumentParser(prog="python -m vllm_d2f.demo", description=about)
-    parser.add_argument("--model", default="d2f-tiny", help="a D2F model: name or folder")
-    parser.add_argument("--baseline", default="ar-tiny", help='a plain model, "" for none')
+    parser.add_argument("--text", action="store_true", help="facts of eight sentences, as JSON")
+    parser.add_argument("--model", help="a D2F model: name or folder (default: d2f-tiny)")
+    parser.add_argument("--baseline", help='a plain model, "" for none (default: ar-tiny)')
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
     if options.json:
@@ -203,18 +233,25 @@ def main() -> None:
             parser.error(str(error))
 
     _prepare_process()
-    problems = bundled_problems()
-    print(f"{len(problems)} arithmetic problems that no model here was trained on.")
-    figures = [run(options.model, problems, show=True)]
-    if options.baseline:
+    problems = bundled_problems("sentences" if options.text else "problems")
+    kind, names = "arithmetic problems", ("d2f-tiny", "ar-tiny")
+    if options.text:
+        kind, names = "sentences", ("d2f-smollm2-extract", "ar-smollm2-extract")
+    model = options.model or names[0]
+    baseline = names[1] if options.baseline is None else options.baseline
+    print(f"{len(problems)} {kind} that no model here was trained on.")
+    figures = [run(model, problems, show=True)]
+    if baseline:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()  # the first engine's, so that another can start
-        figures.append(run(options.baseline, problems, show=False))
+        figures.append(run(baseline, problems, show=False))
     print(summary(figures))
     if options.json:
         report = {"machine": _machine(), "figures": [asdict(f) for f in figures]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not options.text:
+        print("\nNext, a pretrained language model on sentences that people wrote: make demo-text")
 
 
 if __name__ == "__main__":

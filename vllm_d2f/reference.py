@@ -232,14 +232,14 @@ def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     tau = float(window.tau_R1)
     margin = float((confidence_W - tau).abs()[masked_W].min())
     taken_W = masked_W & (confidence_W > tau)
-    size, full_W = int(window.block_R), activated(window)[0]
+    size, full_W, fewest = int(window.block_R), activated(window)[0], int(window.fewest_R1)
     for start in range(0, open_, size):
         block = slice(start, min(start + size, open_))
-        if bool(full_W[start]) and masked_W[block].any() and not taken_W[block].any():
-            best = confidence_W[block][masked_W[block]].sort(descending=True)
-            if len(best.values) > 1:
-                margin = min(margin, float(best.values[0] - best.values[1]))
-            taken_W[start + masked_W[block].nonzero()[best.indices[0], 0]] = True
+        if bool(full_W[start]) and int(taken_W[block].sum()) < fewest:
+            best = confidence_W[block][masked_W[block]].sort(descending=True, stable=True)
+            if len(best.values) > fewest:
+                margin = min(margin, float(best.values[fewest - 1] - best.values[fewest]))
+            taken_W[start + masked_W[block].nonzero()[best.indices[:fewest], 0]] = True
     if taken_W.any():
         margin = min(margin, float((top_W2[:, 0] - top_W2[:, 1])[taken_W].min()))
     return margin

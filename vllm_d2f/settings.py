@@ -78,14 +78,17 @@ def settings_from_dict(
 
     Args:
         sections: at least one is not None. Their keys are `block_size`, `max_blocks`, `tau_add`,
-            `tau_act`, `tau_conf`, `window` (block_size * max_blocks where no section gives it),
-            `prompt_attention`, `block_origin`, `preset` and `simulate_tokens_per_forward`.
-        family: the model's family, whose `prompt_attention` and `block_origin` are the defaults.
+            `tau_act`, `tau_conf`, `min_per_step`, `window` (block_size * max_blocks where no
+            section gives it), `prompt_attention`, `block_origin`, `preset` and
+            `simulate_tokens_per_forward`.
+        family: the model's family, whose `prompt_attention` and `block_origin` are the defaults,
+            and its preset `default` if it has one.
 
     Raises:
         ValueError: no section at all, an unknown key, or a value out of range.
     """
-    given = [_with_preset(section) for section in sections if section is not None]
+    own = family.presets.get("default") if family else None
+    given = [_with_preset(section) for section in (own, *sections) if section is not None]
     if not given:
         raise ValueError(
             "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it "

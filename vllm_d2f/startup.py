@@ -203,7 +203,10 @@ def _resolve(vllm_config: "VllmConfig") -> Settings:
     # transformers' class drops sections that it does not know, so the file is read.
     name, config = "generation_config.json", model_config.hf_config
     generation = get_hf_file_to_dict(name, model_config.model, model_config.revision) or {}
+    sections = [generation.get("d2f"), config.d2f, given]
+    if "default" in config.family.presets and hasattr(config, "block_size"):  # some SDAR models
+        sections.insert(0, {"block_size": config.block_size})
     try:
-        return settings_from_dict(generation.get("d2f"), config.d2f, given, family=config.family)
+        return settings_from_dict(*sections, family=config.family)
     except ValueError as error:
         raise ValueError(f"{model_config.model}: {error}") from None

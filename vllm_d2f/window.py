@@ -25,6 +25,9 @@ class D2FParams:
         tau_add: open the next block once this fraction of the last one is decoded, in [0, 1].
         tau_act: activate a block once this fraction of its predecessor is decoded.
         tau_conf: accept a proposal whose probability is greater than this, in [0, 1].
+        min_per_step: fewest positions that a fully activated block takes in a forward, at least 1
+            and as long as it has masked ones (1 in the paper). With tau_conf 1 it takes exactly as
+            many: the static schedule of SDAR (arXiv 2510.06303).
     """
 
     block_size: int = 32
@@ -32,9 +35,10 @@ class D2FParams:
     tau_add: float = 0.1
     tau_act: float = 0.95
     tau_conf: float = 0.9
+    min_per_step: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_blocks"):
+        for name in ("block_size", "max_blocks", "min_per_step"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -71,7 +75,7 @@ class Window:
     Attributes:
         tokens_RW: int64, decoded tokens, the mask token elsewhere.
         decoded_RW: bool.
-        counters: int64 [R, 10 + E]. Six change with every forward:
+        counters: int64 [R, 11 + E]. Six change with every forward:
             open_R1: positions in open blocks;
             rest_R1: positions up to the last one that may be decoded;
             goal_R1: positions up to the last one that the request wants (max_tokens);
@@ -79,10 +83,11 @@ class Window:
                 negative while the window begins with the end of the prompt;
             forward_R1: forwards so far;
             lead_R1: decoded positions before the first masked one, whose tokens are emitted.
-            Four and the end tokens are settings:
+            Five and the end tokens are settings:
             block_R1: the block size;
             max_open_R1: positions of the widest window;
             add_R1, act_R1: tau_add and tau_act as decoded positions of a block;
+            fewest_R1: positions that an active block takes at least;
             ends_RE: end tokens, padded with -1.
         block_RW: int64, the column at which each column's block begins.
         previous_RW: int64, the column at which the block before it begins; 0 for the first.
@@ -101,7 +106,7 @@ class Window:
     num_ends: int = 0
 
     open_R1, rest_R1, goal_R1, start_R1, forward_R1, lead_R1 = map(_column, range(6))
-    block_R1, max_open_R1, add_R1, act_R1 = map(_column, range(6, 10))
+    block_R1, max_open_R1, add_R1, act_R1, fewest_R1 = map(_column, range(6, 11))
     open_R, rest_R, goal_R, start_R, forward_R, lead_R, block_R = map(_vector, range(7))
 
     @property
@@ -172,6 +177,7 @@ class Window:
         values = [0, min(whole_blocks, limit), min(goal, limit), -len(tail), 0, len(tail)]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
+        values += [min(params.min_per_step, size)]
         values += [*ends, *[-1] * (room - len(ends))]
         _copy_in(self.counters[row], torch.tensor(values))
         # Assigning a number to an element would wait for the device; filling does not.
@@ -210,7 +216,7 @@ class Window:
         self.counters[:, :_STATE_END] = torch.cat(columns_R1, dim=1)
 
 
-_STATE_END, _SETTINGS_END = 6, 10
+_STATE_END, _SETTINGS_END = 6, 11
 
 
 def _copy_in(row: Tensor, values: Tensor) -> None:

@@ -89,6 +89,7 @@ class Answer:
     prompt: int
     first_s: float  # from handing in the batch to the request's first tokens
     last_s: float  # the same to its last ones
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ class Engine:
             forwards=tokens if counters is None else denoising_forwards(completion),
             computed=tokens if counters is None else counters.num_draft_tokens,
             prompt=len(output.prompt_token_ids),
-            first_s=first - self.clock.began, last_s=last - self.clock.began,
+            first_s=first - self.clock.began, last_s=last - self.clock.began, text=completion.text,
         )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
     config = AutoConfig.from_pretrained(folder)
     if not hasattr(config, "d2f"):
         raise UsageError(f"{option} {name} is no D2F model: its config has no d2f section")
-    return folder, config, settings_from_dict(config.d2f)
+    return folder, config, settings_from_dict(config.d2f, family=config.family)
 
 
 def simulated(hf_config: Any) -> float | None:

@@ -128,7 +128,8 @@ def repository_files(root: Path) -> Iterator[Source]:
         raise BundleError(f"git ls-files in {root}: {error}; run it from a checkout") from None
     for name in sorted(set(done.stdout.split("\0")) - {""}):
         path = root / name
-        if path.is_file() and not name.startswith(("benchmarks/results/", "training/adapters/")):
+        skipped = name.startswith(("benchmarks/results/", "training/adapters/"))
+        if path.is_file() and not skipped and "-lora/" not in name:
             yield Source(f"repo/{name}", path.read_bytes(), bool(path.stat().st_mode & 0o100))
 
 

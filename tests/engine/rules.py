@@ -116,6 +116,7 @@ def reference_frames(
         max_len=max_len,
         sampling=sampling,
         prompt_block=prompt_block,
+        block_origin=config.family.block_origin,
         request_sampler=request_sampler,
     )
 

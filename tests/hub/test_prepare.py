@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_dream
+from checkpoints import write_adapted, write_dream
 from lora import make
 from safetensors.torch import load_file, save_file
 
@@ -38,14 +38,16 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name, one in PUBLISHED.items() if not one.shipped])
 def test_a_published_model_is_consistent(name):
     published = PUBLISHED[name]
     (family,) = (family for family in FAMILIES.values() if name in family.published)
-    assert settings_from_dict(published.d2f).params.block_size >= 1
+    assert settings_from_dict(published.d2f, family=family).params.block_size >= 1
     assert published.d2f["preset"] in family.preset_names
     assert set(family.preset_names) <= set(PRESETS)
-    assert variant_of(published.base) == variant_of(published.adapter) == published.variant
+    assert published.licence
+    if published.adapter is not None:
+        assert variant_of(published.base) == variant_of(published.adapter) == published.variant
 
 
 def test_the_folder_and_its_record(dream, cache_folder):
@@ -368,6 +370,8 @@ def test_two_at_once(large, cache_folder):
 
 def test_offline_and_not_prepared_names_both_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -376,8 +380,42 @@ def test_offline_and_not_prepared_names_both_commands(tmp_path, monkeypatch):
             names.resolve(name)
         text = str(error.value)
         assert f"python -m vllm_d2f prepare {name}\n" in text
-        assert f"python -m vllm_d2f prepare {name} --base DIR --adapter DIR" in text
-        assert PUBLISHED[name].base in text and PUBLISHED[name].adapter in text
+        folders = "--base DIR --adapter DIR" if PUBLISHED[name].adapter else "--base DIR"
+        assert text.endswith(f"python -m vllm_d2f prepare {name} {folders}")
+        assert all(repository in text for repository in PUBLISHED[name].repositories)
+
+
+def test_a_whole_model_is_copied_without_an_adapter(tmp_path, cache_folder):
+    """Its config says the family's model_type, whatever the published one says."""
+    base = write_adapted(tmp_path / "base", "Llama")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama"}
+    (base / "config.json").write_text(json.dumps(config))
+    name = "stable-diffcoder-8b"
+    folder = prepare(name, plan_of(name, str(base)))
+    state = cache.inspect(folder)
+    assert state.kind == "ready" and not cache.damaged_files(folder, state)
+    assert "adapter" not in state.record and prepare(name, plan_of(name, str(base))) == folder
+    weights, copied = (load_file(path / "model.safetensors") for path in (base, folder))
+    assert all(torch.equal(weights[key], copied[key]) for key in weights | copied)
+    served = engine_config(name, skip_tokenizer_init=True).model_config.hf_config
+    assert served.family.name == "stable_diffcoder" and served.d2f["block_origin"] == "zero"
+    with pytest.raises(ValueError, match="with 'stable_diffcoder'"):
+        engine_config(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("inclusionAI/LLaDA2.1-mini", "edit tokens"),
+        ("/cache/models--inclusionAI--LLaDA2.2-flash/snapshots/0", "edit tokens"),
+        ("d3LLM/d3LLM_Dream", "both directions"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused_with_the_reason(name, reason):
+    with pytest.raises(names.UnknownModelError, match=reason):
+        names.refuse_unservable(name)
+    names.refuse_unservable("inclusionAI/LLaDA2.0-mini")
 
 
 def engine_config(model, **options):
@@ -448,7 +486,10 @@ def test_the_command_from_first_to_last(dream, llada, tmp_path, command):
     shown = command("models", "--check")
     (line,) = [line for line in shown.splitlines() if line.startswith(NAME)]
     assert "ready" in line and "kB" in line
-    assert str(dream.base) in shown and "31 GB" not in shown and "32 GB" in shown
+    entry = shown.partition(f"\n{NAME} ")[2].partition("\nd2f-")[0]
+    assert str(dream.base) in entry and "disk space" not in entry
+    assert "family dream, preset dream-gsm8k, 15.3 GB of memory" in entry
+    assert "needs about 32 GB of disk space" in shown
 
     other = ("--base", str(dream.base), "--adapter", str(llada.adapter))
     assert "expected LLaDAModelLM" in command("prepare", "d2f-llada-8b", *other, status=1)

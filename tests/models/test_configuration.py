@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 from checkpoints import write_dream, write_llada
+from published_runs import DATA
 from transformers import AutoConfig
 
 from vllm_d2f.models import register_configs
@@ -190,6 +191,30 @@ def test_llada_refuses(llada_json, change, field):
     with pytest.raises(Exception, match=field) as refusal:
         LLaDAConfig(**llada_json | change)
     assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (dict(score_function="softmax"), "score_function"),
+        (dict(use_qk_norm=False), "use_qk_norm"),
+        (dict(norm_topk_prob=False), "norm_topk_prob"),
+        (dict(use_qkv_bias=True), "use_qkv_bias"),
+        (dict(num_experts_per_tok=9), "num_experts_per_tok"),
+        (dict(num_experts=1 << 20), "n_routed_experts"),
+        (dict(num_experts="8"), "num_experts = '8' has the wrong type"),
+        (dict(topk_group=0), "topk_group"),
+        (dict(partial_rotary_factor=0.3), "partial_rotary_factor"),
+        (dict(rotary_dim=4), "rotary_dim"),
+        (dict(moe_shared_expert_intermediate_size=64), "moe_shared_expert_intermediate_size"),
+        (dict(delete_token_id=5), "LLaDA2.2 inserts and deletes"),
+        (dict(sliding_window=512, use_sliding_window=True), "sliding_window"),
+    ],
+)
+def test_llada2_refuses(tmp_path, change, field):
+    config = json.loads((DATA / "llada2" / "config.json").read_text())
+    with pytest.raises(ValueError, match=field):
+        load(tmp_path, config | change)
 
 
 def test_is_causal_is_left_to_the_batch(dream_json):

@@ -74,7 +74,9 @@ def load(path) -> SimpleNamespace:
     )
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    model_config = ModelConfig(model=str(path), dtype="float32", enforce_eager=True)
+    model_config = ModelConfig(
+        model=str(path), dtype="float32", enforce_eager=True, skip_tokenizer_init=True
+    )
     vllm_config = VllmConfig(
         model_config=model_config, load_config=LoadConfig(use_tqdm_on_load=False)
     )
@@ -172,7 +174,7 @@ def test_missing_and_unknown_tensors_are_refused(tmp_path, architecture):
 def test_vllm_takes_it_for_a_text_generation_model(tmp_path, architecture):
     """A name that ends in "Model" is a pooling model to vLLM unless the class says otherwise."""
     path = WRITERS[architecture](tmp_path, hidden=8, layers=1)
-    config = ModelConfig(model=str(path), dtype="float32")
+    config = ModelConfig(model=str(path), dtype="float32", skip_tokenizer_init=True)
     assert config.runner_type == "generate" and config.convert_type == "none"
     assert config.architecture == architecture
     assert config.get_hidden_size() == 8

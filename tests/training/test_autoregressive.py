@@ -181,6 +181,25 @@ def test_an_adapter_alone_is_one_that_peft_loads(tmp_path):
     torch.testing.assert_close(logits[:, other], theirs[:, other], rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_alone_merges_into_the_model_that_training_had(tmp_path):
+    from training.export import merged_state
+    from vllm_d2f.hub.prepare import MergePlan, merge
+
+    config = chain(tmp_path, stages={"student": {"merge": False}, "twin": {"merge": False}})
+    train(config, tmp_path / "out")
+    for stage, model_type in (("student", "d2f_llama"), ("twin", "llama")):
+        adapter = str(tmp_path / "out" / "models" / stage)
+        folder = merge(tmp_path / f"{stage}-merged", MergePlan(str(tmp_path / "base"), adapter))
+        run = set_up(config, stage, tmp_path / "out", Accelerator(), "eager")
+        want = merged_state(run.predictor.net)
+        got = load_file(folder / "model.safetensors")
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-7)
+        values = json.loads((folder / "config.json").read_text())
+        assert values["model_type"] == model_type and ("d2f" in values) == (stage == "student")
+        assert AutoTokenizer.from_pretrained(folder).mask_token_id == run.loaded.mask_id
+
+
 def test_a_new_mask_token_gets_a_row(tmp_path):
     config = chain(tmp_path, model={"mask_token": "<|hole|>", "chat_template": "{{ 1 }}"})
     opened = open_base(config.model)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name: download a base and a D2F adapter, merge them, and keep the result."""
 
+import re
 import sys
 
-__all__ = ["HubError", "human", "say"]
+__all__ = ["HubError", "human", "own_name", "say"]
 
 
 class HubError(ValueError):
@@ -21,3 +22,9 @@ def human(size: int) -> str:
         if size >= divisor:
             return f"{size / divisor:.1f} {unit}"
     return f"{size} B"
+
+
+def own_name(name: str) -> str:
+    """The last part of a path or a Hub id, or the repository in a path of the Hub's cache."""
+    cached = re.search(r"models--([^/\\]+)", name)
+    return (cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]).lower()

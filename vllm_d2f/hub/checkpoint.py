@@ -77,7 +77,8 @@ def plain_file(folder: Path, name: str) -> Path:
 
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter alone, without a base."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
+    weights = any((folder / name).exists() for name in (INDEX, SINGLE))
+    return (folder / "adapter_config.json").is_file() and not weights
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -118,7 +118,9 @@ def overview() -> list[dict[str, Any]]:
         state = cache.inspect(folder)
         row: dict[str, Any] = dict(name=name, state=state.kind, size=state.size)
         row |= dict(about=published.about, folder=str(folder), presets=family.preset_names)
-        row |= dict(base=published.base, adapter=published.adapter)
+        row |= dict(base=published.base, adapter=published.adapter, family=family.name)
+        row |= dict(gigabytes=published.gigabytes, licence=published.licence)
+        row |= dict(preset=published.d2f.get("preset", "its own"))
         for what in ("base", "adapter"):
             if source := state.record.get(what):
                 row |= {what: source["source"], f"{what}_revision": source["revision"]}
@@ -145,12 +147,18 @@ def _models(args: argparse.Namespace) -> int:
     words = {"embedded": "ships with the package", "absent": "prepared at first use"}
     for row in rows:
         state, size = words.get(row["state"], row["state"]), human(row["size"])
-        print(f"{row['name']:<14}{state:<24}{size if row['size'] else '':>9}  {row['about']}")
+        print(f"{row['name']:<23}{state:<24}{size if row['size'] else '':>9}  {row['about']}")
         details = [
             f"{what} {at_revision(row[what], row.get(f'{what}_revision'))}"
             for what in ("base", "adapter")
             if row.get(what)
         ]
+        if "family" in row:
+            details.append(
+                f"family {row['family']}, preset {row['preset']}, "
+                f"{human(int(1e9 * row['gigabytes']))} of memory for weights in bfloat16, "
+                f"licence {row['licence']}"
+            )
         if reason := row.get("reason"):
             ours = (Path(row["folder"]) / cache.RECORD).exists()
             remedy = f"python -m vllm_d2f rm {row['name']}" if ours else "move it away"
@@ -162,10 +170,10 @@ def _models(args: argparse.Namespace) -> int:
         if downloads := row.get("downloads"):
             details.append(f"{human(downloads)} in the Hub's cache; rm --downloads frees it")
         if row["state"] == "absent":
-            needed = 2 * PUBLISHED[row["name"]].gigabytes
-            details.append(f"needs about {needed:.0f} GB of disk space")
+            needed = int(2e9 * PUBLISHED[row["name"]].gigabytes)
+            details.append(f"needs about {human(needed)} of disk space")
         for line in details:
-            print(f"{'':<14}{line}")
+            print(f"{'':<23}{line}")
     print(f"\nmerged models are in {cache.root()} (D2F_CACHE, HF_HOME)")
     return status
 
@@ -212,7 +220,7 @@ def _downloads(published: Published) -> list[Any]:
         repositories = scan_cache_dir().repos
     except CacheNotFound:
         return []
-    return [repo for repo in repositories if repo.repo_id in (published.base, published.adapter)]
+    return [repo for repo in repositories if repo.repo_id in published.repositories]
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-from vllm_d2f.hub import HubError, cache, human
+from vllm_d2f.hub import HubError, cache, human, say
 from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
 
 __all__ = ["Source", "Unreachable", "at_revision", "check_space", "fetch", "fetch_weights"]
@@ -120,6 +120,12 @@ def fetch_weights(source: Source, target: Path) -> None:
         files = []  # Without a connection the cache is used, or `snapshot` says what is missing.
     missing = sum(file.file_size or 0 for file in files if file.will_download)
     merged = sum(file.file_size or 0 for file in files)
+    memory = _device_memory()
+    if merged > memory:
+        say(
+            f"{source.origin}: its weights take {human(merged)}, and the devices of this machine "
+            f"hold {human(memory)}. They fit if they are quantized or split over more machines"
+        )
     if source.folder.stat().st_dev == target.stat().st_dev:
         check_space(target, missing + merged, f"{source.origin} and its merged copy")
     else:
@@ -129,6 +135,14 @@ def fetch_weights(source: Source, target: Path) -> None:
     for name in names:
         if not (source.folder / name).exists():
             raise HubError(f"{source.origin}: its index names {name}, which it does not hold")
+
+
+def _device_memory() -> int:
+    """Bytes that the devices of this machine hold for weights and cache, without starting one."""
+    from vllm.platforms import current_platform
+
+    devices = current_platform.device_count() if current_platform.is_cuda() else 1
+    return devices * current_platform.get_device_total_memory()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

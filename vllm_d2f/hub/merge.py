@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,7 @@ MAX_RANK = 4096
 PIECE = 4 << 20
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # Entries of adapter_config.json that this merge follows, and those that only concern training.
@@ -36,6 +38,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # then refused instead of merged wrongly.
 _FOLLOWED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
 _FOLLOWED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_FOLLOWED |= {"trainable_token_indices"}
 _TRAINING = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
 _TRAINING |= {"lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size"}
 _TRAINING |= {"peft_version", "eva_config"}
@@ -55,12 +58,22 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """W[indices] = rows, for the embedding of some tokens (PEFT's `trainable_token_indices`)."""
+
+    module: str
+    key: str
+    shape: tuple[int, int]  # (tokens, hidden size)
+    indices: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter whose config and header were read, with a pair for each module it changes."""
+    """An adapter whose config and header were read, with what it changes by module."""
 
     folder: Path
     config: dict[str, Any]
-    pairs: dict[str, Pair]
+    pairs: dict[str, Pair | Rows]
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -77,7 +90,11 @@ def read_adapter(folder: Path) -> Adapter:
         checkpoint.refuse_pickle(folder, "adapter")
     shard = checkpoint.read_header(checkpoint.plain_file(folder, WEIGHTS))
     sides: dict[str, dict[str, str]] = {}
+    rows: dict[str, Pair | Rows] = {}
     for key in shard.tensors:
+        if found := _ROWS.fullmatch(key):
+            rows[found["module"]] = _rows(shard, config, found["module"], key)
+            continue
         found = _KEY.fullmatch(key)
         if found is None:
             raise HubError(
@@ -88,11 +105,13 @@ def read_adapter(folder: Path) -> Adapter:
     if not sides:
         raise HubError(f"{shard.path}: holds no tensors")
     pairs = {module: _pair(shard, config, module, keys) for module, keys in sides.items()}
-    return Adapter(folder, config, pairs)
+    if both := rows.keys() & pairs.keys():
+        raise HubError(f"{shard.path}: changes {min(both)} in two ways, which is not supported")
+    return Adapter(folder, config, {**pairs, **rows})
 
 
-def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
-    """Find the base tensor of each pair; return tensor -> pair.
+def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair | Rows]:
+    """Find the base tensor of each change; return tensor -> change.
 
     Args:
         base: names of the base's tensors.
@@ -129,11 +148,14 @@ def match(adapter: Adapter, base: Iterable[str]) -> dict[str, Pair]:
     return {f"{module}.weight": pair for module, pair in adapter.pairs.items()}
 
 
-def check_shapes(matched: Mapping[str, Pair], base: Mapping[str, TensorInfo]) -> None:
-    """Refuse a pair whose product has another shape than its base tensor."""
+def check_shapes(matched: Mapping[str, Pair | Rows], base: Mapping[str, TensorInfo]) -> None:
+    """Refuse a pair whose product has another shape than its base tensor, and rows likewise."""
     for name, pair in matched.items():
         info = base[name]
-        if info.shape != pair.shape:
+        fits = info.shape == pair.shape
+        if isinstance(pair, Rows) and len(info.shape) == 2:
+            fits = info.shape[1] == pair.shape[1] and max(pair.indices) < info.shape[0]
+        if not fits:
             raise HubError(
                 f"{pair.module}: the adapter adds a matrix of shape {pair.shape} to a base tensor "
                 f"of shape {info.shape}; the adapter belongs to a model of another size"
@@ -192,6 +214,19 @@ def _pair(shard: Shard, config: Mapping[str, Any], module: str, keys: Mapping[st
     return Pair(module, keys["A"], keys["B"], (info_b.shape[0], info_a.shape[1]), scaling)
 
 
+def _rows(shard: Shard, config: Mapping[str, Any], module: str, key: str) -> Rows:
+    listed = config.get("trainable_token_indices")
+    indices = listed.get(module.rsplit(".", 1)[-1]) if isinstance(listed, dict) else listed
+    shape = shard.tensors[key].shape
+    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+        raise HubError(f"{shard.path}: trainable_token_indices = {listed!r:.80} names no tokens")
+    if len(shape) != 2 or shape[0] != len(indices) or not indices:
+        raise HubError(f"{shard.path}: {key} has shape {shape} for {len(indices)} tokens")
+    if shard.tensors[key].dtype not in _DTYPES:
+        raise HubError(f"{shard.path}: {module} is stored as {shard.tensors[key].dtype}")
+    return Rows(module, key, (shape[0], shape[1]), indices)
+
+
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
@@ -218,7 +253,7 @@ def _is_rank(value: Any) -> bool:
 
 def merge_weights(
     base: Sequence[Shard],
-    adapter: Adapter,
+    adapter: Adapter | None,
     folder: Path,
     progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
@@ -227,6 +262,7 @@ def merge_weights(
     All names and shapes are checked before the first byte is written.
 
     Args:
+        adapter: None copies the base.
         progress: called with the number of bytes just written.
 
     Returns:
@@ -237,10 +273,11 @@ def merge_weights(
         OSError: the disk is full.
     """
     tensors = {name: info for shard in base for name, info in shard.tensors.items()}
-    matched = match(adapter, tensors)
+    matched = match(adapter, tensors) if adapter else {}
     check_shapes(matched, tensors)
     written = {}
-    with safe_open(adapter.folder / WEIGHTS, framework="pt") as weights:
+    opened = safe_open(adapter.folder / WEIGHTS, framework="pt") if adapter else nullcontext()
+    with opened as weights:
         for shard in base:
             target = folder / shard.path.name
             written[target.name] = _merge_file(shard, matched, weights, target, progress)
@@ -249,7 +286,7 @@ def merge_weights(
 
 def _merge_file(
     shard: Shard,
-    matched: Mapping[str, Pair],
+    matched: Mapping[str, Pair | Rows],
     weights: Any,
     target: Path,
     progress: Callable[[int], object],
@@ -275,14 +312,21 @@ def _merge_file(
         return {"size": sink.tell(), "sha256": digest.hexdigest()}
 
 
-def _add(raw: bytearray, info: TensorInfo, pair: Pair, weights: Any) -> memoryview:
-    """The bytes of W + scaling * B @ A, summed in float32 and rounded once."""
-    a_RI, b_OR = (weights.get_tensor(key).float() for key in (pair.key_a, pair.key_b))
-    if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
+def _add(raw: bytearray, info: TensorInfo, pair: Pair | Rows, weights: Any) -> memoryview:
+    """The bytes of W + scaling * B @ A, summed in float32 and rounded once, or of W with rows."""
+    keys = (pair.key,) if isinstance(pair, Rows) else (pair.key_a, pair.key_b)
+    tensors = [weights.get_tensor(key).float() for key in keys]
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise HubError(f"{pair.module}: the adapter holds infinite or undefined values")
     stored = _DTYPES[info.dtype]
     base_OI = torch.frombuffer(raw, dtype=stored).view(info.shape)
-    sum_OI: Tensor = (b_OR @ a_RI).mul_(pair.scaling).add_(base_OI).to(stored)
+    sum_OI: Tensor
+    if isinstance(pair, Rows):
+        sum_OI = base_OI
+        sum_OI[pair.indices] = tensors[0].to(stored)
+    else:
+        a_RI, b_OR = tensors
+        sum_OI = (b_OR @ a_RI).mul_(pair.scaling).add_(base_OI).to(stored)
     if not torch.isfinite(sum_OI).all():
         raise HubError(
             f"{pair.module}: the merged tensor does not fit {stored}; use a base in bfloat16"

@@ -6,9 +6,11 @@
 
 import difflib
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
+from vllm_d2f.hub import own_name
 from vllm_d2f.hub.cache import folder_of, inspect, is_part
 from vllm_d2f.hub.checkpoint import is_adapter
 from vllm_d2f.models import PUBLISHED
@@ -21,6 +23,14 @@ EMBEDDED: dict[str, str] = {
     "d2f-tiny": "the embedded demo model, distilled with D2F",
     "ar-tiny": "its autoregressive sibling, for comparison",
     "dream-tiny": "its diffusion teacher, before distillation",
+}
+
+
+# A model's own name -> why it is refused. Nothing in their config.json tells these checkpoints from
+# those of the same layout that are served.
+_REFUSED = {
+    r"llada2\.[12]": "LLaDA2.1 and 2.2 edit tokens that are decoded, and D2F never changes one",
+    r"d3llm": "d3LLM attends in both directions to blocks that are not open and has no exact cache",
 }
 
 
@@ -99,16 +109,20 @@ def resolve_embedded(name: str) -> Path:
 
 
 def refuse_unservable(name: str) -> None:
-    """Refuse to serve an adapter alone, or a folder that a merge has not completed.
+    """Refuse to serve an adapter alone, a folder that a merge has not completed, or a checkpoint
+    whose layout is known but not its decoding.
 
     Raises:
         UnknownModelError: with what to do.
     """
     for ours, published in PUBLISHED.items():
-        if name.lower() == published.adapter.lower() and not os.path.exists(name):
+        if name.lower() == (published.adapter or "").lower() and not os.path.exists(name):
             raise UnknownModelError(
                 f"{name} is an adapter. Serve it merged into its base: vllm serve {ours}"
             )
+    for pattern, reason in _REFUSED.items():
+        if re.search(pattern, own_name(name)):
+            raise UnknownModelError(f"{name} cannot be served: {reason}")
     folder = Path(name)
     if not folder.is_dir():
         return

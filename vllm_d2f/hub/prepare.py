@@ -13,10 +13,14 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from vllm_d2f.hub import HubError, cache, checkpoint, download, say
+from vllm_d2f.hub import HubError, cache, checkpoint, download, human, own_name, say
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
+from vllm_d2f.hub.names import resolve_embedded
+from vllm_d2f.hub.wheel import base_from_wheel
 from vllm_d2f.models import FAMILIES, PUBLISHED
+from vllm_d2f.models.adapted import FAMILIES as adapted_families
+from vllm_d2f.models.family import Published, Wheel
 from vllm_d2f.output import check_output
 from vllm_d2f.settings import settings_from_dict
 
@@ -24,6 +28,8 @@ __all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
+STACKS = {arch: one.hf for one in adapted_families for arch in (one.architecture, one.hf)}
+"""What an adapter of an autoregressive base results in -> the architecture of that base."""
 _VARIANTS = {"base": "base", "instruct": "instruct", "chat": "instruct"}
 
 
@@ -32,17 +38,18 @@ class MergePlan:
     """What to merge, and how the result decodes.
 
     Attributes:
-        base, adapter: a folder or a Hub id each.
+        base, adapter: a folder or a Hub id each; without an adapter the base is the whole model.
         base_revision, adapter_revision: branch, tag or commit of a Hub id.
         architecture: the one that the base must have; None allows all that D2F serves.
         variant: "base" or "instruct", which the base must be; None takes it from the adapter.
         d2f: the `d2f` section of the merged config.json; None keeps the base's.
         context: see `Published.context`.
         check_variant: False trusts the user that base and adapter belong together.
+        wheel: see `Published.wheel`.
     """
 
     base: str
-    adapter: str
+    adapter: str | None
     base_revision: str | None = None
     adapter_revision: str | None = None
     architecture: str | None = None
@@ -50,6 +57,7 @@ class MergePlan:
     d2f: Mapping[str, Any] | None = None
     context: int | None = None
     check_variant: bool = True
+    wheel: Wheel | None = None
 
 
 def plan_of(
@@ -63,17 +71,25 @@ def plan_of(
     """The plan of the published model `name`, with other sources where they are given."""
     published = PUBLISHED[name]
     (family,) = (family for family in FAMILIES.values() if name in family.published)
+    shipped = _shipped_adapter(name)
     return MergePlan(
         base=base or published.base,
-        adapter=adapter or published.adapter,
+        adapter=adapter or (str(shipped) if shipped else published.adapter),
         base_revision=base_revision or (None if base else published.base_revision),
         adapter_revision=adapter_revision or (None if adapter else published.adapter_revision),
         architecture=family.architecture,
         variant=published.variant,
-        d2f=published.d2f,
+        d2f=published.d2f or None,
         context=published.context,
-        check_variant=check_variant,
+        check_variant=check_variant and not shipped,
+        wheel=None if base else published.wheel,
     )
+
+
+def _shipped_adapter(name: str) -> Path | None:
+    """The folder of an adapter that ships with the package."""
+    shipped = PUBLISHED[name].shipped
+    return resolve_embedded(shipped) if shipped else None
 
 
 def ensure(name: str) -> Path:
@@ -83,16 +99,27 @@ def ensure(name: str) -> Path:
         HubError: the model cannot be prepared, or its folder is damaged.
     """
     folder = cache.folder_of(name)
-    state = cache.inspect(folder)
-    if state.kind == "ready":
+    state, shipped = cache.inspect(folder), _shipped_adapter(name)
+    ready = state.kind == "ready"
+    # Another version of the package may ship another adapter.
+    old = ready and shipped and _sha256(shipped) != state.record["adapter"]["sha256"]
+    if ready and not old:
         return folder
     _refuse_damaged(name, folder, state)
     published = PUBLISHED[name]
     say(
-        f"{name}: first use. Downloading {published.base} and {published.adapter} "
-        f"({published.gigabytes:.0f} GB) and merging them into {folder}"
+        f"{name}: first use. Downloading {' and '.join(published.repositories)} "
+        f"({_size(published)}) into {folder}"
     )
-    return prepare(name, plan_of(name))
+    return prepare(name, plan_of(name), force=bool(old))
+
+
+def _sha256(adapter: Path) -> str:
+    return cache.sha256_of(adapter / WEIGHTS)
+
+
+def _size(published: Published) -> str:
+    return human(int(1e9 * published.gigabytes))
 
 
 def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
@@ -119,14 +146,15 @@ def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
             _merge(folder, plan, name)
         except Unreachable as error:
             published = PUBLISHED[name]
+            folders = "--base DIR" if published.adapter is None else "--base DIR --adapter DIR"
             raise Unreachable(
                 f"{name} is not prepared on this machine: {error}.\n"
                 "With a connection to the Hub, run once (it downloads "
-                f"{published.gigabytes:.0f} GB):\n"
+                f"{_size(published)}):\n"
                 f"  python -m vllm_d2f prepare {name}\n"
-                f"From folders that were brought here (downloads of {published.base} and "
-                f"{published.adapter}):\n"
-                f"  python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
+                "From folders that were brought here (downloads of "
+                f"{' and '.join(published.repositories)}):\n"
+                f"  python -m vllm_d2f prepare {name} {folders}"
             ) from error.__cause__
     return folder
 
@@ -156,15 +184,20 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
             raise HubError(str(error)) from None
 
     # What can be refused is refused before the weights are downloaded.
-    adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
-    adapter = read_adapter(adapter_source.folder)
-    base_source = _source(plan.base, plan.base_revision, "base")
+    adapter = adapter_source = None
+    if plan.adapter is not None:
+        adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
+        adapter = read_adapter(adapter_source.folder)
+    base_source = _base_source(plan)
     config = checkpoint.read_json(checkpoint.plain_file(base_source.folder, "config.json"))
-    _check_architecture(plan, config)
+    own = _own_config(adapter.folder) if adapter else {}
+    _check_architecture(plan, config, own)
     checkpoint.check_tokenizer_files(base_source.folder)
-    evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
+    evidence = {}
+    if adapter is not None and adapter_source is not None:
+        evidence = _check_variant(plan, base_source, config, adapter_source, adapter.config)
     index = checkpoint.index_of(base_source.folder)
-    if index is not None:
+    if adapter is not None and index is not None:
         match(adapter, index)
     if base_source.revision is not None and not Path(plan.base).expanduser().is_dir():
         download.fetch_weights(base_source, folder.parent)
@@ -172,19 +205,22 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
     base = checkpoint.open_checkpoint(base_source.folder)
     size = sum(shard.size for shard in base)
     download.check_space(folder.parent, size, "the merged model")
-    sources = {
-        "base": _source_record(base_source, plan.base_revision),
-        "adapter": _source_record(adapter_source, plan.adapter_revision)
-        | {"sha256": cache.sha256_of(adapter.folder / WEIGHTS)},
+    sources: dict[str, dict[str, str | None]] = {
+        "base": _source_record(base_source, plan.base_revision)
     }
+    if adapter_source is not None:
+        sources["adapter"] = _source_record(adapter_source, plan.adapter_revision)
+        sources["adapter"]["sha256"] = _sha256(adapter_source.folder)
 
     def write(part: Path) -> dict[str, Any]:
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"merging {name}") as bar:
             files = merge_weights(base, adapter, part, bar.update)
         _write_small_files(base_source.folder, part)
+        if adapter and own:  # a chat template, a tokenizer with a mask token
+            _write_small_files(adapter.folder, part)
         _write_card(part, name, sources)
         # config.json is the last file that makes this a checkpoint.
-        cache.write_json(part / "config.json", _merged_config(config, plan))
+        cache.write_json(part / "config.json", _merged_config(own or config, plan))
         for path in part.iterdir():
             if path.name not in files:
                 files[path.name] = {"size": path.stat().st_size, "sha256": cache.sha256_of(path)}
@@ -220,10 +256,36 @@ def _source(given: str, revision: str | None, what: str) -> Source:
     return download.fetch(given, revision, what)
 
 
-def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
+def _base_source(plan: MergePlan) -> Source:
+    if plan.wheel is not None:
+        try:
+            return base_from_wheel(plan.base, plan.wheel)
+        except Unreachable as error:
+            logger.warning("%s; trying the Hub", error)
+    return _source(plan.base, plan.base_revision, "base")
+
+
+def _own_config(adapter: Path) -> dict[str, Any]:
+    """The config.json that `training` writes beside an adapter of an autoregressive base.
+
+    It is what the merged model has: the adapter makes another architecture of its base.
+    """
+    if not (adapter / "config.json").exists():
+        return {}
+    own = checkpoint.read_json(checkpoint.plain_file(adapter, "config.json"))
+    return own if _architecture(own) in STACKS else {}
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
     listed = config.get("architectures")
-    found = listed[0] if isinstance(listed, list) and listed else None
+    return listed[0] if isinstance(listed, list) and listed else None
+
+
+def _check_architecture(plan: MergePlan, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    found = _architecture(config)
     allowed = [plan.architecture] if plan.architecture else list(FAMILIES)
+    if own:
+        allowed = [STACKS[str(_architecture(own))]]
     if found not in allowed:
         raise HubError(
             f"{plan.base}: config.json says architecture {found!r:.80}, expected "
@@ -234,12 +296,9 @@ def _check_architecture(plan: MergePlan, config: Mapping[str, Any]) -> None:
 def variant_of(name: str) -> str | None:
     """ "base" or "instruct", from a model's name or path; None if it does not say.
 
-    Only the last part of a path counts, or the repository in a path of the Hub's cache, and only
-    if it names a family: a folder with the name `base` alone says nothing.
+    The name counts only if it names a family: a folder with the name `base` alone says nothing.
     """
-    cached = re.search(r"models--([^/\\]+)", name)
-    last = cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    words = re.split(r"[^a-z0-9]+", last.lower())
+    words = re.split(r"[^a-z0-9]+", own_name(name))
     families = {known for family in FAMILIES.values() for known in (family.name, *family.aliases)}
     if not any(family in word for family in families for word in words):
         return None
@@ -305,6 +364,8 @@ def _check_variant(
 def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
     """The base's config without remote code, with the decoding settings."""
     merged = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
+    # Some say the `model_type` of their layers.
+    merged["model_type"] = FAMILIES[config["architectures"][0]].model_type
     if plan.d2f is not None:
         merged["d2f"] = dict(plan.d2f)
     if plan.context is not None:
@@ -329,11 +390,12 @@ def _write_small_files(source: Path, part: Path) -> None:
 
 def _write_card(part: Path, name: str, sources: Mapping[str, Mapping[str, Any]]) -> None:
     named = (at_revision(source["source"], source["revision"]) for source in sources.values())
-    text = (
-        f"# {name}\n\n{' with the D2F adapter '.join(named)} merged into it by vllm-d2f "
-        f"{version('vllm-d2f')}, in float32 and rounded once. The licences of both apply. "
-        f"{cache.RECORD} lists the files.\n"
-    )
+    text = f"# {name}\n\n{' with the D2F adapter '.join(named)} "
+    if "adapter" in sources:
+        text += f"merged into it by vllm-d2f {version('vllm-d2f')}, in float32 and rounded once"
+    else:
+        text += f"copied by vllm-d2f {version('vllm-d2f')}"
+    text += f". Their licences apply. {cache.RECORD} lists the files.\n"
     (part / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -352,6 +414,8 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
         ("base", plan.base, plan.base_revision),
         ("adapter", plan.adapter, plan.adapter_revision),
     ):
+        if given is None:
+            continue
         record = state.record.get(what, {})
         source, same = given, True
         if Path(given).expanduser().is_dir():
@@ -359,7 +423,9 @@ def _refuse_other_sources(name: str, plan: MergePlan, state: cache.State) -> Non
             source, requested = found.origin, found.revision
             weights = found.folder / WEIGHTS
             if what == "adapter" and weights.is_file():
-                same = cache.sha256_of(weights) == record.get("sha256")
+                same = _sha256(found.folder) == record.get("sha256")
+                if PUBLISHED[name].shipped and same:
+                    source = record.get("source")  # the package may lie elsewhere now
         if requested is not None:
             same = same and requested in (record.get("revision"), record.get("requested"))
         if record.get("source") != source or not same:

@@ -9,9 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
 from vllm_d2f.models.family import Family
 
-__all__ = ["MAX_SIZES", "D2FConfig", "Switches", "check_equal", "check_int"]
+__all__ = ["MAX_SIZES", "D2FConfig", "Switches", "check_equal", "check_experts", "check_int"]
 
 Switches = dict[str, tuple[tuple[Any, ...], str]]
 """Field of config.json -> the values that change nothing, and why others are refused."""
@@ -29,6 +31,7 @@ MAX_SIZES = {
 }
 MAX_HEAD_DIM = 1024
 MAX_END_TOKENS = 64
+MAX_EXPERTS = 4096
 
 # Fields that one of the stacks would act on.
 _SWITCHES: Switches = {
@@ -73,6 +76,20 @@ def check_equal(name: str, value: Any, allowed: tuple[Any, ...], why: str) -> No
         )
 
 
+def check_experts(config: Any, num_experts: str, **more: int) -> None:
+    """Check the sizes of a mixture of experts before they allocate memory.
+
+    Args:
+        num_experts: the field of config.json that counts them.
+        more: further integers of `config`, each with its smallest value.
+    """
+    experts = check_int(num_experts, getattr(config, num_experts), 1, MAX_EXPERTS)
+    check_int("num_experts_per_tok", config.num_experts_per_tok, 1, experts)
+    check_int("moe_intermediate_size", config.moe_intermediate_size, 1, 1 << 20)
+    for name, low in more.items():
+        check_int(name, getattr(config, name), low, max(experts, config.num_hidden_layers))
+
+
 @dataclass(repr=False, kw_only=True)
 class D2FConfig:
     """Base of a family's config, in front of the transformers config of its stack.
@@ -80,6 +97,7 @@ class D2FConfig:
     Attributes:
         family: the `Family` that names the class; it sets this.
         free_head_dim: whether `head_dim` may differ from hidden_size / num_attention_heads.
+        partial_rotary: whether some channels of a head may be rotated and the others not.
         switches: fields that the family refuses beside those of every family.
         mask_token_id: null takes the family's published one.
         logits_shift: whether the output at i - 1 predicts position i; null takes the family's.
@@ -88,6 +106,7 @@ class D2FConfig:
 
     family: ClassVar[Family]
     free_head_dim: ClassVar[bool] = False
+    partial_rotary: ClassVar[bool] = False
     switches: ClassVar[Switches] = {}
 
     mask_token_id: int | None = None
@@ -100,7 +119,7 @@ class D2FConfig:
         hidden_size: int
         num_hidden_layers: int
         num_attention_heads: int
-        num_key_value_heads: int | None
+        num_key_value_heads: Any  # int, in some of them also None
         rms_norm_eps: float
         rope_parameters: Any
         hidden_act: str
@@ -136,10 +155,16 @@ class D2FConfig:
         self._check_rope(extra)
         # `auto_map` names remote classes, which no config may lead to. vLLM takes
         # `is_causal: false` for an encoder without a KV cache; here each batch says what its
-        # sequences may attend to.
-        for name in ("auto_map", "is_causal"):
+        # sequences may attend to. `attn_implementation` is that of the authors' code.
+        for name in ("auto_map", "is_causal", "attn_implementation"):
             extra.pop(name, None)
-        for name, (allowed, why) in (_SWITCHES | self.switches).items():
+        if extra.get("use_sliding_window") is False:  # then its size says nothing
+            extra.pop("sliding_window", None)
+        switches = _SWITCHES | self.switches
+        if self.partial_rotary:
+            self._check_partial_rotary(extra)
+            del switches["partial_rotary_factor"]
+        for name, (allowed, why) in switches.items():
             if name in extra:
                 check_equal(name, extra.pop(name), allowed, why)
         for name in ("use_sliding_window", "attention_bias", "mlp_bias"):  # some stacks declare it
@@ -152,6 +177,19 @@ class D2FConfig:
                 "config.json: layer_types must be 'full_attention' for each of the "
                 f"{self.num_hidden_layers} layers"
             )
+
+    def adopt_names(self, extra: dict[str, Any]) -> None:
+        """Move fields under the family's own names to the stack's, before anything uses them."""
+        for own, name in self.attribute_map.items():
+            if own not in extra:
+                continue
+            value = extra.pop(own)
+            try:
+                setattr(self, name, value)
+            except StrictDataclassFieldValidationError as error:
+                raise ValueError(
+                    f"config.json: {own} = {value!r:.80} has the wrong type"
+                ) from error
 
     def _name(self, field: str) -> str:
         """The name under which the family's config.json carries `field`, for messages."""
@@ -197,7 +235,9 @@ class D2FConfig:
             kind = parameters.get("rope_type", parameters.get("type", "default"))
             why = "rotary embedding is not scaled"
             check_equal(f"{section}.rope_type", kind, ("default",), why)
-            if unknown := parameters.keys() - {"rope_type", "type", "rope_theta"}:
+            known = {"rope_type", "type", "rope_theta"}
+            known |= {"partial_rotary_factor"} if self.partial_rotary else set()
+            if unknown := parameters.keys() - known:
                 raise ValueError(
                     f"config.json: {section} has entries that are not supported: "
                     f"{', '.join(sorted(map(str, unknown)))[:200]}"
@@ -206,6 +246,19 @@ class D2FConfig:
                 check_number(f"{section}.rope_theta", parameters["rope_theta"], 0.0, 1e12)
         if "rope_theta" in extra:
             check_number("rope_theta", extra["rope_theta"], 0.0, 1e12)
+
+    def _check_partial_rotary(self, extra: dict[str, Any]) -> None:
+        """Check the share of a head's channels that are rotated, in pairs."""
+        share = (self.rope_parameters or {}).get("partial_rotary_factor", 0.5)
+        share = extra.setdefault("partial_rotary_factor", share)
+        check_number("partial_rotary_factor", share, 0.0, 1.0)
+        rotated = getattr(self, "head_dim", 0) * share
+        if rotated % 2:
+            raise ValueError(
+                f"config.json: partial_rotary_factor {share} must give an even number of channels, "
+                f"not {rotated:g}"
+            )
+        check_equal("rotary_dim", extra.pop("rotary_dim", None), (None, int(rotated)), "as above")
 
     def _check_tokens(self) -> None:
         """Check that token ids index the vocabulary; a missing mask token is the published one."""

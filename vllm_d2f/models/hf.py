@@ -7,6 +7,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from vllm_d2f.models import register_configs
 
@@ -27,10 +31,20 @@ def load_hf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
         weights |= {config.family.to_stack(name): t for name, t in load_file(file).items()}
     if not weights:
         raise FileNotFoundError(f"{path}: no .safetensors files")
-    model: Any = getattr(transformers, config.family.hf)(config)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
-        missing = sorted(set(missing) - tied)
-        raise ValueError(f"{path}: tensors missing {missing[:3]}, unknown {unexpected[:3]}")
-    return model.to(dtype).eval(), config
+    for name in [name for name in weights if ".qkv_proj." in name]:  # transformers has them apart
+        heads = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
+        parts = weights.pop(name).split([config.head_dim * count for count in heads])
+        weights |= {name.replace("qkv", part): t for part, t in zip("qkv", parts, strict=True)}
+    stack: Any = getattr(transformers, config.family.hf)
+    # transformers keeps the experts of a layer in one tensor. Which checkpoints it converts, and
+    # how, it finds by model_type.
+    conversion = get_checkpoint_conversion_mapping(stack.config_class.model_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(config.model_type, conversion, overwrite=True)
+    model, report = stack.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if missing or unexpected:
+        raise ValueError(f"{path}: tensors missing {sorted(missing)[:3]}, unknown {unexpected[:3]}")
+    return model.eval(), config

@@ -4,7 +4,6 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlamaConfig
 
 from vllm_d2f.models.config import MAX_SIZES, D2FConfig, Switches, check_equal, check_int
@@ -69,16 +68,7 @@ class LLaDAConfig(D2FConfig, LlamaConfig):
             # OLMo's default when the size is null.
             d_model = check_int("d_model", extra.get("d_model"), 1, MAX_SIZES["hidden_size"])
             extra["mlp_hidden_size"] = check_int("mlp_ratio", mlp_ratio, 1, 1024) * d_model
-        for olmo_name, llama_name in _LLAMA_NAME_OF.items():
-            if olmo_name not in extra:
-                continue
-            value = extra.pop(olmo_name)
-            try:
-                setattr(self, llama_name, value)
-            except StrictDataclassFieldValidationError as error:
-                raise ValueError(
-                    f"config.json: {olmo_name} = {value!r:.80} has the wrong type"
-                ) from error
+        self.adopt_names(extra)
         embedding_size = extra.pop("embedding_size", None)
         if embedding_size is not None:
             # More rows than tokens would put logits without a token into the softmax.
@@ -122,6 +112,7 @@ FAMILY = Family(
             adapter="SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora",
             variant="instruct",
             gigabytes=16.1,
+            licence="mit",
             d2f={"preset": "llada-gsm8k"},
         ),
     },

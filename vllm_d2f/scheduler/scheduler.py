@@ -49,6 +49,7 @@ class D2FScheduler(Scheduler):
         self.async_scheduling = bool(self.scheduler_config.async_scheduling)
         # Requests that were preempted while a forward of theirs was in flight.
         self.preempted_in_flight: set[str] = set()
+        self.held_back: set[str] = set()  # of this step, see `_hold_back`
         # The worker keeps a window in step with its grammar (`worker.grammar`). vLLM would cut the
         # window short at its first mask token.
         self.structured_output_manager.validate_tokens = (  # type: ignore[method-assign]
@@ -82,6 +83,7 @@ class D2FScheduler(Scheduler):
                 if not request.is_prefill_chunk:
                     request.spec_token_ids = [-1] * self._width(request)
         held_back = self._hold_back()
+        self.held_back = {request.request_id for request, _ in held_back}
         pause = self._pause_state
         if self.preempted_in_flight and pause == PauseState.UNPAUSED:
             # A preempted request comes back with all its tokens, so the one in flight must be in
@@ -319,7 +321,12 @@ class D2FScheduler(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """vLLM's hook for where a chunk of a prompt may end: only where an attention block ends."""
+        """vLLM's hook for where a chunk of a prompt may end: only where an attention block ends.
+
+        vLLM also asks it about requests that are held back, whose tail it would compute alone.
+        """
+        if request.request_id in self.held_back:
+            return 0
         return self._whole_blocks(request, num_computed_tokens, num_new_tokens)
 
     def _whole_blocks(self, request: Request, start: int, length: int) -> int:

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("question", nargs="?", default=QUESTION, help="default: %(default)s")
     made.add_argument("--model", default="d2f-tiny", help="a D2F model: name or folder")
-    ar = "the autoregressive model (default: ar-tiny with d2f-tiny)"
+    ar = "the autoregressive model (default: the twin of a model by name, where there is one)"
     made.add_argument("--ar", metavar="MODEL", help=ar)
     made.add_argument("--no-ar", action="store_true", help="the D2F model alone")
     made.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="of the answer")
@@ -83,6 +83,7 @@ def watch(options: argparse.Namespace) -> None:
         OSError: a file cannot be written.
         ImportError: `--gif` is given and matplotlib is not installed.
     """
+    from vllm_d2f.hub.names import known_names
     from vllm_d2f.watch.decoders import ARDecoder, D2FDecoder
     from vllm_d2f.watch.page import page
     from vllm_d2f.watch.picture import together
@@ -92,7 +93,8 @@ def watch(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in SETTINGS}
     given = {name: value for name, value in given.items() if value is not None}
     decoders: list[D2FDecoder | ARDecoder] = [D2FDecoder(options.model, given, options.raw)]
-    other = options.ar or ("ar-tiny" if options.model == "d2f-tiny" else None)
+    twin = options.model.replace("d2f-", "ar-", 1)
+    other = options.ar or (twin if twin != options.model and twin in known_names() else None)
     if other and not options.no_ar:
         decoders.append(ARDecoder(other, options.raw))
 

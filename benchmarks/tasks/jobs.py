@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs of the real language models: how prompts are asked and answers are scored.
+
+A score is a sum over answers of what is right (or wrong) divided by a sum of what there is, so that
+an interval comes from drawing answers with replacement.
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.record import UsageError
+from benchmarks.harness.workload import Item, load_items
+
+Counts = Callable[[str, str], tuple[float, float]]
+"""Of a right and a found text: what is counted, and out of how many."""
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job: the score's name, what counts for it, and other figures of all answers."""
+
+    score: str
+    counts: Counts
+    figures: Callable[[Sequence[tuple[str, str]]], dict[str, float]]
+
+
+def _slots(right: str, found: str) -> tuple[float, float]:
+    from training.extract import KEYS, scores
+
+    return scores([(right, found)])["slots"] * len(KEYS), len(KEYS)
+
+
+def _words(right: str, found: str) -> tuple[float, float]:
+    from training.restore import word_errors
+
+    return word_errors([(right, found)])
+
+
+def _extract(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    from training.extract import scores
+
+    return scores(pairs)
+
+
+def _restore(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    from training.restore import scores
+
+    return scores(pairs)
+
+
+def _exact(right: str, found: str) -> tuple[float, float]:
+    return float(right == found), 1.0
+
+
+JOBS = {
+    "exact": Job("exact", _exact, lambda pairs: {}),
+    "extract": Job("slots", _slots, _extract),
+    "restore": Job("word_error_rate", _words, _restore),
+}
+
+
+def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[Item]:
+    """`count` records of a JSONL file with "prompt" and "response", as a chat asks them.
+
+    They are drawn with the seed, for a file may be in an order. Without a file: generated problems,
+    asked as they are.
+
+    Raises:
+        UsageError: the file cannot be read, or holds too few records.
+    """
+    if data is None:
+        return load_items(count, None, seed)
+    try:
+        lines = Path(data).read_text(encoding="utf-8").splitlines()
+        random.Random(seed).shuffle(lines)
+        lines = lines[:count]
+        rows = [(row["prompt"], row["response"]) for row in map(json.loads, lines)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f'--data {data}: {error!r}; JSONL with "prompt" and "response" is needed, such as '
+            "`python -m training.extract` writes"
+        ) from None
+    if len(rows) < count:
+        raise UsageError(f"--data {data}: {len(rows)} records, {count} are needed")
+    return [Item(_asked(tokenizer, prompt), float("nan"), right) for prompt, right in rows]
+
+
+def _asked(tokenizer: Any, prompt: str) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def interval(counts: Sequence[tuple[float, float]], seed: int = 0) -> tuple[float, float, float]:
+    """A score, and the 2.5th and 97.5th percentile of scores of answers drawn with replacement."""
+    draws = _draws([counts], seed)
+    score = sum(top for top, _ in counts) / sum(whole for _, whole in counts)
+    return score, *_ends([of[0] for of in draws])
+
+
+def difference(
+    ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]], seed: int = 0
+) -> tuple[float, float, float]:
+    """Our score less theirs on the same questions, and the interval of that difference."""
+    score = interval(ours)[0] - interval(theirs)[0]
+    return score, *_ends([mine - other for mine, other in _draws([ours, theirs], seed)])
+
+
+def _draws(sets: Sequence[Sequence[tuple[float, float]]], seed: int) -> list[list[float]]:
+    """Scores of each set on the same draws of questions."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(DRAWS):
+        drawn = rng.choices(range(len(sets[0])), k=len(sets[0]))
+        found.append(
+            [sum(one[i][0] for i in drawn) / sum(one[i][1] for i in drawn) for one in sets]
+        )
+    return found
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered))]

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""D2F against what a user would pick instead, with the score beside every speed.
+
+    python -m benchmarks.versus                                   # the embedded models
+    python -m benchmarks.versus --d2f FOLDER --ar FOLDER --job extract --data test.jsonl \\
+        --dtype bfloat16
+
+The decoders are D2F, its autoregressive twin, and the twin with vLLM's n-gram speculation, each in
+its own process with the same data type and threads. All answer the same prompts in turn, so that a
+ratio compares what was measured moments apart. `--scored N` lets each of them answer N prompts in
+the largest batch first, for the score. `--settings NAME=JSON` adds D2F with other settings.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.harness import figure, record
+from benchmarks.harness.engine import Batch
+from benchmarks.harness.record import Record
+from benchmarks.harness.timing import rounded, spread
+from benchmarks.harness.worker import Decoder, Worker, prepare_process, workers
+from benchmarks.harness.workload import Item, parse_options, resolve_model
+from benchmarks.tasks.jobs import JOBS, Job, difference, interval, load_job
+from benchmarks.throughput import answers, paired, rate
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=2, prompts=4, scored=8)
+NAMES = {"ar": "autoregressive", "ar+ngram": "autoregressive with n-gram speculation"}
+
+
+def measure(items: Sequence[Item], size: int, run: int, decoders: Mapping[str, Worker]) -> Any:
+    """One batch size in one run: every decoder once. Who begins alternates."""
+    names = list(decoders)[:: 1 if run % 2 == 0 else -1]
+    return {name: decoders[name].measure(items, size) for name in names}
+
+
+def scored(job: Job, items: Sequence[Item], batches: Mapping[str, Any]) -> dict[str, Any]:
+    """Score of each decoder with its interval, and of D2F's difference to the twin."""
+    counts, rows = {}, {}
+    for name, done in batches.items():
+        every = [a for batch in done for a in Batch.from_dict(batch).answers]
+        pairs = [(items[a.item].answer or "", a.text) for a in every]
+        counts[name] = [job.counts(*pair) for pair in pairs]
+        tokens, forwards = sum(a.useful for a in every), sum(a.forwards for a in every)
+        rows[name] = {
+            "answers": len(every),
+            "score": [rounded(value) for value in interval(counts[name])],
+            "tokens_per_forward": rounded(tokens / forwards),
+            "tokens": tokens,
+            **{key: rounded(value) for key, value in job.figures(pairs).items()},
+        }
+    for name in rows if "ar" in rows else ():
+        low_high = difference(counts[name], counts["ar"])
+        rows[name]["against_ar"] = [rounded(value) for value in low_high]
+        rows[name]["leaves_the_control"] = not low_high[1] <= 0 <= low_high[2]
+    return rows
+
+
+def build(
+    job: Job, items: Sequence[Item], sizes: Sequence[int], runs: int, points: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The report's parts."""
+    table = []
+    for size in sizes:
+        done: dict[str, list[list[Batch]]] = {}
+        for run in range(runs):
+            for name, batches in points[f"run {run}, batch {size}"].items():
+                done.setdefault(name, []).append([Batch.from_dict(b) for b in batches])
+        for name, of in sorted(done.items()):
+            every = answers(of)
+            table.append({
+                "decoder": name, "batch_size": size,
+                "tokens_per_s": spread(map(rate, of)),
+                "against_ar": paired(of, done["ar"]) if "ar" in done else None,
+                "step_ms": spread(
+                    1e3 * sum(b.seconds for b in r) / sum(b.steps for b in r) for r in of
+                ),
+                "tokens_per_forward": rounded(
+                    sum(a.useful for a in every) / sum(a.forwards for a in every)
+                ),
+                "answers_per_run": len(answers(of[:1])),
+            })  # fmt: skip
+    scores = scored(job, items, points["scores"])
+    return {"benchmark": "versus", "score": job.score, "scores": scores, "points": table}
+
+
+def markdown(report: Mapping[str, Any]) -> list[str]:
+    rows = [{"decoder": name, **row} for name, row in report["scores"].items()]
+    about = (
+        f"Job `{report['job']}`. Ranges of scores are 95 % intervals over the answers, "
+        "`against ar` is of the difference on the same questions; ranges of speeds are over the "
+        f"runs. A score is {report['score'].replace('_', ' ')}."
+    )
+    other = "slots records valid punctuation_f1 case_f1 numbers exact"
+    shown = " ".join(key for key in other.split() if any(key in row for row in rows))
+    return [
+        *record.head("D2F against its alternatives", report),
+        about,
+        "",
+        *record.columns(
+            f"decoder answers score against_ar leaves_the_control tokens_per_forward {shown}", rows
+        ),
+        *record.columns(
+            "batch_size decoder tokens_per_s against_ar tokens_per_forward step_ms",
+            report["points"],
+            against_ar="tokens/s against ar",
+        ),
+    ]
+
+
+def draw(report: Mapping[str, Any], path: Any) -> None:
+    """Tokens per second over those of the twin, against the batch size."""
+    drawing, axes = figure.new_figure()
+    palette = iter(figure.COLORS.values())
+    for name in dict.fromkeys(point["decoder"] for point in report["points"]):
+        rows = [p for p in report["points"] if p["decoder"] == name and p["against_ar"]]
+        low, middle, high = ([p["against_ar"][k] for p in rows] for k in ("min", "median", "max"))
+        score, color = report["scores"][name]["score"][0], next(palette, "#333333")
+        sizes = [p["batch_size"] for p in rows]
+        label = f"{NAMES.get(name, name)}, {report['score'].replace('_', ' ')} {score:.1%}"
+        axes.plot(sizes, middle, marker="o", color=color, label=label)
+        axes.fill_between(sizes, low, high, color=color, alpha=0.15, lw=0)
+    figure.logarithmic(axes, "requests at once", "tokens/s, autoregressive = 1", few_decades=True)
+    axes.set_xticks(sorted({p["batch_size"] for p in report["points"]}))
+    figure.legend_below(axes)
+    figure.save(drawing, path)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = record.Parser("versus", __doc__)
+    add = parser.add_argument
+    add("--d2f", default="d2f-tiny", help="D2F model: name, folder or Hub id")
+    add("--ar", default="ar-tiny", help="its autoregressive twin")
+    add("--job", choices=sorted(JOBS), default="exact", help="how answers are scored")
+    add("--data", help='JSONL with "prompt" and "response" (default: generated problems)')
+    add("--settings", nargs="*", default=[], metavar="NAME=JSON", help="D2F with other settings")
+    add("--no-ngram", action="store_true", help="without n-gram speculation")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    add("--runs", type=int, default=3)
+    add("--prompts", type=int, default=16, help="prompts per run and batch size, at least")
+    add("--scored", type=int, default=256, help="prompts of the score")
+    add("--max-tokens", type=int, default=128)
+    add("--dtype", default="float32", help="of all models")
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for all engines")
+    return parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "scored", "max_tokens"))
+
+
+def versus(run: Record) -> None:
+    """Measure every batch size in every run and report."""
+    from transformers import AutoTokenizer
+
+    args, job = run.args, JOBS[run.args.job]
+    d2f, ar = resolve_model("--d2f", args.d2f), resolve_model("--ar", args.ar)
+    sizes = sorted(set(args.batch_sizes))
+    count = max(args.scored, *(-(-args.prompts // size) * size for size in sizes))
+    items = load_job(args.data, count, args.seed, AutoTokenizer.from_pretrained(ar))
+    options = {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
+    table = [Decoder("d2f", d2f, "eager", options), Decoder("ar", ar, "eager", options)]
+    for setting in args.settings:
+        name, _, text = setting.partition("=")
+        section = {"d2f": parse_options("--settings", text)}
+        table.append(Decoder(name, d2f, "eager", options | {"additional_config": section}))
+    if not args.no_ngram:
+        table.append(Decoder("ar+ngram", ar, "eager", options | {"speculative_config": NGRAM}))
+    keys = {f"run {n}, batch {size}": (n, size) for n in range(args.runs) for size in sizes}
+    if not all(run.settled(key) for key in ("scores", *keys)):
+        with workers(table, max(sizes), args.max_tokens) as decoders:
+            for worker in decoders.values():
+                worker.warm_up(items, sizes[:1])
+            run.point("scores", partial(measure, items[: args.scored], max(sizes), 0, decoders))
+            for key, (number, size) in keys.items():
+                asked = items[: -(-args.prompts // size) * size]
+                run.point(key, partial(measure, asked, size, number, decoders))
+    run.need_all()
+    parts = build(job, items, sizes, args.runs, run.points)
+    models = {"d2f": args.d2f, "ar": args.ar}
+    run.write(run.report(job=args.job, models=models, settings=args.settings, **parts))
+
+
+main = record.command(parse, versus, markdown, {"": draw}, prepare_process)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison with what a user would pick instead: scores with intervals, ratios by run."""
+
+import json
+
+import pytest
+
+from benchmarks import versus
+from benchmarks.harness.engine import Answer, Batch
+from benchmarks.harness.record import UsageError
+from benchmarks.harness.workload import Item
+from benchmarks.tasks.jobs import JOBS, difference, interval, load_job
+
+RIGHT = json.dumps(dict.fromkeys(
+    ("name", "type", "food", "price", "rating", "area", "family_friendly", "near")
+))  # fmt: skip
+
+
+class Tokenizer:
+    def apply_chat_template(self, turns, **options):
+        assert options == {"tokenize": False, "add_generation_prompt": True}
+        return f"[{turns[0]['content']}]"
+
+
+def answer(item, text, seconds, forwards):
+    made = Answer(item, False, False, 12, 12, forwards, 12, 5, seconds, seconds, text)
+    return Batch(seconds, seconds, forwards, (made,), 1.0)
+
+
+def test_prompts_are_asked_as_a_chat_asks_them(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    (item,) = load_job(str(file), 1, 0, Tokenizer())
+    assert (item.question, item.answer) == ("[a]", "b")
+    with pytest.raises(UsageError, match="1 records, 2 are needed"):
+        load_job(str(file), 2, 0, Tokenizer())
+    file.write_text('{"question": 1}\n')
+    with pytest.raises(UsageError, match=r"training\.extract"):
+        load_job(str(file), 1, 0, Tokenizer())
+
+
+def test_an_interval_holds_the_score_and_shrinks_with_more_answers():
+    few, many = ([(i % 4 > 0, 1.0) for i in range(n)] for n in (40, 4000))
+    for counts in (few, many):
+        score, low, high = interval(counts)
+        assert score == 0.75 and low < 0.75 < high
+    assert interval(many)[2] - interval(many)[1] < 0.1 * 2 < interval(few)[2] - interval(few)[1]
+
+
+def test_a_difference_is_of_the_same_questions():
+    hard_and_easy = [(i % 2, 1.0) for i in range(100)]
+    assert difference(hard_and_easy, hard_and_easy) == (0, 0, 0)
+    worse = [(0.0, 1.0)] * 10 + hard_and_easy[10:]
+    score, low, high = difference(worse, hard_and_easy)
+    assert score == pytest.approx(-0.05) and low < -0.05 < high <= 0
+
+
+def test_scores_and_ratios(tmp_path):
+    items = [Item("q", 0.0, RIGHT), Item("p", 0.0, RIGHT)]
+    broken = RIGHT[:-1]
+    ar = [answer(0, RIGHT, 2.0, 12), answer(1, RIGHT, 2.0, 12)]
+    d2f = [answer(0, RIGHT, 1.0, 3), answer(1, broken, 1.0, 3)]
+    both = json.loads(json.dumps({"d2f": d2f, "ar": ar}, default=lambda x: x.__dict__
+        if hasattr(x, "__dict__") else {k: getattr(x, k) for k in x.__slots__}))  # fmt: skip
+    points = {"scores": both, "run 0, batch 1": both}
+    report = versus.build(JOBS["extract"], items, [1], 1, points)
+    assert report["scores"]["d2f"]["score"][0] == 0.5 and report["scores"]["d2f"]["valid"] == 0.5
+    assert report["scores"]["ar"]["score"] == [1.0, 1.0, 1.0]
+    assert report["scores"]["d2f"]["tokens_per_forward"] == 4.0
+    by_name = {point["decoder"]: point for point in report["points"]}
+    assert by_name["d2f"]["against_ar"]["median"] == 2.0
+    report |= {"job": "extract", "command": "x"}
+    text = "\n".join(versus.markdown(report))
+    assert "| d2f | 2 | 0.5 to" in text and "| 1 | d2f | 12 (12 to 12) | 2 (2 to 2) |" in text
+    versus.draw(report, tmp_path / "versus.png")
+    assert (tmp_path / "versus.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    assert versus.main(["--quick", "--json", str(tmp_path / "v.json")]) == 0
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert set(report["scores"]) == {"d2f", "ar", "ar+ngram"}
+    assert all(row["answers"] == 8 for row in report["scores"].values())
+    assert report["scores"]["ar"]["score"][0] > 0.8
