@@ -50,8 +50,8 @@ def test_what_is_wrong_is_said_and_is_status_1(capsys, monkeypatch):
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert all(f" {name} " in said for name in known_names())
-    assert "NO  Hub           Dream-org/Dream-v0-Base-7B is out of reach (Offline" in said
-    assert "python -m vllm_d2f prepare d2f-dream-7b --base DIR --adapter DIR" in said
+    assert f"NO  {'Hub':<23}Dream-org/Dream-v0-Base-7B is out of reach (Offline" in said
+    assert "python -m vllm_d2f prepare d2f-dream-7b --base DIR" in said
     with pytest.raises(SystemExit):
         main(["doctor", "d2f-x"])
     assert "unknown; known are d2f-tiny" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def _doctor(args: argparse.Namespace) -> int:
     _quiet()
     status = 0
     for what, fine, said in diagnose(args.names or known_names()):
-        print(f"{'ok' if fine else 'NO':<4}{what:<14}{said}", flush=True)
+        print(f"{'ok' if fine else 'NO':<4}{what:<23}{said}", flush=True)
         status |= not fine
     return status
 

@@ -28,16 +28,17 @@ def diagnose(names: Sequence[str]) -> Iterator[Finding]:
     rows = [row for row in overview() if row["name"] in names]
     absent = [row["name"] for row in rows if row["state"] == "absent"]
     yield from (_model(row, memory) for row in rows)
-    yield from map(_hub, absent)
     if absent:
-        yield _disk(absent)
+        yield _hub(absent)
+        yield _disk(max(absent, key=lambda name: PUBLISHED[name].gigabytes))
 
 
 def _packages() -> Finding:
     """The packages that this one requires, without those of its extras."""
     from packaging.requirements import Requirement
 
-    fit, wrong = [], []
+    fit: list[str] = []
+    wrong: list[str] = []
     for requirement in map(Requirement, requires("vllm-d2f") or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -93,25 +94,26 @@ def _model(row: dict[str, Any], memory: float) -> Finding:
     return row["name"], True, said
 
 
-def _hub(name: str) -> Finding:
-    """Whether the base of a model can be downloaded."""
+def _hub(names: Sequence[str]) -> Finding:
+    """Whether the bases of models can be downloaded; the first that cannot is named."""
     from huggingface_hub import HfApi
 
-    base = PUBLISHED[name].base
-    try:
-        HfApi().model_info(base, timeout=10)
-    except Exception as error:  # of the network, its library, or the Hub's answer
-        why = f"{type(error).__name__}: {error}".partition("\n")[0]
-        said = f"{base} is out of reach ({why:.150}); folders that were brought here will do: "
-        return "Hub", False, said + f"python -m vllm_d2f prepare {name} --base DIR --adapter DIR"
-    return "Hub", True, f"{base} can be downloaded"
+    for name in names:
+        base = PUBLISHED[name].base
+        try:
+            HfApi().model_info(base, timeout=10)
+        except Exception as error:  # of the network, its library, or the Hub's answer
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            said = f"{base} is out of reach ({why:.150}); folders that were brought here will do: "
+            return "Hub", False, said + f"python -m vllm_d2f prepare {name} --base DIR"
+    return "Hub", True, f"has {', '.join(names)}"
 
 
-def _disk(names: Sequence[str]) -> Finding:
-    """Whether downloads and merged copies fit, where the merged ones go."""
-    needed = sum(int(2e9 * PUBLISHED[name].gigabytes) for name in names)
+def _disk(name: str) -> Finding:
+    """Whether the downloads and the merged copy of the largest model fit, where the latter goes."""
+    needed = int(2e9 * PUBLISHED[name].gigabytes)
     try:
-        check_space(cache.root(), needed, " and ".join(names))
+        check_space(cache.root(), needed, name)
     except HubError as error:
         return "disk", False, str(error)
-    return "disk", True, f"{human(needed)} fit under {cache.root()}"
+    return "disk", True, f"{cache.root()} has room for {name}, {human(needed)}"

@@ -489,7 +489,7 @@ def test_the_command_from_first_to_last(dream, llada, tmp_path, command):
     entry = shown.partition(f"\n{NAME} ")[2].partition("\nd2f-")[0]
     assert str(dream.base) in entry and "disk space" not in entry
     assert "family dream, preset dream-gsm8k, 15.3 GB of memory" in entry
-    assert "needs about 32 GB of disk space" in shown
+    assert "needs about 32.2 GB of disk space" in shown
 
     other = ("--base", str(dream.base), "--adapter", str(llada.adapter))
     assert "expected LLaDAModelLM" in command("prepare", "d2f-llada-8b", *other, status=1)
