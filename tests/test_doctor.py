@@ -2,6 +2,8 @@
 """`vllm-d2f doctor` finds what keeps a machine from serving; `--help` explains every argument."""
 
 import argparse
+import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,15 @@ from vllm_d2f.hub.names import known_names
 from vllm_d2f.watch.__main__ import parser as watch_parser
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """The command leaves vLLM's messages out; tests behind this one may want them."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+    level = logging.getLogger("vllm").level
+    yield
+    logging.getLogger("vllm").setLevel(level)
 
 
 @pytest.fixture(autouse=True)
