@@ -52,6 +52,7 @@ PROOFS: tuple[tuple[str, str], ...] = (
     (r"vllm run-batch .*", "tests/test_examples.py::test_run_batch"),
     (r"curl .*/v1/completions .*", "tests/http/test_readme_examples.py::test_the_curl_line"),
     (r"python -m vllm_d2f", "tests/hub/test_prepare.py::test_the_report"),
+    (r"vllm-d2f( doctor.*| --help)?", "tests/test_doctor.py::test_the_command"),
     (r"python -m vllm_d2f (models|prepare|merge|rm)\b.*", HUB),
     (r"python -m vllm_d2f\.demo.*", "tests/test_demo.py::test_the_whole_demo"),
     (r"python -m vllm_d2f\.watch.*", "tests/test_watch.py::test_the_command"),

@@ -44,6 +44,8 @@ WRONG = {
     "xargs unknown": ({"vllm_xargs": {"speed": 7}}, "unknown option 'speed'"),
     "twice": ({"vllm_xargs": {"d2f_tau_conf": 1}, "d2f_tau_conf": 1}, "stands in vllm_xargs and"),
     "inside": ({"sampling_params": {"d2f_tau_conf": 7}}, "d2f_tau_conf must be a number"),
+    "half": ({"prompt": "a \ud83d"}, "holds half of a character"),
+    "half a stop": ({"stop": ["\udc00"]}, "send the whole character"),
     **{name: ({name: "x"}, f"{name} is not supported any more; use") for name in REMOVED_FIELDS},
 }
 
@@ -80,7 +82,8 @@ def test_every_endpoint_refuses(client):
     assert set(paths) >= GENERATE
     for path in paths:
         for fields, message in WRONG.values():
-            answer = client.post(path, json={"model": "d2f-tiny", **fields})
+            body = json.dumps({"model": "d2f-tiny", **fields})  # which escapes all but ASCII
+            answer = client.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code == 400, (path, fields)
             assert message in answer.json()["error"]["message"], (path, fields)
 

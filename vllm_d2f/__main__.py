@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_d2f`: a report for a bug (versions, patches, settings), and models by name."""
+"""`vllm-d2f`, or `python -m vllm_d2f`: a report for a bug, models by name, and a check."""
 
 import argparse
 import json
@@ -9,10 +9,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from vllm_d2f.hub import HubError
-from vllm_d2f.hub.command import add_commands, overview
+from vllm_d2f.hub.command import add_command, add_commands, model_name, overview
+from vllm_d2f.hub.names import known_names
 from vllm_d2f.models import FAMILIES, PRESETS
 from vllm_d2f.output import OutputError, ends_with_its_pipe
 from vllm_d2f.settings import settings_from_dict
@@ -54,10 +56,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def report() -> dict[str, Any]:
-    """Everything a bug report needs, as JSON. Loads vLLM and registers the plugin."""
+def _quiet() -> None:
+    """Leave vLLM's start-up messages out."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+
+
+def report() -> dict[str, Any]:
+    """Everything a bug report needs, as JSON. Loads vLLM and registers the plugin."""
+    _quiet()
 
     import vllm_d2f
 
@@ -100,13 +107,21 @@ def show(found: dict[str, Any]) -> None:
         print(f"{name}={value}")
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from vllm_d2f.doctor import diagnose
+
+    _quiet()
+    status = 0
+    for what, fine, said in diagnose(args.names or known_names()):
+        print(f"{'ok' if fine else 'NO':<4}{what:<23}{said}", flush=True)
+        status |= not fine
+    return status
+
+
 @ends_with_its_pipe()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand, or print the report. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_d2f", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the report as JSON")
-    add_commands(parser.add_subparsers(title="models by name", metavar="COMMAND"))
-    args = parser.parse_args(arguments)
+    args = parser().parse_args(arguments)
     if run := getattr(args, "run", None):
         try:
             return run(args)
@@ -119,6 +134,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         show(found)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="vllm-d2f" if Path(sys.argv[0]).stem == "vllm-d2f" else "python -m vllm_d2f",
+        description="Models by name for `vllm serve NAME`. Without a command: a report for a bug "
+        "(versions, patches, settings).",
+        epilog="To see D2F at work: python -m vllm_d2f.demo, python -m vllm_d2f.watch.",
+    )
+    made.add_argument("--json", action="store_true", help="the report as JSON")
+    subparsers = made.add_subparsers(title="commands", metavar="COMMAND")
+    add_commands(subparsers)
+    doctor = add_command(
+        subparsers, "doctor", "say what would keep this machine from serving; exit 1 if anything",
+        "d2f-tiny", _doctor,
+    )  # fmt: skip
+    doctor.add_argument(
+        "names", nargs="*", type=model_name, metavar="NAME", help="models to serve; default: all"
+    )
+    return made
 
 
 if __name__ == "__main__":

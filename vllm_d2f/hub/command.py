@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_d2f models | prepare | merge | rm`."""
+"""`vllm-d2f models | prepare | merge | rm`."""
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,32 @@ from huggingface_hub.errors import CacheNotFound
 
 from vllm_d2f.hub import HubError, cache, human
 from vllm_d2f.hub.download import at_revision
-from vllm_d2f.hub.names import EMBEDDED, resolve_embedded
+from vllm_d2f.hub.names import EMBEDDED, known_names, resolve_embedded
 from vllm_d2f.hub.prepare import MergePlan, merge, plan_of, prepare
 from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
 from vllm_d2f.models.family import Published
 
-__all__ = ["add_commands", "overview"]
+__all__ = ["add_command", "add_commands", "model_name", "overview"]
 
 
 def add_commands(subparsers: Any) -> None:
-    """Add the subcommands to `python -m vllm_d2f`."""
-    models = subparsers.add_parser("models", help="list models by name, with state and size")
+    """Add the subcommands about models to `vllm-d2f`."""
+    models = add_command(
+        subparsers, "models", "list models by name, with state and size", "--check", _models
+    )
     models.add_argument("--check", action="store_true", help="read all files, compare checksums")
     models.add_argument("--json", action="store_true", help="print JSON")
-    models.set_defaults(run=_models)
 
-    preparing = subparsers.add_parser(
-        "prepare", help="download and merge a model by name, or merge it from folders"
-    )
+    about = "download and merge a model by name, or merge it from folders"
+    preparing = add_command(subparsers, "prepare", about, "d2f-dream-7b", _prepare)
     preparing.add_argument(
         "name", choices=list(PUBLISHED), metavar="NAME", help=", ".join(PUBLISHED)
     )
     _add_sources(preparing, required=False)
-    preparing.set_defaults(run=_prepare)
 
-    merging = subparsers.add_parser("merge", help="merge a D2F adapter into its base")
+    example = "--base DIR --adapter DIR --out FOLDER, then vllm serve FOLDER"
+    about = "merge a D2F adapter into its base"
+    merging = add_command(subparsers, "merge", about, example, _merge)
     _add_sources(merging, required=True)
     merging.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     merging.add_argument(
@@ -45,16 +47,36 @@ def add_commands(subparsers: Any) -> None:
         help=f'how the model decodes, for example \'{{"preset": "{next(iter(PRESETS))}"}}\'; '
         "without it --additional-config tells the server",
     )
-    merging.set_defaults(run=_merge)
 
-    remove = subparsers.add_parser("rm", help="free the space that a model takes")
+    about = "free the space that a model takes"
+    remove = add_command(subparsers, "rm", about, "d2f-dream-7b --downloads", _remove)
     remove.add_argument("name", metavar="NAME", help=", ".join(PUBLISHED))
     remove.add_argument(
         "--downloads",
         action="store_true",
         help="also its base and adapter in the Hub's cache, which other programs may use",
     )
-    remove.set_defaults(run=_remove)
+
+
+def add_command(
+    subparsers: Any, name: str, about: str, example: str, run: Callable[..., int]
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose `--help` says what it does and shows a call."""
+    parser = subparsers.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"Example: %(prog)s {example}",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def model_name(text: str) -> str:
+    """A model by name, from the command line."""
+    if text not in known_names():
+        raise argparse.ArgumentTypeError(f"unknown; known are {', '.join(known_names())}")
+    return text
 
 
 def _add_sources(parser: argparse.ArgumentParser, required: bool) -> None:

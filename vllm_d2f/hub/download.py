@@ -147,7 +147,10 @@ def _device_memory() -> int:
 
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Refuse to begin what the disk of `folder` cannot hold."""
-    free = shutil.disk_usage(folder).free
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
     if free < needed + SPARE:
         raise HubError(
             f"not enough disk space for {what}: {human(needed + SPARE)} needed under {folder}, "

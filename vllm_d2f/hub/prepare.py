@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from huggingface_hub.utils import tqdm
 from vllm_d2f.hub import HubError, cache, checkpoint, download, human, own_name, say
 from vllm_d2f.hub.download import Source, Unreachable, at_revision, local
 from vllm_d2f.hub.merge import WEIGHTS, match, merge_weights, read_adapter
-from vllm_d2f.hub.names import resolve_embedded
 from vllm_d2f.hub.wheel import base_from_wheel
 from vllm_d2f.models import FAMILIES, PUBLISHED
 from vllm_d2f.models.adapted import FAMILIES as adapted_families
@@ -89,7 +89,8 @@ def plan_of(
 def _shipped_adapter(name: str) -> Path | None:
     """The folder of an adapter that ships with the package."""
     shipped = PUBLISHED[name].shipped
-    return resolve_embedded(shipped) if shipped else None
+    # Not by `names`, which imports this module.
+    return Path(str(resources.files("vllm_d2f"))) / "embedded" / shipped if shipped else None
 
 
 def ensure(name: str) -> Path:

@@ -33,22 +33,26 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("question", nargs="?", default=QUESTION)
+    made.add_argument("question", nargs="?", default=QUESTION, help="default: %(default)s")
     made.add_argument("--model", default="d2f-tiny", help="a D2F model: name or folder")
     ar = "the autoregressive model (default: the twin of a model by name, where there is one)"
     made.add_argument("--ar", metavar="MODEL", help=ar)
     made.add_argument("--no-ar", action="store_true", help="the D2F model alone")
-    made.add_argument("--max-tokens", type=_positive, default=64, metavar="N")
+    made.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="of the answer")
     pause = "seconds between forwards"
     made.add_argument("--delay", type=_seconds, default=0.3, metavar="S", help=pause)
     made.add_argument("--raw", action="store_true", help="ask without the chat template")
     made.add_argument("--gif", type=Path, metavar="FILE", help="write an animation")
     made.add_argument("--html", type=Path, metavar="FILE", help="write a page to step through")
     group = made.add_argument_group("D2F settings, else the model's")
-    for name in ("block-size", "max-blocks"):
-        group.add_argument(f"--{name}", type=int, metavar="N")
-    for name in ("tau-add", "tau-act", "tau-conf"):
-        group.add_argument(f"--{name}", type=float, metavar="F")
+    for name, kind, about in (
+        ("block-size", int, "positions per block"),
+        ("max-blocks", int, "most blocks that are open at once"),
+        ("tau-add", float, "open the next block at this decoded fraction of the last one"),
+        ("tau-act", float, "a block must make progress at this fraction of its predecessor"),
+        ("tau-conf", float, "accept a token whose probability is greater"),
+    ):
+        group.add_argument(f"--{name}", type=kind, metavar=kind.__name__[0].upper(), help=about)
     group.add_argument("--preset", metavar="NAME", help="published settings, as dream-gsm8k")
     return made
 
