@@ -80,5 +80,8 @@ def test_records_are_written_from_questions_and_answers(tmp_path):
     assert {line["response"] for line in lines} == {written(TEXT), "That is half of them."}
     assert {line["prompt"].isupper() for line in lines} == {True, False}
     before = out.read_text()
+    with pytest.raises(SystemExit):
+        main([str(source), "--out", str(out)])
+    out.unlink()
     main([str(source), "--out", str(out), "--copies", "3", "--capitals", "0.5", "--answers"])
     assert out.read_text() == before

@@ -366,7 +366,8 @@ def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]
     """The base's config without remote code, with the decoding settings."""
     merged = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
     # Some say the `model_type` of their layers.
-    merged["model_type"] = FAMILIES[config["architectures"][0]].model_type
+    if family := FAMILIES.get(config["architectures"][0]):  # else an autoregressive twin
+        merged["model_type"] = family.model_type
     if plan.d2f is not None:
         merged["d2f"] = dict(plan.d2f)
     if plan.context is not None:
