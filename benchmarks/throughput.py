@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import figure, record
-from benchmarks.harness.engine import Answer, Batch
+from benchmarks.harness.engine import Batch, Done, answers, paired, rate, total
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import percentiles, rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, most_modes, prepare_process, workers
@@ -68,8 +68,6 @@ class Key:
 
 
 Runs = dict[Key, list[list[Batch]]]
-Done = Sequence[Sequence[Batch]]
-"""The runs of one key."""
 
 
 @dataclass(frozen=True)
@@ -140,16 +138,6 @@ def runs_of(plan: Plan, points: Mapping[str, Any]) -> Runs:
 # From measured batches to figures.
 
 
-def answers(runs: Done) -> list[Answer]:
-    return [answer for run in runs for batch in run for answer in batch.answers]
-
-
-def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> float:
-    """Tokens of a run per second of `per` ("seconds" or "cpu_s")."""
-    tokens = sum(getattr(answer, field) for answer in answers([run]))
-    return tokens / max(_total(run, per), 1e-9)
-
-
 def point(runs: Done, has_text: bool) -> dict[str, Any]:
     """The figures of one decoder at one batch size. `has_text`: whole answers are expected."""
     every = answers(runs)
@@ -165,17 +153,12 @@ def point(runs: Done, has_text: bool) -> dict[str, Any]:
         "computed_per_committed": rounded(sum(a.computed for a in every) / useful),
         "time_to_first_token_ms": percentiles(1e3 * a.first_s for a in every),
         "time_per_token_ms": percentiles(1e3 * a.last_s / a.useful for a in every),
-        "step_ms": spread(1e3 * _total(run, "seconds") / _total(run, "steps") for run in runs),
+        "step_ms": spread(1e3 * total(run, "seconds") / total(run, "steps") for run in runs),
         "peak_mib": round(max(batch.peak_mib for run in runs for batch in run)),
         "score": rounded(sum(a.final for a in every) / len(every)),
         "exact": rounded(sum(a.exact for a in every) / len(every)) if has_text else None,
         "problems": len({a.item for a in every}),
     }
-
-
-def paired(mine: Done, other: Done) -> dict[str, float]:
-    """How many times the useful tokens per second of `other`, run by run."""
-    return spread(rate(a) / rate(b) for a, b in zip(mine, other, strict=True))
 
 
 def paired_per_answer(mine: Done, other: Done) -> dict[str, dict[str, float]]:
@@ -193,12 +176,8 @@ def paired_per_answer(mine: Done, other: Done) -> dict[str, dict[str, float]]:
     return {"answers": spread(per_answer), "tokens": spread(per_token)}
 
 
-def _total(run: Sequence[Batch], field: str) -> float:
-    return sum(getattr(batch, field) for batch in run)
-
-
 def _seconds_per_answer(run: Sequence[Batch]) -> float:
-    return _total(run, "seconds") / len(answers([run]))
+    return total(run, "seconds") / len(answers([run]))
 
 
 def build(

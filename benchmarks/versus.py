@@ -18,13 +18,12 @@ from functools import partial
 from typing import Any
 
 from benchmarks.harness import figure, record
-from benchmarks.harness.engine import Batch
+from benchmarks.harness.engine import Batch, answers, paired, rate
 from benchmarks.harness.record import Record
 from benchmarks.harness.timing import rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, prepare_process, workers
 from benchmarks.harness.workload import Item, parse_options, resolve_model
 from benchmarks.tasks.jobs import JOBS, Job, difference, interval, load_job
-from benchmarks.throughput import answers, paired, rate
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=2, prompts=4, scored=8)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import Skip, on_gpu
+from benchmarks.harness.timing import spread
 from benchmarks.harness.workload import Item, grade, simulated
 from vllm_d2f.d2f import D2FParams
 
@@ -118,6 +119,31 @@ class Batch:
     def from_dict(cls, values: Mapping[str, Any]) -> "Batch":
         """As it stands in a record."""
         return cls(**{**values, "answers": tuple(Answer(**a) for a in values["answers"])})
+
+
+Done = Sequence[Sequence[Batch]]
+"""The runs of one key."""
+
+
+def answers(runs: Done) -> list[Answer]:
+    """Every answer of all runs."""
+    return [answer for run in runs for batch in run for answer in batch.answers]
+
+
+def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> float:
+    """Tokens of a run per second of `per` ("seconds" or "cpu_s")."""
+    tokens = sum(getattr(answer, field) for answer in answers([run]))
+    return tokens / max(total(run, per), 1e-9)
+
+
+def paired(mine: Done, other: Done) -> dict[str, float]:
+    """How many times the useful tokens per second of `other`, run by run."""
+    return spread(rate(a) / rate(b) for a, b in zip(mine, other, strict=True))
+
+
+def total(run: Sequence[Batch], field: str) -> float:
+    """Seconds, steps or the like of all batches of a run."""
+    return sum(getattr(batch, field) for batch in run)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import throughput
 from benchmarks.harness import record, worker
-from benchmarks.harness.engine import Answer, Batch
+from benchmarks.harness.engine import Answer, Batch, paired
 from benchmarks.harness.record import UsageError, environment
 from benchmarks.harness.timing import percentiles, spread
 from benchmarks.harness.vanilla import Setting, Vanilla, up_to_end
@@ -21,7 +21,7 @@ from benchmarks.harness.workload import (
     refuse_simulated,
     resolve_model,
 )
-from benchmarks.throughput import build, markdown, paired, paired_per_answer, point
+from benchmarks.throughput import build, markdown, paired_per_answer, point
 from training.arithmetic import final_of
 from vllm_d2f.hub.names import resolve
 

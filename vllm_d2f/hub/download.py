@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
@@ -139,10 +140,10 @@ def fetch_weights(source: Source, target: Path) -> None:
 
 def _device_memory() -> int:
     """Bytes that the devices of this machine hold for weights and cache, without starting one."""
-    from vllm.platforms import current_platform
-
-    devices = current_platform.device_count() if current_platform.is_cuda() else 1
-    return devices * current_platform.get_device_total_memory()
+    # Training reaches this module and must not need vLLM.
+    platform = import_module("vllm.platforms").current_platform
+    devices = platform.device_count() if platform.is_cuda() else 1
+    return devices * platform.get_device_total_memory()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
