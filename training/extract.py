@@ -18,6 +18,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vllm_d2f.output import OutputError, check_output
+
 FACTS = {
     "name": "name",
     "type": "type",
@@ -185,6 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--facts", choices=["stated", "given"], default="stated")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
+    try:
+        check_output(args.out)
+    except OutputError as error:
+        parser.error(str(error))
     pairs = list(sentences(args.texts))
     if args.facts == "stated":
         pairs = [(text, stated(text, facts)) for text, facts in pairs]

@@ -92,4 +92,6 @@ def test_the_command_writes_copies(tmp_path):
     main([str(tmp_path / "e2e.txt"), "--out", str(tmp_path / "out.jsonl"), "--copies", "3"])
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines].count("The Mill is an Indian pub.") == 1
+    with pytest.raises(SystemExit):  # what is there stays
+        main([str(tmp_path / "e2e.txt"), "--out", str(tmp_path / "out.jsonl")])
     assert len(lines) == 3 and all(json.loads(line["response"])["rating"] is None for line in lines)
