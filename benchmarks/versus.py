@@ -46,16 +46,21 @@ def scored(job: Job, items: Sequence[Item], batches: Mapping[str, Any]) -> dict[
         tokens, forwards = sum(a.useful for a in every), sum(a.forwards for a in every)
         rows[name] = {
             "answers": len(every),
-            "score": [rounded(value) for value in interval(counts[name])],
+            **_with_interval("score", interval(counts[name])),
             "tokens_per_forward": rounded(tokens / forwards),
             "tokens": tokens,
             **{key: rounded(value) for key, value in job.figures(pairs).items()},
         }
     for name in rows if "ar" in rows else ():
-        low_high = difference(counts[name], counts["ar"])
-        rows[name]["against_ar"] = [rounded(value) for value in low_high]
-        rows[name]["leaves_the_control"] = not low_high[1] <= 0 <= low_high[2]
+        found = difference(counts[name], counts["ar"])
+        rows[name] |= _with_interval("against_ar", found)
+        rows[name]["leaves_the_control"] = not found[1] <= 0 <= found[2]
     return rows
+
+
+def _with_interval(name: str, value: tuple[float, float, float]) -> dict[str, Any]:
+    middle, *ends = map(rounded, value)
+    return {name: middle, f"{name}_interval": ends}
 
 
 def build(
@@ -100,7 +105,9 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         about,
         "",
         *record.columns(
-            f"decoder answers score against_ar leaves_the_control tokens_per_forward {shown}", rows
+            "decoder answers score score_interval against_ar against_ar_interval "
+            f"leaves_the_control tokens_per_forward {shown}",
+            rows,
         ),
         *record.columns(
             "batch_size decoder tokens_per_s against_ar tokens_per_forward step_ms",
@@ -117,7 +124,7 @@ def draw(report: Mapping[str, Any], path: Any) -> None:
     for name in dict.fromkeys(point["decoder"] for point in report["points"]):
         rows = [p for p in report["points"] if p["decoder"] == name and p["against_ar"]]
         low, middle, high = ([p["against_ar"][k] for p in rows] for k in ("min", "median", "max"))
-        score, color = report["scores"][name]["score"][0], next(palette, "#333333")
+        score, color = report["scores"][name]["score"], next(palette, "#333333")
         sizes = [p["batch_size"] for p in rows]
         label = f"{NAMES.get(name, name)}, {report['score'].replace('_', ' ')} {score:.1%}"
         axes.plot(sizes, middle, marker="o", color=color, label=label)

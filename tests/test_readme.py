@@ -257,7 +257,7 @@ def versus_rows() -> Iterator[tuple[str, ...]]:
         report = json.loads(path.read_text())
         hardware, score = report["hardware"], report["score"].replace("_", " ")
         lines = [
-            f"{name}: {score} {100 * row['score'][0]:.1f} % of {row['answers']} answers, "
+            f"{name}: {score} {100 * row['score']:.1f} % of {row['answers']} answers, "
             f"{row['tokens_per_forward']:.2f} tokens per forward, "
             + ", ".join(
                 f"{point['against_ar']['median']:.2f}x at {point['batch_size']}"

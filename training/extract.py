@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vllm_d2f.output import OutputError, check_output
+from vllm_d2f.output import output_file
 
 FACTS = {
     "name": "name",
@@ -147,17 +147,6 @@ def answer(facts: Facts) -> str:
     return json.dumps({key: facts[key] for key in KEYS}, ensure_ascii=False)
 
 
-def schema() -> dict[str, object]:
-    """The JSON schema of an answer, for `structured_outputs` of a request."""
-    slot = {"type": ["string", "null"]}
-    return {
-        "type": "object",
-        "properties": dict.fromkeys(KEYS, slot),
-        "required": list(KEYS),
-        "additionalProperties": False,
-    }
-
-
 def scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Scores of answers, each paired with the right one.
 
@@ -182,15 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     """Write a JSONL file of prompts and responses from a file of the E2E data."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("texts", type=Path, help="lines of `facts||sentence`")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_file, required=True)
     parser.add_argument("--copies", type=int, default=1, help="the first has the texts as they are")
     parser.add_argument("--facts", choices=["stated", "given"], default="stated")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
-    try:
-        check_output(args.out)
-    except OutputError as error:
-        parser.error(str(error))
     pairs = list(sentences(args.texts))
     if args.facts == "stated":
         pairs = [(text, stated(text, facts)) for text, facts in pairs]

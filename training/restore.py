@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.output import OutputError, check_output
+from vllm_d2f.output import output_file
 
 FILLERS = ("um", "uh", "er", "you know", "well")
 # Pairs that sound alike and that recognisers mix up.
@@ -265,16 +265,12 @@ def main(argv: list[str] | None = None) -> None:
     """Write a JSONL file of prompts and responses from GSM8K's questions (and answers)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("texts", type=Path, help="JSONL file with question and answer")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_file, required=True)
     parser.add_argument("--copies", type=int, default=1, help="transcripts per text")
     parser.add_argument("--capitals", type=float, default=1.0, help="share in capitals")
     parser.add_argument("--answers", action="store_true", help="answers without calculations too")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
-    try:
-        check_output(args.out)
-    except OutputError as error:
-        parser.error(str(error))
     texts = []
     for line in args.texts.read_text().splitlines():
         record = json.loads(line)

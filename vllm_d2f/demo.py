@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_d2f import __version__
 from vllm_d2f.metrics import denoising_forwards
-from vllm_d2f.output import OutputError, check_output, ends_with_its_pipe
+from vllm_d2f.output import ends_with_its_pipe, output_file
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-MAX_TOKENS = {"problems": 64, "sentences": 128}
+MAX_TOKENS = 128
 REPEATS = 3
 WIDTH = 100
 NUMBER = re.compile(r"\d+")
@@ -107,6 +107,7 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
+    chat = problems[0].final is None  # these models are asked in a chat, and shown at work
     print(f"\nLoading {model} into vLLM ...", flush=True)
     began = time.perf_counter()
     llm = LLM(
@@ -114,14 +115,13 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
         dtype="float32" if current_platform.is_cpu() else "auto",
         enforce_eager=True,
         max_num_seqs=len(problems),
-        kv_cache_memory_bytes=1 << 27,
+        kv_cache_memory_bytes=1 << (29 if chat else 27),
         # Each timed run must compute its prompts.
         enable_prefix_caching=False,
         use_tqdm_on_load=False,
     )
     print(f"Loaded in {time.perf_counter() - began:.0f} s.\n", flush=True)
-    most = MAX_TOKENS["problems" if problems[0].final is not None else "sentences"]
-    sampling = SamplingParams(temperature=0, max_tokens=most)
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS if chat else MAX_TOKENS // 2)
 
     def seconds(*prompts: str) -> float:
         began = time.perf_counter()
@@ -129,18 +129,19 @@ def run(model: str, problems: Sequence[Problem], show: bool) -> Figures:
         return time.perf_counter() - began
 
     questions = [problem.question for problem in problems]
-    if problems[0].final is None:  # these models are asked in a chat
+    if chat:
         chats: Any = ([{"role": "user", "content": question}] for question in questions)
         render: Any = llm.get_tokenizer().apply_chat_template
         questions = [render(c, tokenize=False, add_generation_prompt=True) for c in chats]
     seconds(*questions)  # warms up
-    if problems[0].final is None:
+    if chat:
         for problem, prompt in zip(problems, questions, strict=True):
             print(f"\n{problem.question}")
             _print_while_decoding(llm, prompt, sampling)
         print(flush=True)
-    outputs = llm.generate(questions, sampling, use_tqdm=show and problems[0].final is not None)
-    if show and problems[0].final is not None:
+    show = show and not chat
+    outputs = llm.generate(questions, sampling, use_tqdm=show)
+    if show:
         _print_answers(problems, outputs)
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return Figures(
@@ -224,13 +225,10 @@ def main() -> None:
     parser.add_argument("--text", action="store_true", help="facts of eight sentences, as JSON")
     parser.add_argument("--model", help="a D2F model: name or folder (default: d2f-tiny)")
     parser.add_argument("--baseline", help='a plain model, "" for none (default: ar-tiny)')
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write the figures here"
+    )
     options = parser.parse_args()
-    if options.json:
-        try:
-            check_output(options.json)
-        except OutputError as error:
-            parser.error(str(error))
 
     _prepare_process()
     problems = bundled_problems("sentences" if options.text else "problems")

@@ -28,8 +28,9 @@ def diagnose(names: Sequence[str]) -> Iterator[Finding]:
     rows = [row for row in overview() if row["name"] in names]
     absent = [row["name"] for row in rows if row["state"] == "absent"]
     yield from (_model(row, memory) for row in rows)
+    if on_hub := [name for name in absent if not PUBLISHED[name].wheel]:
+        yield _hub(on_hub)
     if absent:
-        yield _hub(absent)
         yield _disk(max(absent, key=lambda name: PUBLISHED[name].gigabytes))
 
 

@@ -4,11 +4,12 @@
 import errno
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["OutputError", "check_output", "disk_is_full", "ends_with_its_pipe"]
+__all__ = ["OutputError", "check_output", "disk_is_full", "ends_with_its_pipe", "output_file"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Rust's libraries quote the system, and torch has words of its own for a failed write.
@@ -46,6 +47,19 @@ def check_output(
                     f"{place}: exists, and vllm-d2f did not write it; name another place, or move "
                     "it away"
                 )
+
+
+def output_file(text: str) -> Path:
+    """A file to write, as an argument of a command: a `type` of argparse.
+
+    Raises:
+        ArgumentTypeError: as `check_output`.
+    """
+    try:
+        check_output(Path(text))
+    except OutputError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def _is_empty(place: Path) -> bool:

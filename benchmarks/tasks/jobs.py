@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness.record import UsageError
 from benchmarks.harness.workload import Item, load_items
+from training import extract, restore
 
 Counts = Callable[[str, str], tuple[float, float]]
 """Of a right and a found text: what is counted, and out of how many."""
@@ -30,38 +31,18 @@ class Job:
     figures: Callable[[Sequence[tuple[str, str]]], dict[str, float]]
 
 
-def _slots(right: str, found: str) -> tuple[float, float]:
-    from training.extract import KEYS, scores
-
-    return scores([(right, found)])["slots"] * len(KEYS), len(KEYS)
-
-
-def _words(right: str, found: str) -> tuple[float, float]:
-    from training.restore import word_errors
-
-    return word_errors([(right, found)])
-
-
-def _extract(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    from training.extract import scores
-
-    return scores(pairs)
-
-
-def _restore(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    from training.restore import scores
-
-    return scores(pairs)
-
-
 def _exact(right: str, found: str) -> tuple[float, float]:
     return float(right == found), 1.0
 
 
+def _slots(right: str, found: str) -> tuple[float, float]:
+    return extract.scores([(right, found)])["slots"], 1.0
+
+
 JOBS = {
     "exact": Job("exact", _exact, lambda pairs: {}),
-    "extract": Job("slots", _slots, _extract),
-    "restore": Job("word_error_rate", _words, _restore),
+    "extract": Job("slots", _slots, extract.scores),
+    "restore": Job("word_error_rate", lambda *pair: restore.word_errors([pair]), restore.scores),
 }
 
 

@@ -380,7 +380,8 @@ def test_offline_and_not_prepared_names_both_commands(tmp_path, monkeypatch):
             names.resolve(name)
         text = str(error.value)
         assert f"python -m vllm_d2f prepare {name}\n" in text
-        folders = "--base DIR --adapter DIR" if PUBLISHED[name].adapter else "--base DIR"
+        whole = PUBLISHED[name].shipped or not PUBLISHED[name].adapter
+        folders = "--base DIR" if whole else "--base DIR --adapter DIR"
         assert text.endswith(f"python -m vllm_d2f prepare {name} {folders}")
         assert all(repository in text for repository in PUBLISHED[name].repositories)
 

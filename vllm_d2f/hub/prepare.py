@@ -147,7 +147,8 @@ def prepare(name: str, plan: MergePlan, force: bool = False) -> Path:
             _merge(folder, plan, name)
         except Unreachable as error:
             published = PUBLISHED[name]
-            folders = "--base DIR" if published.adapter is None else "--base DIR --adapter DIR"
+            whole = published.adapter is None or published.shipped
+            folders = "--base DIR" if whole else "--base DIR --adapter DIR"
             raise Unreachable(
                 f"{name} is not prepared on this machine: {error}.\n"
                 "With a connection to the Hub, run once (it downloads "
