@@ -60,20 +60,26 @@ SPEAKS_OF = {
 
 ADJECTIVES = [
     "Old", "Royal", "Little", "Blue", "Silver", "Golden", "Green", "Black", "White", "Red", "Happy",
-    "Lazy", "Grand", "Quiet",
+    "Lazy", "Grand", "Quiet", "Vegetarian", "Crimson", "Spicy", "Rusty", "Northern",
 ]  # fmt: skip
 NOUNS = [
     "Fox", "Otter", "Anchor", "Kettle", "Lantern", "Orchard", "Barrel", "Harbour", "Garden",
     "Spoon", "Crown", "Bell", "Oak", "Swan", "Mill", "Bridge", "Table", "Olive", "Lemon", "Tower",
-    "Castle", "Station", "Kitchen", "Heron", "Dragon", "Pepper", "Willow", "Compass",
+    "Castle", "Station", "Kitchen", "Heron", "Dragon", "Pepper", "Willow", "Compass", "Curry",
+    "Noodle", "Burger", "Weavers", "Fishmonger", "Ploughman", "Plaza",
 ]  # fmt: skip
 HOUSES = [
     "Inn", "Arms", "House", "Café", "Bistro", "Hotel", "Bar", "Grill", "Rooms", "Diner", "Cellar",
-    "Corner",
+    "Corner", "Cuisine", "Noodle Bar", "Holiday Hotel", "Tea Room", "Hall", "Street Kitchen",
 ]  # fmt: skip
 SINGLE = [
     "Marlowe", "Pescara", "Tandoor", "Sakura", "Luigi's", "Fontana", "Zephyr", "Kasbah", "Mezze",
     "Verona", "Bonfire", "Juniper", "Saffron", "Truffle", "Basilico", "Avenida", "Hokkaido",
+]  # fmt: skip
+SYLLABLES = [
+    "ba", "bro", "ci", "chan", "da", "dri", "el", "fa", "gan", "hol", "is", "ka", "kri", "lo",
+    "lum", "ma", "men", "ni", "no", "or", "pa", "que", "ra", "ri", "sel", "so", "ta", "thu", "ul",
+    "va", "wen", "xi", "yo", "zan",
 ]  # fmt: skip
 
 
@@ -132,14 +138,32 @@ def exchange(text: str, facts: Facts, seed: str) -> tuple[str, Facts]:
 
 
 def _name(rng: random.Random) -> str:
+    """A name of one to six words, the longer half of several tokens that nothing foretells."""
+
+    def word() -> str:
+        kind = rng.random()
+        if kind < 0.3:
+            return rng.choice(ADJECTIVES + NOUNS)
+        if kind < 0.5:
+            return rng.choice(SINGLE)
+        return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 4))).capitalize()
+
     form = rng.random()
-    if form < 0.3:
+    if form < 0.15:
         return f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-    if form < 0.5:
+    if form < 0.25:
         return f"The {rng.choice(NOUNS)}"
+    if form < 0.4:
+        return f"{word()} {rng.choice(HOUSES)}"
+    if form < 0.5:
+        return f"Café {word()}"
+    if form < 0.6:
+        return f"{word()} {rng.choice(ADJECTIVES)} {rng.choice(HOUSES)}"
+    if form < 0.7:
+        return f"{word()} {rng.choice(['by', 'at', 'of', 'and'])} {word()} {rng.choice(HOUSES)}"
     if form < 0.8:
-        return f"{rng.choice(ADJECTIVES + NOUNS)} {rng.choice(HOUSES)}"
-    return rng.choice(SINGLE)
+        return f"{word()} {word()} {rng.choice(['One', 'Two', 'Four', 'Nine'])}"
+    return word()
 
 
 def answer(facts: Facts) -> str:
