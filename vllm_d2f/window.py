@@ -28,6 +28,9 @@ class D2FParams:
         min_per_step: fewest positions that a fully activated block takes in a forward, at least 1
             and as long as it has masked ones (1 in the paper). With tau_conf 1 it takes exactly as
             many: the static schedule of SDAR (arXiv 2510.06303).
+        sub_block_size: decode the sub-blocks of a block one after the other, as Fast-dLLM v2
+            (arXiv 2509.26328) does: its first position alone, then the others in sub-blocks of so
+            many positions, counted from the block's begin. 0: all positions at once.
     """
 
     block_size: int = 32
@@ -36,12 +39,13 @@ class D2FParams:
     tau_act: float = 0.95
     tau_conf: float = 0.9
     min_per_step: int = 1
+    sub_block_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_blocks", "min_per_step"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("block_size", "max_blocks", "min_per_step", "sub_block_size"):
+            value, least = getattr(self, name), int(name != "sub_block_size")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name in ("tau_add", "tau_act", "tau_conf"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -75,7 +79,7 @@ class Window:
     Attributes:
         tokens_RW: int64, decoded tokens, the mask token elsewhere.
         decoded_RW: bool.
-        counters: int64 [R, 11 + E]. Six change with every forward:
+        counters: int64 [R, 12 + E]. Six change with every forward:
             open_R1: positions in open blocks;
             rest_R1: positions up to the last one that may be decoded;
             goal_R1: positions up to the last one that the request wants (max_tokens);
@@ -83,17 +87,19 @@ class Window:
                 negative while the window begins with the end of the prompt;
             forward_R1: forwards so far;
             lead_R1: decoded positions before the first masked one, whose tokens are emitted.
-            Five and the end tokens are settings:
+            Six and the end tokens are settings:
             block_R1: the block size;
             max_open_R1: positions of the widest window;
             add_R1, act_R1: tau_add and tau_act as decoded positions of a block;
             fewest_R1: positions that an active block takes at least;
+            sub_R1: the sub-block size;
             ends_RE: end tokens, padded with -1.
         block_RW: int64, the column at which each column's block begins.
         previous_RW: int64, the column at which the block before it begins; 0 for the first.
         tau_R1: float32, the confidence threshold.
         column_W: int64, 0, 1, 2, ...
         num_ends: how many columns of ends_RE are in use.
+        sub_blocks: whether any row has had sub-blocks.
     """
 
     tokens_RW: Tensor
@@ -104,9 +110,10 @@ class Window:
     tau_R1: Tensor
     column_W: Tensor
     num_ends: int = 0
+    sub_blocks: bool = False
 
     open_R1, rest_R1, goal_R1, start_R1, forward_R1, lead_R1 = map(_column, range(6))
-    block_R1, max_open_R1, add_R1, act_R1, fewest_R1 = map(_column, range(6, 11))
+    block_R1, max_open_R1, add_R1, act_R1, fewest_R1, sub_R1 = map(_column, range(6, 12))
     open_R, rest_R, goal_R, start_R, forward_R, lead_R, block_R = map(_vector, range(7))
 
     @property
@@ -117,6 +124,20 @@ class Window:
     def masked_RW(self) -> Tensor:
         """Positions of open blocks that wait for a token."""
         return (self.column_W < self.open_R1) & ~self.decoded_RW
+
+    @property
+    def candidate_RW(self) -> Tensor:
+        """Masked positions that may be decoded now: of each block the first sub-block with any."""
+        masked_RW = self.masked_RW
+        if not self.sub_blocks:
+            return masked_RW
+        offset_RW, sub_R1 = self.column_W - self.block_RW, self.sub_R1
+        index_RW = 1 + offset_RW.div(sub_R1.clamp(min=1), rounding_mode="floor")
+        index_RW = torch.where((offset_RW > 0) & (sub_R1 > 0), index_RW, 0)
+        # Of decoded positions a number that no sub-block has.
+        left_RW = torch.where(masked_RW, index_RW, len(self.column_W) + 1)
+        first_RW = left_RW.scatter_reduce(1, self.block_RW, left_RW, "amin")
+        return left_RW == first_RW.gather(1, self.block_RW).where(masked_RW, -1)
 
     @classmethod
     def empty(
@@ -177,7 +198,7 @@ class Window:
         values = [0, min(whole_blocks, limit), min(goal, limit), -len(tail), 0, len(tail)]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
-        values += [min(params.min_per_step, size)]
+        values += [min(params.min_per_step, size), params.sub_block_size]
         values += [*ends, *[-1] * (room - len(ends))]
         _copy_in(self.counters[row], torch.tensor(values))
         # Assigning a number to an element would wait for the device; filling does not.
@@ -190,6 +211,7 @@ class Window:
         self.previous_RW[row] = (self.block_RW[row] - size).clamp(min=0)
         self.tau_R1[row].fill_(params.tau_conf)
         self.num_ends = max(self.num_ends, len(ends))
+        self.sub_blocks |= params.sub_block_size > 0
 
     def rows(self, index_R: Tensor) -> "Window":
         """A copy of the given rows."""
@@ -202,6 +224,7 @@ class Window:
             self.tau_R1.index_select(0, index_R),
             self.column_W,
             self.num_ends,
+            self.sub_blocks,
         )
 
     def put(self, index_R: Tensor, rows: "Window") -> None:
@@ -216,7 +239,7 @@ class Window:
         self.counters[:, :_STATE_END] = torch.cat(columns_R1, dim=1)
 
 
-_STATE_END, _SETTINGS_END = 6, 11
+_STATE_END, _SETTINGS_END = 6, 12
 
 
 def _copy_in(row: Tensor, values: Tensor) -> None:

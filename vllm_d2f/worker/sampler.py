@@ -192,7 +192,7 @@ class D2FSampler:
         """
         states, slot_D = self.states, queries.slot_D
         window = states.window.rows(slot_D)
-        start_D, masked_DW = window.start_R.clone(), window.masked_RW
+        start_D, masked_DW = window.start_R.clone(), window.candidate_RW
         proposal_DW, confidence_DW = self.proposals(masked_DW, queries)
         result = step(window, proposal_DW, confidence_DW, states.mask_id)
         add(window)
