@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     D2FStatLogger: type
 
-__all__ = ["D2FStatLogger", "RequestTrace", "denoising_forwards", "request_trace"]
-
 
 def denoising_forwards(output: "CompletionOutput") -> int:
     """Return the number of forwards that denoised the request's window.

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and pictures are made of what is there, pictures at the width they are read at."""
 
+import importlib
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +21,19 @@ EXPERIMENTS = {
     "serving": serving,
     "attention": attention,
 }
+# Modules of results that an idle machine has to measure again, and what took their place.
+# docs/benchmarks.md says so.
+EARLIER = {
+    "benchmarks.latency_model": ["benchmarks.latency"],
+    "benchmarks.streaming": ["benchmarks.serving", "--streaming"],
+}
+
+
+def commands():
+    """File and command of every result that names one."""
+    for path in sorted(RESULTS.rglob("*.json")):
+        if command := json.loads(path.read_text()).get("command"):
+            yield pytest.param(command, id=str(path.relative_to(RESULTS)))
 
 
 def width(path):
@@ -47,3 +63,29 @@ def test_an_earlier_result_is_drawn_again(name, tmp_path):
     assert drawn == {f"{name}{suffix}.png" for suffix in suffixes}
     for picture in drawn:
         assert width(tmp_path / picture) == width(RESULTS / picture) == 1600
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_result_names_a_command_that_runs(command, monkeypatch):
+    """Its module and its options exist; a shell splits it as it was given."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        names = [word.partition("=")[0] for word in words[1:]]
+        assert all(re.search(rf"^{name} \?=", makefile, re.M) for name in names)
+        assert re.search(rf"^{words[0]}:", makefile, re.M)
+        return
+    (_, module, *given) = words
+    assert [program, words[0]] == ["python", "-m"]
+    if now := EARLIER.get(module):
+        page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+        assert f"`{module}` is `{' '.join(now)}`" in page
+        module, given = now[0], [*now[1:], *given]
+    # Some were measured on a device, without which their parsers refuse.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "parse"):
+        loaded.parse(given)  # a SystemExit where it does not take them
+    else:
+        source = Path(loaded.__file__).read_text()
+        assert all(f'"{word}"' in source for word in given if word.startswith("--"))

@@ -87,66 +87,25 @@ def shard(
     out = Partial(new(torch.int64, rows), *(new(torch.float32, rows) for _ in range(3)))
     if rows == 0:
         return out
+    # What several kernels take: the rows, the reductions of their tiles, and how a row is cut.
+    temperature_N = None if sampling is None else sampling.temperature_R
+    line = (logits_NV, logits_NV.stride(0), vocabulary, mask_id - first_token, temperature_N)
     order_NC = new(torch.int64, rows, tiles)
     max_NC, sum_NC = new(torch.float32, rows, tiles), new(torch.float32, rows, tiles)
-    kept_NC = cut_N = last_N = None
+    split = (tiles, triton.next_power_of_2(tiles))
     warps = 8 if tile > 2048 else 4
-    line = (logits_NV, logits_NV.stride(0), vocabulary, mask_id - first_token)
-    temperature_N = None if sampling is None else sampling.temperature_R
-    _tiles[(rows, tiles)](
-        *line, temperature_N, order_NC, max_NC, sum_NC, first_token, tile, num_warps=warps
-    )
-    row_tiles = triton.next_power_of_2(tiles)
+    _tiles[(rows, tiles)](*line, order_NC, max_NC, sum_NC, first_token, tile, num_warps=warps)
+    kept_NC = None
     if sampling is not None:
-        cut_N, last_N = new(torch.float32, rows), new(torch.int32, rows)
+        end = (max_NC, max_N, new(torch.float32, rows), new(torch.int32, rows))
+        limits = (sampling.top_k_R, sampling.top_p_R, sampling.min_p_R)
+        _cut[(rows,)](*line, *limits, *end, *split, tile, num_warps=warps)
         kept_NC = new(torch.float32, rows, tiles)
-        _cut[(rows,)](
-            *line,
-            temperature_N,
-            sampling.top_k_R,
-            sampling.top_p_R,
-            sampling.min_p_R,
-            max_NC,
-            max_N,
-            cut_N,
-            last_N,
-            tiles,
-            row_tiles,
-            tile,
-            num_warps=warps,
-        )
-        _draw[(rows, tiles)](
-            *line,
-            temperature_N,
-            sampling.seed_R,
-            position_N,
-            forward_N,
-            max_NC,
-            max_N,
-            cut_N,
-            last_N,
-            order_NC,
-            kept_NC,
-            first_token,
-            tiles,
-            row_tiles,
-            tile,
-            num_warps=warps,
-        )
-    _reduce[(rows,)](
-        *line,
-        temperature_N,
-        order_NC,
-        max_NC,
-        sum_NC,
-        kept_NC,
-        max_N,
-        *out,
-        first_token,
-        tiles,
-        row_tiles,
-        num_warps=1,
-    )
+        draw = (sampling.seed_R, position_N, forward_N)
+        out_NC = (order_NC, kept_NC, first_token)
+        _draw[(rows, tiles)](*line, *draw, *end, *out_NC, *split, tile, num_warps=warps)
+    reduced = (order_NC, max_NC, sum_NC, kept_NC, max_N)
+    _reduce[(rows,)](*line, *reduced, *out, first_token, *split, num_warps=1)
     return out
 
 
