@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from sampler_parts import Head, composed_as_on_cuda, make_states  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 
+from vllm_d2f.d2f import D2FParams  # noqa: E402
 from vllm_d2f.sampling import confidence_kernel, tensor_parallel  # noqa: E402
 from vllm_d2f.sampling.request_sampler import make_request_sampler  # noqa: E402
 from vllm_d2f.worker import proposals  # noqa: E402
@@ -113,7 +114,7 @@ def test_ranks_give_what_the_whole_vocabulary_gives(monkeypatch, cuda, drawing, 
         prompt=[1],
         sampling=states.sampling.rows(states.row(3)),
         ends=[],
-        tau_conf=0.9,
+        d2f=D2FParams(tau_conf=0.9),
         mask_id=MASK,
         vocab_size=VOCABULARY,
         window=WIDTH,
