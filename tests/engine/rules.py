@@ -99,7 +99,7 @@ def reference_frames(
         prompt=prompt,
         sampling=sampling,
         ends=ends,
-        tau_conf=params.tau_conf,
+        d2f=params,
         mask_id=config.mask_token_id,
         vocab_size=config.vocab_size,
         window=window,

@@ -47,6 +47,7 @@ class RequestStates:
         block_size_S: positions per block, on the host.
         drawing: slots with a temperature. Greedy decoding runs no code for drawing.
         truncating: those of them that have top_k or top_p.
+        rules: the acceptance rule of each slot in use.
         samplers: samplers of requests that have their own. Their slots are not in `drawing`.
         traced: slots of requests with `d2f_trace`.
         resumed: slots that came back from a preemption and have not been completed by
@@ -85,6 +86,7 @@ class RequestStates:
         self.block_size_S = np.ones(slots, dtype=np.int64)
         self.drawing: set[int] = set()
         self.truncating: set[int] = set()
+        self.rules: dict[int, str] = {}
         self.samplers: dict[int, RequestSampler] = {}
         self.traced: set[int] = set()
         self.resumed: set[int] = set()
@@ -115,6 +117,7 @@ class RequestStates:
             mask_id=self.mask_id,
             tail=tail,
         )
+        self._set_rule(slot, params.accept)
         row = self.row(slot)
         preempted = self.preempted.pop(data.req_id, None)
         if preempted is None:
@@ -173,7 +176,7 @@ class RequestStates:
             prompt=data.prompt_token_ids or (),
             sampling=self.sampling.rows(self.row(slot)),
             ends=end_tokens(sampling),
-            tau_conf=params.tau_conf,
+            d2f=params,
             mask_id=self.mask_id,
             vocab_size=self.vocab_size,
             window=self.settings.window,
@@ -182,7 +185,16 @@ class RequestStates:
             device=self.device,
         )
 
+    def _set_rule(self, slot: int, rule: str | None) -> None:
+        """Keep the rules of all requests: a step computes no other."""
+        if rule is None:
+            self.rules.pop(slot, None)
+        else:
+            self.rules[slot] = rule
+        self.window.rules = frozenset(self.rules.values())
+
     def _free(self, slot: int) -> None:
+        self._set_rule(slot, None)
         self.origin_S[slot] = NO_PROMPT_END
         for slots in (self.drawing, self.truncating, self.traced, self.resumed):
             slots.discard(slot)
