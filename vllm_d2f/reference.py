@@ -93,6 +93,7 @@ def decode(
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
     request_sampler: RequestSampler | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -114,6 +115,8 @@ def decode(
             prompt too, and the last tokens of the prompt may share a block with the answer.
         request_sampler: samples for a request with penalties, a grammar or log-probabilities; made
             anew for this call, from the same `sampling`.
+        widths: positions of the window that each forward computes, whole blocks from its begin, as
+            an adaptive window recorded them; None: all open blocks.
 
     Raises:
         ValueError: the prompt is empty, or leaves no room for an answer.
@@ -151,6 +154,8 @@ def decode(
             window.goal_R[:] = torch.minimum(window.goal_R, window.open_R)
         add(window)
         open_, start = int(window.open_R), int(window.start_R)
+        if widths is not None:
+            open_ = min(open_, widths[forwards - 1])
         tokens_T = torch.cat([torch.tensor(before, dtype=torch.int64), window.tokens_RW[0, :open_]])
         position_T = torch.arange(len(tokens_T))
         mask_TT = may_attend(
@@ -158,9 +163,9 @@ def decode(
         )
         rows = position_T[len(before) :] - int(shift)
         logits_WV = forward(tokens_T, mask_TT)[rows].float()
-        masked = window.masked_RW[0].nonzero()[:, 0]
+        masked = window.masked_RW[0, :open_].nonzero()[:, 0]
         token_W = torch.zeros(params.window, dtype=torch.int64)
-        confidence_W = torch.zeros(params.window)
+        confidence_W = torch.full((params.window,), -1.0)  # nothing is known behind the forward
         if request_sampler is not None:
             known = (before + _decoded(window))[len(prompt) :]
             request_sampler.begin_forward()
