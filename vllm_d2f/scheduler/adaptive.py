@@ -180,12 +180,12 @@ def choose(
         least_R: fewest blocks.
         others: positions in the step beside these windows.
     """
+    open_RJ = size_RJ > 0
+    density = np.unique((gain_RJ / np.maximum(size_RJ, 1))[open_RJ])
+    price_M = np.concatenate(([0.0], np.quantile(density, np.linspace(0, 1, MOST_PRICES))))
     gain_RJ, size_RJ = gain_RJ.cumsum(1), size_RJ.cumsum(1)
-    open_RJ = np.diff(size_RJ, prepend=0) > 0
     may_RJ = open_RJ & (np.arange(size_RJ.shape[1]) >= least_R[:, None] - 1)
     may_RJ[np.arange(len(least_R)), np.minimum(least_R, open_RJ.sum(1)) - 1] = True
-    density = np.unique(gain_RJ / np.maximum(size_RJ, 1))
-    price_M = np.concatenate(([0.0], np.quantile(density, np.linspace(0, 1, MOST_PRICES))))
     value_MRJ = gain_RJ - price_M[:, None, None] * size_RJ
     best_MR = np.where(may_RJ, value_MRJ, -np.inf).argmax(2)
     row_R = np.arange(len(least_R))
