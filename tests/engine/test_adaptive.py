@@ -115,11 +115,10 @@ def check(model, rules, outputs):
     assert compared > 0.8 * len(rules)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_any_choice_equals_the_reference(llm, model, monkeypatch, seed):
-    monkeypatch.setattr(adaptive, "choose", at_random(seed))
+def test_any_choice_equals_the_reference(llm, model, monkeypatch):
+    monkeypatch.setattr(adaptive, "choose", at_random(0))
     asked = rules()
-    random.Random(seed).shuffle(asked)
+    random.Random(0).shuffle(asked)
     outputs = answers(llm, asked)
     widths = [request_trace(output).widths for output in outputs]
     assert len({width for each in widths for width in each}) > 5
@@ -128,7 +127,7 @@ def test_any_choice_equals_the_reference(llm, model, monkeypatch, seed):
 
 def test_its_own_choice_equals_the_reference(llm, model):
     """And again with prefix reuse: the second time every prompt is in the cache."""
-    asked = rules()[:24]
+    asked = rules()[::4]
     for _ in range(2):
         check(model, asked, answers(llm, asked))
 
@@ -153,7 +152,7 @@ def test_preemption(model, monkeypatch):
     monkeypatch.setattr(adaptive, "choose", at_random(5))
     llm = start(model, num_gpu_blocks_override=MAX_LEN // 32 + 4, block_size=32, max_num_seqs=16)
     try:
-        asked = rules()
+        asked = rules()[::2]
         outputs = answers(llm, asked)
         assert preemptions(llm) > 0
         check(model, asked, outputs)
