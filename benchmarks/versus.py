@@ -227,9 +227,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128)
     add("--dtype", default="float32", help="of all models")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for all engines")
-    return parser.finish(
-        argv, QUICK, ("batch_sizes", "loads", "runs", "prompts", "scored", "max_tokens")
-    )
+    args = parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "scored", "max_tokens"))
+    if any(share <= 0 for share in args.loads):
+        parser.error("--loads must be greater than 0")
+    return args
 
 
 def versus(run: Record) -> None:
