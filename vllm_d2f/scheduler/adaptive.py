@@ -42,15 +42,22 @@ PRIOR = 4.0, 0.5
 """Masked positions, and the share of them that is decided, with which every rate begins. It is
 high, so that a place that was never computed is tried."""
 
-NEAR, FAR = 0.2, 0.02
-"""How far a served step moves the cost of its own size, and of all sizes, in logarithms."""
+NEAR, FAR = 0.2, 0.05
+"""How far a served step moves the cost of its own size, and of sizes that none was near, in
+logarithms."""
+
+UNSEEN = 1e-3
+"""Weight of a size that no served step was near, where one that was has up to 1."""
+
+SIZES = tuple(round(2 ** (half / 2)) for half in range(29))
+"""Positions for which a cost is kept, beside those that were measured: up to 16,384."""
 
 OUTLIER = 1.5
 """A step longer than e^1.5 of what is expected (a pause of the machine) counts as one of that."""
 
 MOST_PRICES = 16
 
-UNKNOWN = {1 << n: 5e-3 for n in range(14)}
+UNKNOWN = {1: 5e-3, SIZES[-1]: 5e-3}
 """Costs where none were measured: all alike, so windows are wide until served steps say more."""
 
 
@@ -62,30 +69,50 @@ class StepCost:
         Args:
             measured: positions -> seconds; empty: not known yet.
         """
-        measured = measured or UNKNOWN
-        self.size_S = np.array(sorted(measured), dtype=float)
-        self.log_S = np.log([max(measured[size], 1e-9) for size in sorted(measured)])
+        known = sorted((measured or UNKNOWN).items())
+        most = max(known[-1][0], SIZES[-1])
+        size_S = np.unique([*(size for size in SIZES if size <= most), *dict(known)])
+        self.size_S = size_S.astype(float)
+        at, seconds = (np.array(values, dtype=float) for values in zip(*known, strict=True))
+        # Beyond what was measured, in proportion; before it, alike.
+        beyond_S = np.maximum(self.size_S / at[-1], 1)
+        self.log_S = np.log(np.maximum(np.interp(self.size_S, at, seconds) * beyond_S, 1e-9))
+        self.seen_S = np.full(len(self.size_S), UNSEEN)
+        self.seconds_S = np.exp(_never_falling(self.log_S, self.seen_S))
 
     def seconds(self, positions: Floats) -> Floats:
-        """Interpolate, with the last slope beyond the largest size that was measured."""
-        seconds_S = np.maximum.accumulate(np.exp(self.log_S))
-        inside = np.interp(positions, self.size_S, seconds_S)
-        slope = seconds_S[-1] / self.size_S[-1]
-        if len(seconds_S) > 1:
-            slope = (seconds_S[-1] - seconds_S[-2]) / (self.size_S[-1] - self.size_S[-2])
-        return inside + slope * np.maximum(positions - self.size_S[-1], 0)
+        """Interpolate."""
+        beyond = np.maximum(positions / self.size_S[-1], 1)
+        return beyond * np.interp(positions, self.size_S, self.seconds_S)
 
     def correct(self, positions: int, seconds: float) -> None:
         """Learn from a served step."""
-        expected = float(self.seconds(np.array([positions], dtype=float))[0])
-        error = float(np.clip(np.log(max(seconds, 1e-9) / expected), -OUTLIER, OUTLIER))
-        self.log_S += FAR * error
-        nearest = np.abs(np.log(self.size_S) - np.log(max(positions, 1))).argmin()
-        self.log_S[nearest] += (NEAR - FAR) * error
+        at, log2_S = np.log2(max(positions, 1)), np.log2(self.size_S)
+        expected = float(np.interp(at, log2_S, self.log_S))
+        error = float(np.clip(np.log(max(seconds, 1e-9)) - expected, -OUTLIER, OUTLIER))
+        # The two sizes beside it, by their share; sizes that no step was near follow.
+        spacing = log2_S[-1] - log2_S[-2]
+        share_S = (1 - np.abs(log2_S - at) / spacing).clip(min=0)
+        self.log_S += error * np.maximum(NEAR * share_S, FAR * (1 - self.seen_S))
+        self.seen_S += NEAR * (share_S - self.seen_S).clip(min=0)
+        self.seconds_S = np.exp(_never_falling(self.log_S, self.seen_S))
 
-    def as_dict(self) -> dict[int, float]:
-        """What the constructor takes."""
-        return {int(s): float(np.exp(c)) for s, c in zip(self.size_S, self.log_S, strict=True)}
+
+def _never_falling(value_S: Floats, weight_S: Floats) -> Floats:
+    """The values that never fall and are nearest to these (isotonic regression).
+
+    What falls with more positions is noise, or was measured while the machine was busy: it gets the
+    mean of its neighbours, in which sizes that were served count most.
+    """
+    means: list[list[float]] = []  # value, weight, how many sizes
+    for value, weight in zip(value_S.tolist(), weight_S.tolist(), strict=True):
+        means.append([value, weight, 1])
+        while len(means) > 1 and means[-2][0] > means[-1][0]:
+            value, weight, count = means.pop()
+            last = means[-1]
+            last[0] = (last[0] * last[1] + value * weight) / (last[1] + weight)
+            last[1], last[2] = last[1] + weight, last[2] + count
+    return np.repeat([mean[0] for mean in means], [int(mean[2]) for mean in means])
 
 
 @dataclass(frozen=True, slots=True)

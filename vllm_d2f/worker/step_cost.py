@@ -91,7 +91,7 @@ def measure(runner: Any, execute_model: Execute, sample_tokens: Any) -> dict[int
             break
         _run(runner, execute_model, sample_tokens, requests, seconds)
         count *= 2
-    return _without_noise(seconds)
+    return dict(sorted(seconds.items()))
 
 
 def _run(
@@ -163,12 +163,3 @@ def _empty(runner: Any) -> SchedulerOutput:
 def _wait(runner: Any) -> None:
     if runner.device.type != "cpu":
         torch.accelerator.synchronize()
-
-
-def _without_noise(seconds: dict[int, float]) -> dict[int, float]:
-    """Drop a size that took longer than a larger one, so that the costs never fall."""
-    kept: dict[int, float] = {}
-    for positions in sorted(seconds, reverse=True):
-        if not kept or seconds[positions] <= min(kept.values()):
-            kept[positions] = seconds[positions]
-    return dict(sorted(kept.items()))
