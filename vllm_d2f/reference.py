@@ -97,6 +97,7 @@ def decode(
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
     request_sampler: RequestSampler | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -118,6 +119,8 @@ def decode(
             prompt too, and the last tokens of the prompt may share a block with the answer.
         request_sampler: samples for a request with penalties, a grammar or log-probabilities; made
             anew for this call, from the same `sampling`.
+        widths: positions of the window that each forward computes, whole blocks from its begin, as
+            an adaptive window recorded them; None: all open blocks.
 
     Raises:
         ValueError: the prompt is empty, or leaves no room for an answer.
@@ -156,6 +159,8 @@ def decode(
             window.goal_R[:] = torch.minimum(window.goal_R, window.open_R)
         add(window)
         open_, start = int(window.open_R), int(window.start_R)
+        if widths is not None:
+            open_ = min(open_, widths[forwards - 1])
         tokens_T = torch.cat([torch.tensor(before, dtype=torch.int64), window.tokens_RW[0, :open_]])
         position_T = torch.arange(len(tokens_T))
         mask_TT = may_attend(
@@ -163,9 +168,9 @@ def decode(
         )
         rows = position_T[len(before) :] - int(shift)
         logits_WV = forward(tokens_T, mask_TT)[rows].float()
-        masked = window.masked_RW[0].nonzero()[:, 0]
+        masked = window.masked_RW[0, :open_].nonzero()[:, 0]
         token_W = torch.zeros(params.window, dtype=torch.int64)
-        confidence_W = torch.zeros(params.window)
+        confidence_W = torch.full((params.window,), -1.0)  # nothing is known behind the forward
         entropy_W = torch.ones(open_, dtype=torch.bool) if by_entropy else None
         if request_sampler is not None:
             known = (before + _decoded(window))[len(prompt) :]
@@ -231,7 +236,8 @@ def generate(*args, **kwargs) -> tuple[list[int], int]:
 
 def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     """See `Frame.margin`; `logits_WV` has no mask token any more."""
-    masked_W, active_RW = window.masked_RW[0], activated(window)
+    active_RW = activated(window)
+    masked_W = window.masked_RW[0] & (window.column_W < len(logits_WV))
     if not masked_W.any():
         return math.inf
 

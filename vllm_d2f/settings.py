@@ -30,10 +30,11 @@ _ATTENTION_RULES = {
     "block_origin": ("prompt_end", get_args(BlockOrigin)),
 }
 
-_PRESET, _TRACE = "d2f_preset", "d2f_trace"
+_PRESET, _TRACE, _ADAPTIVE = "d2f_preset", "d2f_trace", "d2f_adaptive_window"
 SIMULATE = "simulate_tokens_per_forward"
 _PARAM_NAMES = tuple(f.name for f in fields(D2FParams))
 _KNOWN = {*_PARAM_NAMES, "window", "prompt_attention", "block_origin", "preset", SIMULATE}
+_KNOWN |= {"adaptive_window"}
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 
@@ -55,6 +56,8 @@ class Settings:
             (`load_format=dummy`). The text then means nothing. None switches it off.
         family: the model family whose presets a request may name without the family's name in
             front, for example "dream".
+        adaptive_window: whether a request that does not say is decoded with an adaptive window
+            (`scheduler.adaptive`); None where the engine cannot have one.
     """
 
     params: D2FParams
@@ -63,6 +66,7 @@ class Settings:
     block_origin: str = "prompt_end"
     simulate_tokens_per_forward: float | None = None
     family: str = ""
+    adaptive_window: bool | None = False
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a `d2f` section of which `settings_from_dict` makes them again."""
@@ -79,7 +83,7 @@ def settings_from_dict(
     Args:
         sections: at least one is not None. Their keys are `block_size`, `max_blocks`, `tau_add`,
             `tau_act`, `tau_conf`, `min_per_step`, `accept`, `window` (block_size * max_blocks where
-            no section gives it), `prompt_attention`, `block_origin`, `preset` and
+            no section gives it), `prompt_attention`, `block_origin`, `preset`, `adaptive_window` and
             `simulate_tokens_per_forward`.
         family: the model's family, whose `prompt_attention` and `block_origin` are the defaults,
             and its preset `default` if it has one.
@@ -107,6 +111,9 @@ def settings_from_dict(
                 f"d2f: {name} must be one of {', '.join(allowed)}, got {rules[name]!r:.80}"
             )
     window, simulate = merged.pop("window", None), merged.pop(SIMULATE, None)
+    adaptive = merged.pop("adaptive_window", False)
+    if not (adaptive is None or isinstance(adaptive, bool)):
+        raise ValueError(f"d2f: adaptive_window must be true or false, got {adaptive!r:.80}")
     try:
         params = D2FParams(**merged)
     except ValueError as error:
@@ -133,7 +140,14 @@ def settings_from_dict(
                 f"d2f: {SIMULATE} must be a number in [1, {window}], got {simulate!r:.80}"
             )
     name = family.name if family else ""
-    return Settings(params, window, **rules, simulate_tokens_per_forward=simulate, family=name)
+    return Settings(
+        params,
+        window,
+        **rules,
+        simulate_tokens_per_forward=simulate,
+        family=name,
+        adaptive_window=adaptive,
+    )
 
 
 def _override(weaker: dict[str, Any], stronger: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,14 +197,16 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     """
     given = dict(extra_args or {})
     options = {f"d2f_{name}": name for name in _PARAM_NAMES}
-    if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE}):
+    if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE, _ADAPTIVE}):
         kv = unknown[0].endswith("_transfer_params")
         remedy = "a D2F server has no connector that takes it, remove it; " if kv else ""
-        known = ", ".join(sorted({*options, _PRESET, _TRACE}))
+        known = ", ".join(sorted({*options, _PRESET, _TRACE, _ADAPTIVE}))
         raise ValueError(f"unknown option {unknown[0]!r:.80}; {remedy}D2F options are {known}")
     wants_trace(given)
+    wants_adaptive_window(settings, given)
     window = settings.window
     given.pop(_TRACE, None)
+    given.pop(_ADAPTIVE, None)
     preset = _preset(settings, given.pop(_PRESET)) if _PRESET in given else {}
     own = {
         options[name]: value if name == "d2f_accept" else _number(name, value)
@@ -240,9 +256,28 @@ def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
     Raises:
         ValueError: the option is neither yes nor no.
     """
-    value = (extra_args or {}).get(_TRACE, 0)
+    return _yes_or_no(extra_args, _TRACE, False)
+
+
+def wants_adaptive_window(settings: Settings, extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request is decoded with an adaptive window (`d2f_adaptive_window`).
+
+    Raises:
+        ValueError: the option is neither yes nor no, or the engine cannot have such windows.
+    """
+    adaptive = _yes_or_no(extra_args, _ADAPTIVE, bool(settings.adaptive_window))
+    if adaptive and settings.adaptive_window is None:
+        raise ValueError(
+            f"{_ADAPTIVE} 1 needs synchronous scheduling; start the server without "
+            "--async-scheduling, or send 0"
+        )
+    return adaptive
+
+
+def _yes_or_no(extra_args: Mapping[str, Any] | None, name: str, default: bool) -> bool:
+    value = (extra_args or {}).get(name, int(default))
     if value not in (0, 1, "0", "1"):
-        raise ValueError(f"{_TRACE} must be 0 or 1, got {value!r:.80}")
+        raise ValueError(f"{name} must be 0 or 1, got {value!r:.80}")
     return value not in (0, "0")
 
 

@@ -20,7 +20,12 @@ from vllm_d2f.blocks import NO_PROMPT_END
 from vllm_d2f.d2f import D2FParams, Window, add
 from vllm_d2f.sampling.request_sampler import RequestSampler, make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
-from vllm_d2f.settings import request_params, served_settings, wants_trace
+from vllm_d2f.settings import (
+    request_params,
+    served_settings,
+    wants_adaptive_window,
+    wants_trace,
+)
 from vllm_d2f.worker.grammar import Grammars
 
 if TYPE_CHECKING:
@@ -50,6 +55,7 @@ class RequestStates:
         rules: the acceptance rule of each slot in use.
         samplers: samplers of requests that have their own. Their slots are not in `drawing`.
         traced: slots of requests with `d2f_trace`.
+        adaptive: slots of requests of whose windows a forward may compute a part.
         resumed: slots that came back from a preemption and have not been completed by
             `D2FSampler.apply_staged_writes`.
         slots: the slot of each request id.
@@ -89,6 +95,7 @@ class RequestStates:
         self.rules: dict[int, str] = {}
         self.samplers: dict[int, RequestSampler] = {}
         self.traced: set[int] = set()
+        self.adaptive: set[int] = set()
         self.resumed: set[int] = set()
         self.slots: dict[str, int] = {}
         self.preempted: dict[str, Preempted] = {}
@@ -108,6 +115,8 @@ class RequestStates:
         self._set_sampling(slot, sampling)
         if wants_trace(sampling.extra_args):
             self.traced.add(slot)
+        if wants_adaptive_window(self.settings, sampling.extra_args):
+            self.adaptive.add(slot)
         self.window.start(
             slot,
             params,
@@ -196,6 +205,6 @@ class RequestStates:
     def _free(self, slot: int) -> None:
         self._set_rule(slot, None)
         self.origin_S[slot] = NO_PROMPT_END
-        for slots in (self.drawing, self.truncating, self.traced, self.resumed):
+        for slots in (self.drawing, self.truncating, self.traced, self.adaptive, self.resumed):
             slots.discard(slot)
         self.samplers.pop(slot, None)
