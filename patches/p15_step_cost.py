@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_d2f.patches.patch import Original, is_d2f, patch
 
-from vllm_d2f.wire import STEP_SECONDS
-
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
@@ -29,6 +27,8 @@ TARGET = "vllm.v1.engine.core:EngineCore._initialize_kv_caches"
 def p15_step_cost(
     original: Original, self: "EngineCore", vllm_config: "VllmConfig", *args: Any, **kwargs: Any
 ) -> Any:
+    from vllm_d2f.wire import STEP_SECONDS
+
     cache_config = original(self, vllm_config, *args, **kwargs)
     if is_d2f(vllm_config.model_config):
         seconds = self.model_executor.collective_rpc(_step_seconds)[0]

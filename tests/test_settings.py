@@ -42,7 +42,7 @@ def test_nothing_at_all_is_refused_with_the_remedy():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"blocksize": 3}, "unknown setting 'blocksize'; known are accept, block_origin"),
+        ({"blocksize": 3}, "unknown setting 'blocksize'; known are accept, adaptive_window"),
         ({"preset": "gsm"}, "unknown preset 'gsm'; known are dream-gsm8k"),
         ({"block_size": "16"}, "block_size must be an integer"),
         ({"tau_act": 7}, r"tau_act must be a number in \[0, 1\]"),
@@ -116,7 +116,10 @@ def test_request_options(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d2f_tau": 0.5}, "unknown option 'd2f_tau'; D2F options are d2f_accept, d2f_block_size"),
+        (
+            {"d2f_tau": 0.5},
+            "unknown option 'd2f_tau'; options are d2f_accept, d2f_adaptive_w",
+        ),
         ({"diffusion_max_steps": 4}, "unknown option 'diffusion_max_steps'"),
         ({"tau_conf": 0.5}, "unknown option 'tau_conf'; D2F options are .*d2f_tau_conf"),
         ({"kv_transfer_params": {"a": 1}}, "no connector that takes it, remove it"),
