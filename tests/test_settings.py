@@ -118,7 +118,7 @@ def test_request_options(options, expected):
     [
         (
             {"d2f_tau": 0.5},
-            "unknown option 'd2f_tau'; options are d2f_accept, d2f_adaptive_w",
+            "unknown option 'd2f_tau'; D2F options are d2f_accept, d2f_ad",
         ),
         ({"diffusion_max_steps": 4}, "unknown option 'diffusion_max_steps'"),
         ({"tau_conf": 0.5}, "unknown option 'tau_conf'; D2F options are .*d2f_tau_conf"),
