@@ -32,8 +32,10 @@ EARLIER = {
 def commands():
     """File and command of every result that names one."""
     for path in sorted(RESULTS.rglob("*.json")):
-        if command := json.loads(path.read_text()).get("command"):
-            yield pytest.param(command, id=str(path.relative_to(RESULTS)))
+        report = json.loads(path.read_text())
+        if "command" in report:
+            on_gpu = "gpu" in report.get("hardware", ())
+            yield pytest.param(report["command"], on_gpu, id=str(path.relative_to(RESULTS)))
 
 
 def width(path):
@@ -65,8 +67,8 @@ def test_an_earlier_result_is_drawn_again(name, tmp_path):
         assert width(tmp_path / picture) == width(RESULTS / picture) == 1600
 
 
-@pytest.mark.parametrize("command", commands())
-def test_a_result_names_a_command_that_runs(command, monkeypatch):
+@pytest.mark.parametrize(("command", "on_gpu"), commands())
+def test_a_result_names_a_command_that_runs(command, on_gpu, monkeypatch):
     """Its module and its options exist; a shell splits it as it was given."""
     program, *words = shlex.split(command)
     if program == "make":
@@ -81,8 +83,8 @@ def test_a_result_names_a_command_that_runs(command, monkeypatch):
         page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
         assert f"`{module}` is `{' '.join(now)}`" in page
         module, given = now[0], [*now[1:], *given]
-    # Some were measured on a device, without which their parsers refuse.
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    # Parsers ask for the device that it was measured on.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
     loaded = importlib.import_module(module)
     if hasattr(loaded, "parse"):
         loaded.parse(given)  # a SystemExit where it does not take them
