@@ -49,7 +49,7 @@ def test_thresholds_of_no_rule_are_refused(text):
         acceptance.thresholds([text])
 
 
-def test_lookaheads_win_where_no_point_of_d2f_is_as_fast_and_as_good():
+def test_lookaheads_win_where_they_are_faster_and_as_good():
     def rows(right, forwards, branches):
         return [[*one, branches * forwards, 0] for one in answers(right, forwards)]
 
@@ -60,6 +60,7 @@ def test_lookaheads_win_where_no_point_of_d2f_is_as_fast_and_as_good():
     assert worse["rows"][1]["against_d2f"] == pytest.approx(-0.05)
     assert worse["rows"][1]["branches"] == 3
     assert "do not win" in lookahead.verdict(worse)
-    other = report((2, 0.1, 0.9, rows(185, 4, 3)))
-    assert "1 of 1 points" in lookahead.verdict(other)
+    assert "do not win" in lookahead.verdict(report((2, 0.1, 0.9, rows(185, 4, 3))))
+    other = report((2, 0.1, 0.9, rows(190, 4, 3)))
+    assert "win**: 2.50 tokens per forward at a score of 95.0%, in 3.0" in lookahead.verdict(other)
     assert "| 0.9 | 2 | 0.1 | 2.5 | 3 |" in "\n".join(lookahead.markdown(other))
