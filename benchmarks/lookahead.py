@@ -82,8 +82,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     ]
     if not ahead:
         return (
-            "**Lookaheads do not win**: no point with them decodes more tokens per forward than D2F "
-            "at its score or a better one."
+            "**Lookaheads do not win**: no point with them decodes more tokens per forward than "
+            "D2F at its score or a better one."
         )
     best = max(ahead, key=lambda row: row["tokens_per_forward"])
     return (
