@@ -111,7 +111,8 @@ def verdict(report: Mapping[str, Any]) -> str:
             "0. The default stays."
         )
     names = " and ".join(f"`{name}`" for name in better)
-    return f"**{names}** take more tokens per forward than `threshold` at the same score."
+    verb = "takes" if len(better) == 1 else "take"
+    return f"**{names}** {verb} more tokens per forward than `threshold` at the same score."
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
@@ -120,7 +121,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         f"({report['data']}), at most {report['max_tokens']} tokens, greedy, {report['dtype']}."
     )
     about = (
-        f"A score is {report['score'].replace('_', ' ')}. Intervals are 95 % over the prompts. "
+        f"A score is {report['score'].replace('_', ' ')}. Intervals are 95 % over the prompts, "
+        "each for its point alone: of many points one may lie above the line by chance. "
         "`threshold at score` is what `threshold` takes per forward at the same score, on the line "
         "through its points, and `gain` is relative to it. Outside of that line there is no gain."
     )

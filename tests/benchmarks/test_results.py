@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, latency, serving, sweep, throughput
+from benchmarks import acceptance, attention, latency, lookahead, serving, sweep, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,6 +20,8 @@ EXPERIMENTS = {
     "sweep": sweep,
     "serving": serving,
     "attention": attention,
+    "acceptance": acceptance,
+    "lookahead": lookahead,
 }
 # Modules of results that an idle machine has to measure again, and what took their place.
 # docs/benchmarks.md says so.
