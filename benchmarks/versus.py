@@ -8,25 +8,29 @@
 The decoders are D2F, its autoregressive twin, and the twin with vLLM's n-gram speculation, each in
 its own process with the same data type and threads. All answer the same prompts in turn, so that a
 ratio compares what was measured moments apart. `--scored N` lets each of them answer N prompts in
-the largest batch first, for the score. `--settings NAME=JSON` adds D2F with other settings.
+the largest batch first, for the score. `--settings NAME=JSON` adds D2F with other settings, such as
+`adaptive={"adaptive_window": true}`. `--loads` lets requests come in one by one at random (Poisson)
+at these shares of what the twin answers per second in the largest batch.
 """
 
 import argparse
+import itertools
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from benchmarks.harness import figure, record
-from benchmarks.harness.engine import Batch, answers, paired, rate
+from benchmarks.harness.engine import Answer, Batch, answers, paired, rate
 from benchmarks.harness.record import Record
-from benchmarks.harness.timing import rounded, spread
+from benchmarks.harness.timing import percentiles, rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, prepare_process, workers
 from benchmarks.harness.workload import Item, parse_options, resolve_model
 from benchmarks.tasks.jobs import JOBS, Job, difference, interval, load_job
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
-QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=2, prompts=4, scored=8)
+QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], loads=[0.5], runs=2, prompts=4, scored=8)
 NAMES = {"ar": "autoregressive", "ar+ngram": "autoregressive with n-gram speculation"}
 
 
@@ -34,6 +38,31 @@ def measure(items: Sequence[Item], size: int, run: int, decoders: Mapping[str, W
     """One batch size in one run: every decoder once. Who begins alternates."""
     names = list(decoders)[:: 1 if run % 2 == 0 else -1]
     return {name: decoders[name].measure(items, size) for name in names}
+
+
+def arrive(items: Sequence[Item], at_s: Sequence[float], decoders: Mapping[str, Worker]) -> Any:
+    """One load: every decoder gets the same requests at the same times."""
+    return {name: worker.arrive(items, at_s) for name, worker in decoders.items()}
+
+
+def arrivals(count: int, per_s: float, seed: int) -> list[float]:
+    """When requests of a Poisson process come in, in seconds after the first."""
+    rng = random.Random(seed)
+    gaps = [rng.expovariate(per_s) for _ in range(count - 1)]
+    return list(itertools.accumulate(gaps, initial=0.0))
+
+
+def cell(job: Job, items: Sequence[Item], every: Sequence[Answer], of_ar: Sequence[Answer]) -> Any:
+    """The score of the answers of one cell of the table, and whether it leaves the control's."""
+    ours, theirs = (
+        [job.counts(items[a.item].answer or "", a.text) for a in answers]
+        for answers in (every, of_ar)
+    )
+    found = {**_with_interval("score", interval(ours))}
+    if len(ours) == len(theirs):
+        _, low, high = difference(ours, theirs)
+        found["leaves_the_control"] = not low <= 0 <= high
+    return found
 
 
 def scored(job: Job, items: Sequence[Item], batches: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,9 +115,34 @@ def build(
                     sum(a.useful for a in every) / sum(a.forwards for a in every)
                 ),
                 "answers_per_run": len(answers(of[:1])),
+                **cell(job, items, every, answers(done.get("ar", ()))),
+            })  # fmt: skip
+    under_load = []
+    for key, of_load in points.items():
+        for name, batches in of_load.items() if key.startswith("load ") else ():
+            (batch,) = map(Batch.from_dict, batches)
+            (control,) = map(Batch.from_dict, of_load.get("ar", batches))
+            seconds = percentiles(a.last_s for a in batch.answers)
+            under_load.append({
+                "load": float(key.removeprefix("load ")), "decoder": name,
+                "tokens_per_s": rounded(rate([batch])),
+                **{f"answer_s_{name}": value for name, value in seconds.items()},
+                "median_against_ar": rounded(
+                    percentiles(a.last_s for a in control.answers)["p50"] / seconds["p50"]
+                ),
+                "tokens_per_forward": rounded(
+                    sum(a.useful for a in batch.answers) / sum(a.forwards for a in batch.answers)
+                ),
+                **cell(job, items, batch.answers, control.answers),
             })  # fmt: skip
     scores = scored(job, items, points["scores"])
-    return {"benchmark": "versus", "score": job.score, "scores": scores, "points": table}
+    return {
+        "benchmark": "versus",
+        "score": job.score,
+        "scores": scores,
+        "points": table,
+        "loads": under_load,
+    }
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
@@ -110,9 +164,30 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
             rows,
         ),
         *record.columns(
-            "batch_size decoder tokens_per_s against_ar tokens_per_forward step_ms",
+            "batch_size decoder tokens_per_s against_ar tokens_per_forward step_ms score "
+            "leaves_the_control",
             report["points"],
             against_ar="tokens/s against ar",
+        ),
+        *_loads(report["loads"]),
+    ]
+
+
+def _loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    about = (
+        "Requests that come in one by one at random, at a share (load) of what the twin answers "
+        "per second in the largest batch. Seconds count from a request to its last token; `median "
+        "against ar` says how many times shorter the median is than the twin's."
+    )
+    return [
+        about,
+        "",
+        *record.columns(
+            "load decoder answer_s_p50 answer_s_p99 median_against_ar tokens_per_forward score "
+            "leaves_the_control",
+            rows,
         ),
     ]
 
@@ -145,13 +220,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--settings", nargs="*", default=[], metavar="NAME=JSON", help="D2F with other settings")
     add("--no-ngram", action="store_true", help="without n-gram speculation")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    add("--loads", type=float, nargs="*", default=[], help="shares of the twin's best rate")
     add("--runs", type=int, default=3)
     add("--prompts", type=int, default=16, help="prompts per run and batch size, at least")
     add("--scored", type=int, default=256, help="prompts of the score")
     add("--max-tokens", type=int, default=128)
     add("--dtype", default="float32", help="of all models")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for all engines")
-    return parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "scored", "max_tokens"))
+    args = parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "scored", "max_tokens"))
+    if any(share <= 0 for share in args.loads):
+        parser.error("--loads must be greater than 0")
+    return args
 
 
 def versus(run: Record) -> None:
@@ -172,7 +251,8 @@ def versus(run: Record) -> None:
     if not args.no_ngram:
         table.append(Decoder("ar+ngram", ar, "eager", options | {"speculative_config": NGRAM}))
     keys = {f"run {n}, batch {size}": (n, size) for n in range(args.runs) for size in sizes}
-    if not all(run.settled(key) for key in ("scores", *keys)):
+    loads = [f"load {share:g}" for share in args.loads]
+    if not all(run.settled(key) for key in ("scores", *keys, *loads)):
         with workers(table, max(sizes), args.max_tokens) as decoders:
             for worker in decoders.values():
                 worker.warm_up(items, sizes[:1])
@@ -180,6 +260,12 @@ def versus(run: Record) -> None:
             for key, (number, size) in keys.items():
                 asked = items[: -(-args.prompts // size) * size]
                 run.point(key, partial(measure, asked, size, number, decoders))
+            for share, key in zip(args.loads, loads, strict=True):
+                largest = run.points[f"run 0, batch {max(sizes)}"]["ar"]
+                done = [Batch.from_dict(one) for one in largest]
+                per_s = share * len(answers([done])) / sum(one.seconds for one in done)
+                at_s = arrivals(args.prompts, per_s, args.seed)
+                run.point(key, partial(arrive, items[: args.prompts], at_s, decoders))
     run.need_all()
     parts = build(job, items, sizes, args.runs, run.points)
     models = {"d2f": args.d2f, "ar": args.ar}

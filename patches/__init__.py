@@ -20,6 +20,7 @@ from vllm_d2f.patches import (  # noqa: F401
     p12_cuda_graphs,
     p13_warm_up,
     p14_engine_args,
+    p15_step_cost,
 )
 from vllm_d2f.patches.patch import (
     POINTS,

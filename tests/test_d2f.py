@@ -4,13 +4,17 @@
 import itertools
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_d2f import strategies
 from vllm_d2f.d2f import D2FParams, Window, activated, add, block_of, may_attend, step
+from vllm_d2f.sampling.sample import sample_greedy
+from vllm_d2f.strategies import ACCEPT
 
 MASK, VOCAB = 0, 6
 
@@ -83,9 +87,9 @@ class Plain:
             here = range(at, at + len(block))
             at += len(block)
             masked = [p for p in here if block[p - here.start] is None]
-            take = [p for p in masked if confidences[p] > self.params.tau_conf]
+            ranked = sorted(masked, key=lambda p: (-confidences[p], p))
+            take = ranked[: passing(self.params, [confidences[p] for p in ranked])]
             if active and len(take) < self.params.min_per_step:
-                ranked = sorted(masked, key=lambda p: (-confidences[p], p))
                 take = ranked[: self.params.min_per_step]
             for p in take:
                 block[p - here.start] = tokens[p]
@@ -108,6 +112,23 @@ class Plain:
             full_before.pop(0)
 
 
+def passing(params: D2FParams, ranked: list[float]) -> int:
+    """How many confidences pass by the rule; they are those of a block, the highest first."""
+    tau = Fraction(float(torch.tensor(params.tau, dtype=torch.float32)))
+    count, lost = 0, Fraction(0)
+    for n, confidence in enumerate(map(Fraction, ranked), 1):
+        lost += 1 - confidence
+        if params.accept == "frechet":
+            passes = (1 - lost) - (1 - confidence) > tau
+        elif params.accept == "factor":
+            passes = (n + 1) * (1 - confidence) < 1 - tau
+        else:
+            passes = confidence > tau
+        if passes:
+            count = n
+    return count
+
+
 params_strategy = st.builds(
     D2FParams,
     block_size=st.integers(1, 7),
@@ -116,6 +137,7 @@ params_strategy = st.builds(
     tau_act=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     tau_conf=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     min_per_step=st.sampled_from([1, 1, 2, 3, 99]),
+    accept=st.sampled_from(list(ACCEPT)),
 )
 request_strategy = st.tuples(
     params_strategy,
@@ -259,6 +281,117 @@ def test_semi_activated_blocks_wait_below_the_threshold():
     assert window.decoded_RW[0].tolist() == [True, False, True, False, True, False, False, True]
 
 
+def decoded(params, confidences, *, active=True):
+    """Which positions of a block one step decodes; it is not active behind an empty block."""
+    size = len(confidences)
+    window = Window.empty(1, 2 * size, 1, MASK)
+    window.start(0, params, max_tokens=2 * size, limit=99, ends=[], mask_id=MASK)
+    window.open_R[:] = 2 * size
+    begin = 0 if active else size
+    confidence = torch.full((1, 2 * size), -1.0)
+    confidence[0, begin : begin + size] = torch.tensor(confidences)
+    result = step(window, torch.ones(1, 2 * size, dtype=torch.int64), confidence, MASK)
+    return result.accepted_RW[0, begin : begin + size].nonzero()[:, 0].tolist()
+
+
+# In eighths and sixteenths, so that a sum is exact and a limit is met to the bit.
+PROFILE = [0.5, 0.9375, 0.875, 1.0]  # columns in the order of confidence: 3, 1, 2, 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "tau", "columns"),
+    [
+        # frechet: L_n - U_n is 1 - 0 = 1, then 0.9375 - 0.0625 = 0.875, then 0.8125 - 0.125 =
+        # 0.6875, then 0.3125 - 0.5 < 0.
+        ("frechet", 1.0, []),
+        ("frechet", 0.9, [3]),
+        ("frechet", 0.875, [3]),
+        ("frechet", 0.8125, [1, 3]),
+        ("frechet", 0.6875, [1, 3]),
+        ("frechet", 0.625, [1, 2, 3]),
+        ("frechet", 0.0, [1, 2, 3]),
+        # factor: (n + 1) (1 - c_n) is 0, 3 / 16, 4 / 8, 5 / 2, and f is 1 - tau_conf.
+        ("factor", 1.0, []),
+        ("factor", 0.9, [3]),
+        ("factor", 0.8125, [3]),
+        ("factor", 0.75, [1, 3]),
+        ("factor", 0.5, [1, 3]),
+        ("factor", 0.4375, [1, 2, 3]),
+        ("factor", 0.0, [1, 2, 3]),
+        ("threshold", 0.9, [1, 3]),
+        ("threshold", 0.9375, [3]),
+    ],
+)
+def test_rules_worked_out_by_hand(rule, tau, columns):
+    params = D2FParams(4, 2, tau_act=1.0, tau_conf=tau, accept=rule)
+    assert decoded(params, PROFILE, active=False) == columns
+    assert decoded(params, PROFILE) == (columns or [3])
+    # A semi-activated block decodes nothing of what no rule accepts, an active one its best.
+    assert decoded(params, [0.25, 0.5, 0.5, 0.0], active=False) == []
+    assert decoded(params, [0.25, 0.5, 0.5, 0.0]) == [1]
+    more = D2FParams(4, 2, tau_act=1.0, tau_conf=1.0, accept=rule, min_per_step=3)
+    assert decoded(more, PROFILE) == [1, 2, 3]
+    assert decoded(more, PROFILE, active=False) == []
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.8, 0.91, 0.97])
+@pytest.mark.parametrize("tau", [0.0, 0.25, 0.5, 0.9])
+def test_frechet_is_factor_where_confidences_are_equal(confidence, tau):
+    frechet, factor = (
+        D2FParams(7, 2, tau_act=1.0, tau_conf=tau, accept=rule) for rule in ("frechet", "factor")
+    )
+    columns = decoded(frechet, [confidence] * 7, active=False)
+    assert columns == decoded(factor, [confidence] * 7, active=False)
+    assert len(columns) == sum((n + 1) * (1 - confidence) < 1 - tau for n in range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("nats", "columns"),
+    # Entropies: ln 4, ln 2, 0, and of (3/4, 1/4) 0.5623 nats.
+    [(0, []), (0.5, [2]), (0.5623, [2]), (0.5624, [2, 3]), (0.693, [2, 3]), (0.694, [1, 2, 3]),
+     (1.386, [1, 2, 3]), (1.387, [0, 1, 2, 3]), (20, [0, 1, 2, 3])],
+)  # fmt: skip
+def test_entropy_worked_out_by_hand(nats, columns):
+    p = torch.tensor([[1, 1, 1, 1], [2, 2, 0, 0], [4, 0, 0, 0], [3, 1, 0, 0]]) / 4
+    logits = torch.cat((p.log(), torch.full((4, 1), 9.0)), 1)  # the mask token is no candidate
+    token, confidence = sample_greedy(logits, 4, torch.ones(4, dtype=torch.bool))
+    assert token.tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(confidence, torch.tensor([0.25, 0.5, 1.0, math.exp(-0.562335)]))
+    params = D2FParams(4, 2, tau_act=1.0, tau_conf=nats, accept="entropy")
+    assert decoded(params, confidence.tolist(), active=False) == columns
+    assert decoded(params, confidence.tolist()) == (columns or [2])
+
+
+@pytest.mark.parametrize("rule", ACCEPT)
+def test_what_is_sure_counts_as_one_and_what_is_broken_as_nothing(rule):
+    """Simulated confidences are 2, and a row without a distribution has 0."""
+    params = D2FParams(4, 2, tau_act=1.0, tau_conf=0.0, accept=rule)
+    expected = [] if rule == "entropy" else [1, 3]  # below 0 nats there is nothing but simulation
+    assert decoded(params, [0.0, 2.0, 0.0, 2.0], active=False) == [1, 3]
+    assert decoded(params, [0.0, 1.0, 0.0, 1.0], active=False) == expected
+
+
+def test_only_the_rules_of_the_rows_are_computed(monkeypatch):
+    computed = []
+
+    def counted(name, accept):
+        return lambda *rows: (computed.append(name), accept(*rows))[1]
+
+    for name, rule in list(ACCEPT.items()):
+        monkeypatch.setitem(strategies.ACCEPT, name, counted(name, rule))
+    window = Window.empty(3, 4, 1, MASK)
+    half = torch.full((3, 4), 0.75)
+    for rules in (["threshold"] * 3, ["frechet", "frechet", "factor"]):
+        window.rules = frozenset()
+        for row, rule in enumerate(rules):
+            params = D2FParams(4, 1, accept=rule)
+            window.start(row, params, max_tokens=4, limit=4, ends=[], mask_id=MASK)
+        computed.clear()
+        add(window)
+        step(window.rows(torch.arange(3)), torch.ones(3, 4, dtype=torch.int64), half, MASK)
+        assert sorted(computed) == sorted(set(rules))
+
+
 @pytest.mark.parametrize(
     ("field_", "value"),
     [
@@ -272,8 +405,18 @@ def test_semi_activated_blocks_wait_below_the_threshold():
         ("tau_conf", float("nan")),
         ("min_per_step", 0),
         ("min_per_step", 2.0),
+        ("accept", "bold"),
+        ("accept", None),
+        ("accept", ["threshold"]),
     ],
 )
 def test_bad_params_are_refused_by_name(field_, value):
     with pytest.raises(ValueError, match=field_):
         D2FParams(**{field_: value})
+
+
+@pytest.mark.parametrize("tau_conf", [-0.1, 20.1, math.nan, "1"])
+def test_entropies_are_nats_in_their_own_range(tau_conf):
+    assert D2FParams(tau_conf=20, accept="entropy").tau > 0
+    with pytest.raises(ValueError, match=r"tau_conf must be a number in \[0, 20\] nats, got"):
+        D2FParams(tau_conf=tau_conf, accept="entropy")

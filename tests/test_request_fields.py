@@ -147,3 +147,15 @@ def test_long_bodies_arrive_whole(served):
         TestClient(app).post("/length", content=b"\xff", headers={"content-type": "audio/x"}).json()
         == 1
     )
+
+
+@pytest.mark.parametrize("depth", [900, 30_000])
+def test_a_body_that_is_nested_too_deeply(served, depth):
+    """Python's JSON reader or writer ends with a RecursionError, which was HTTP 500."""
+    fields = RequestFields(FastAPI(), served_settings(served.model_config))
+    body = '{"prompt": "p", "x": ' + '{"a":' * depth + "1" + "}" * depth + "}"
+    if depth < 1000:
+        assert fields.options(body.encode()) == {}
+    else:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            fields.options(body.encode())

@@ -42,10 +42,14 @@ def test_nothing_at_all_is_refused_with_the_remedy():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"blocksize": 3}, "unknown setting 'blocksize'; known are block_origin, block_size"),
+        ({"blocksize": 3}, "unknown setting 'blocksize'; known are accept, adaptive_window"),
         ({"preset": "gsm"}, "unknown preset 'gsm'; known are dream-gsm8k"),
         ({"block_size": "16"}, "block_size must be an integer"),
         ({"tau_act": 7}, r"tau_act must be a number in \[0, 1\]"),
+        ({"accept": "bold"}, "d2f: accept must be one of threshold, frechet, factor, entropy, got"),
+        ({"accept": "entropy"}, "accept entropy needs a tau_conf beside it, .* for threshold"),
+        ({"preset": "dream-gsm8k", "accept": "factor"}, "accept factor needs a tau_conf"),
+        ({"accept": "entropy", "tau_conf": 21}, r"tau_conf must be a number in \[0, 20\] nats"),
         ({"block_size": 32, "max_blocks": 4, "window": 64}, "between block_size"),
         ({"window": 1e9}, "window must be an integer"),
         ({"window": 10**9}, "between block_size"),
@@ -98,6 +102,11 @@ SERVED = Settings(D2FParams(16, 4), window=64)
         ({"d2f_tau_conf": "0.5", "d2f_block_size": "8"}, D2FParams(8, 4, tau_conf=0.5)),
         ({"d2f_tau_add": 0, "d2f_tau_act": 1}, D2FParams(16, 4, tau_add=0, tau_act=1)),
         ({"d2f_min_per_step": "2"}, D2FParams(16, 4, min_per_step=2)),
+        (
+            {"d2f_accept": "entropy", "d2f_tau_conf": "1.5"},
+            D2FParams(16, 4, tau_conf=1.5, accept="entropy"),
+        ),
+        ({"d2f_accept": "threshold"}, D2FParams(16, 4)),
     ],
 )
 def test_request_options(options, expected):
@@ -107,7 +116,10 @@ def test_request_options(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d2f_tau": 0.5}, "unknown option 'd2f_tau'; D2F options are d2f_block_size"),
+        (
+            {"d2f_tau": 0.5},
+            "unknown option 'd2f_tau'; D2F options are d2f_accept, d2f_ad",
+        ),
         ({"diffusion_max_steps": 4}, "unknown option 'diffusion_max_steps'"),
         ({"tau_conf": 0.5}, "unknown option 'tau_conf'; D2F options are .*d2f_tau_conf"),
         ({"kv_transfer_params": {"a": 1}}, "no connector that takes it, remove it"),
@@ -121,6 +133,11 @@ def test_request_options(options, expected):
         ({"d2f_tau_act": "much"}, "d2f_tau_act must be a number"),
         ({"d2f_min_per_step": 0}, "d2f_min_per_step must be an integer of at least 1, got 0"),
         ({"d2f_tau_act": True}, "d2f_tau_act must be a number"),
+        ({"d2f_accept": "bold"}, "d2f_accept must be one of threshold, frechet, factor, entropy"),
+        ({"d2f_accept": 1}, "d2f_accept must be one of threshold, frechet, factor, entropy, got 1"),
+        ({"d2f_accept": ["x"]}, "d2f_accept must be one of"),
+        ({"d2f_accept": "factor"}, "d2f_accept factor needs a d2f_tau_conf beside it"),
+        ({"d2f_accept": "entropy", "d2f_tau_conf": -1}, r"must be a number in \[0, 20\] nats"),
         ({"d2f_tau_act": [0.5]}, "d2f_tau_act must be a number"),
         ({"d2f_block_size": "1e400"}, "d2f_block_size must be"),
     ],
@@ -128,6 +145,24 @@ def test_request_options(options, expected):
 def test_wrong_request_options(options, message):
     with pytest.raises(ValueError, match=message):
         request_params(SERVED, options)
+
+
+def test_a_threshold_stays_with_its_rule():
+    """The number of one rule is never read by another, wherever the two come from."""
+    section = {"accept": "entropy", "tau_conf": 2.0, "window": 128}
+    served = settings_from_dict({"tau_conf": 0.5}, section)
+    assert settings_from_dict(served.as_dict()) == served
+    assert request_params(served, {}).tau_conf == 2.0
+    assert request_params(served, {"d2f_tau_conf": 3}).accept == "entropy"
+    preset = request_params(served, {"d2f_preset": "dream-gsm8k"})
+    assert (preset.accept, preset.tau_conf) == ("threshold", 0.9)
+    mixed = {"d2f_preset": "dream-gsm8k", "d2f_accept": "frechet"}
+    for options in ({"d2f_accept": "threshold"}, mixed):
+        with pytest.raises(ValueError, match="needs a d2f_tau_conf beside it"):
+            request_params(served, options)
+    assert settings_from_dict(section, {"preset": "dream-gsm8k"}).params.accept == "threshold"
+    with pytest.raises(ValueError, match=r"chosen for entropy"):
+        settings_from_dict(section, {"accept": "threshold"})
 
 
 def test_a_request_names_a_preset_of_the_served_family():

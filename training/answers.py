@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from training.checkpoint import write_whole
 from training.data import Example, Records
 from training.report import read_lines
+from vllm_d2f.output import write_at_once
 
 CHUNK = 32
 
@@ -39,7 +39,7 @@ def greedy_answers(
     with accelerator.main_process_first():
         kept = read_lines(file) if file.exists() else []
         if accelerator.is_main_process:  # without a line that a kill has cut off
-            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_at_once(file, "".join(json.dumps(entry) + "\n" for entry in kept))
         order = sorted(range(len(records.all)), key=lambda i: -len(records.all[i].prompt))
         todo = order[len(kept) :] if accelerator.is_main_process else []
         net.to(accelerator.device).eval()

@@ -16,6 +16,8 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from vllm_d2f.hub.cache import sync
+
 WEIGHTS = "model.safetensors"
 
 
@@ -75,7 +77,9 @@ def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Ite
         raise
     wait()
     if main:
-        _sync(part)
+        # The files are on the disk before the rename makes them count.
+        for path in [*part.rglob("*"), part]:
+            sync(path)
         if directory.exists():
             # The old one must not go before the new one counts.
             shutil.rmtree(old, ignore_errors=True)
@@ -83,13 +87,6 @@ def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Ite
         os.rename(part, directory)
         shutil.rmtree(old, ignore_errors=True)
     wait()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file in one piece: whoever is killed leaves the old one or the new one."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, file)
 
 
 def find(directory: Path) -> Path | None:
@@ -103,13 +100,3 @@ def find(directory: Path) -> Path | None:
 
 def progress_of(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "progress.json").read_text())
-
-
-def _sync(folder: Path) -> None:
-    """Bring the files to the disk before the rename makes them count."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

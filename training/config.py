@@ -14,12 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+StepCount = Annotated[int, Field(ge=1, le=12)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Of a folder that a run writes: no path."""
-
-SCHEDULES = ("monotone", "paper", "chain_uniform", "sorted_uniform", "random")
-
 
 # Fields that only some choices read.
 OF_RECORDS = (
@@ -68,10 +66,9 @@ class Sizes(Section):
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
         ):
-            if getattr(self, of) % getattr(self, by):
-                raise ValueError(
-                    f"{of} {getattr(self, of)} is no multiple of {by} {getattr(self, by)}"
-                )
+            whole, parts = getattr(self, of), getattr(self, by)
+            if whole % parts:
+                raise ValueError(f"{of} {whole} is no multiple of {by} {parts}")
         return self
 
 
@@ -158,13 +155,7 @@ class DataSection(Section):
     canvas: Literal["block", "max_length"] = "block"
     extra_blocks: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (1.0,)
     long_canvas: Share = 0.0
-    step_counts: Annotated[tuple[Annotated[int, Field(ge=1, le=12)], ...], Field(min_length=1)] = (
-        2,
-        3,
-        4,
-        5,
-        6,
-    )
+    step_counts: Annotated[tuple[StepCount, ...], Field(min_length=1)] = (2, 3, 4, 5, 6)
     validation: str | None = None
 
     @model_validator(mode="after")

@@ -27,6 +27,13 @@ KINDS = {
 
 SHARD = "5GB"
 
+WRITTEN = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id",
+    "pad_token_id", "tie_word_embeddings",
+)  # fmt: skip
+"""Fields that the config of a new model says, also where they have the class's default."""
+
 
 def export(
     loaded: Loaded,
@@ -125,12 +132,7 @@ def _plain_config(loaded: Loaded, stage: StageSection) -> dict[str, Any]:
         "mask_token_id": config.mask_token_id,
         "use_cache": True,
     }
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        values[name] = getattr(config, name)
-    for name in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
-        values[name] = getattr(config, name)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-        values[name] = getattr(config, name)
+    values |= {name: getattr(config, name) for name in WRITTEN}
     if stage.objective == "next_token" and loaded.family == "dream":
         values |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
         del values["mask_token_id"]

@@ -76,6 +76,17 @@ SINGLE = [
     "Marlowe", "Pescara", "Tandoor", "Sakura", "Luigi's", "Fontana", "Zephyr", "Kasbah", "Mezze",
     "Verona", "Bonfire", "Juniper", "Saffron", "Truffle", "Basilico", "Avenida", "Hokkaido",
 ]  # fmt: skip
+WHOLE = [
+    "Baker", "Buffalo", "Burning", "Canal", "Chamber", "Chocolate", "Circle", "Cliff", "Cream",
+    "Dallas", "Flora", "Flower", "Griffin", "Hollywood", "Hunter", "Knights", "Lancaster", "Laser",
+    "Maple", "Maritime", "Milan", "Monster", "Murray", "Nelson", "Palace", "Parish", "Picasso",
+    "Ranch", "Rhodes", "Richmond", "Riley", "Sandy", "Shanghai", "Shore", "Snake", "Spectrum",
+    "Supreme", "Titan", "Tokyo", "Universal", "Vernon", "Hurricane", "Butterfly", "Sunflower",
+    "Thunder", "Crystal", "Diamond", "Phoenix", "Emerald", "Horizon", "Hampshire", "Portuguese",
+    "Sanctuary", "Beaver", "Dragonfly", "Sunshine", "Starlight", "Lighthouse", "Blackbird",
+]  # fmt: skip
+"""Many of these are one token inside a sentence and several behind a quotation mark."""
+
 SYLLABLES = [
     "ba", "bro", "ci", "chan", "da", "dri", "el", "fa", "gan", "hol", "is", "ka", "kri", "lo",
     "lum", "ma", "men", "ni", "no", "or", "pa", "que", "ra", "ri", "sel", "so", "ta", "thu", "ul",
@@ -142,10 +153,12 @@ def _name(rng: random.Random) -> str:
 
     def word() -> str:
         kind = rng.random()
-        if kind < 0.3:
+        if kind < 0.2:
             return rng.choice(ADJECTIVES + NOUNS)
-        if kind < 0.5:
+        if kind < 0.3:
             return rng.choice(SINGLE)
+        if kind < 0.65:
+            return rng.choice(WHOLE)
         return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 4))).capitalize()
 
     form = rng.random()

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from training import checkpoint
 from training.arithmetic import problems
 from training.attention import chosen_attention
 from training.config import Config, ConfigError, load_config
@@ -37,7 +36,7 @@ from training.trainer import (
     set_up,
     take_whole,
 )
-from vllm_d2f.output import check_output, disk_is_full, ends_with_its_pipe
+from vllm_d2f.output import check_output, disk_is_full, ends_with_its_pipe, write_at_once
 
 
 def train(
@@ -119,7 +118,7 @@ def finish(run: Run, out: Path) -> None:
         save_weights(run.predictor.net, run.directory / "final.safetensors")
         export_stage(run, out)
         last = json.dumps(read_log(run.directory)[-1])
-        checkpoint.write_whole(run.directory / "done.json", last + "\n")
+        write_at_once(run.directory / "done.json", last + "\n")
     run.accelerator.wait_for_everyone()
 
 

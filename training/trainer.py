@@ -43,6 +43,7 @@ from training.model import Base, Loaded, Predictor, adapter_state, add_lora, as_
 from training.objectives import TINY, Loss, d2f_loss, diffusion_loss, next_token_loss
 from training.optim import learning_rate, make_optimizers, set_learning_rate
 from training.report import read_log
+from vllm_d2f.output import write_at_once
 
 
 @dataclass
@@ -195,7 +196,7 @@ def same_settings(directory: Path, config: Config, name: str) -> None:
             )
         return
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(file, json.dumps(values, indent=1) + "\n")
+    write_at_once(file, json.dumps(values, indent=1) + "\n")
 
 
 def inputs(config: Config, name: str, out: Path, base: Base, data: Data) -> dict[str, str]:
@@ -236,7 +237,7 @@ def same_inputs(directory: Path, values: dict[str, str]) -> None:
             f"{directory} was begun with another content of {', '.join(other)}; bring that back, "
             "delete the folder, or use another --out"
         )
-    checkpoint.write_whole(file, json.dumps(before | values, indent=1) + "\n")
+    write_at_once(file, json.dumps(before | values, indent=1) + "\n")
 
 
 def fit(run: Run, stop_after: int | None = None) -> None:
@@ -379,7 +380,7 @@ class Log:
         if self.file.exists() and run.accelerator.is_main_process:
             # What was logged behind the checkpoint comes again.
             kept = [json.dumps(entry) for entry in read_log(run.directory) if entry["step"] <= step]
-            checkpoint.write_whole(self.file, "".join(f"{line}\n" for line in kept))
+            write_at_once(self.file, "".join(f"{line}\n" for line in kept))
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vllm_d2f.request_fields import add_http_options, refuse
 from vllm_d2f.sampling.logprobs import MODES as LOGPROB_MODES
 from vllm_d2f.settings import SIMULATE, request_params, served_settings, wants_trace
+from vllm_d2f.strategies import ONE_BY_ONE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, StructuredOutputsConfig
@@ -44,9 +45,16 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
 
     add_http_options(params)
     try:
-        request_params(served_settings(model_config), params.extra_args)
+        rule = request_params(served_settings(model_config), params.extra_args).accept
     except ValueError as error:
         refuse("vllm_xargs", str(error))
+    if rule not in ONE_BY_ONE and (params.structured_outputs is not None or params.bad_words):
+        refuse(
+            "vllm_xargs",
+            f"d2f_accept {rule} decides about the positions of a block together, and structured "
+            "outputs and bad_words are decoded from left to right; send a d2f_accept of "
+            f"{' or '.join(ONE_BY_ONE)} with a d2f_tau_conf for it",
+        )
     if wants_trace(params.extra_args):
         # vLLM puts the field that carries a trace into whole responses, once for each response.
         if params.output_kind == RequestOutputKind.DELTA:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     D2FStatLogger: type
 
-__all__ = ["D2FStatLogger", "RequestTrace", "denoising_forwards", "request_trace"]
-
 
 def denoising_forwards(output: "CompletionOutput") -> int:
     """Return the number of forwards that denoised the request's window.
@@ -47,11 +45,14 @@ class RequestTrace:
         decided_at: for each token of the answer, the number of the forward that decoded it; the
             first forward is 1. The list is longer than the answer where a stop string ended the
             answer in the middle of the tokens of a forward.
+        widths: with an adaptive window, the positions of it that each forward computed;
+            `reference.decode` gives the same answer when it takes them.
     """
 
     forwards: int
     tokens_per_forward: float
     decided_at: list[int]
+    widths: list[int] | None = None
 
 
 def request_trace(output: "RequestOutput") -> RequestTrace:
@@ -78,6 +79,11 @@ COUNTERS = {
     "active": ("vllm:d2f_fully_activated_accepts", "Positions decoded in fully activated blocks."),
     "semi": ("vllm:d2f_semi_activated_accepts", "Positions decoded in semi-activated blocks."),
     "dropped": ("vllm:d2f_dropped_blocks", "Open blocks given up behind an end token."),
+    "submitted": ("vllm:d2f_window_positions", "Positions of windows that went into forwards."),
+    "withheld": (
+        "vllm:d2f_withheld_positions",
+        "Positions of open blocks that the adaptive window left out of forwards.",
+    ),
     "nonfinite": (
         "vllm:d2f_nonfinite_proposals",
         "Proposals from logits with a NaN or infinity: the model or its weights are broken.",

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["OutputError", "check_output", "disk_is_full", "ends_with_its_pipe", "output_file"]
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Rust's libraries quote the system, and torch has words of its own for a failed write.
 _FULL_WORDS = (*map(os.strerror, _FULL), "unexpected pos")
@@ -60,6 +58,13 @@ def output_file(text: str) -> Path:
     except OutputError as error:
         raise ArgumentTypeError(str(error)) from None
     return Path(text)
+
+
+def write_at_once(file: Path, text: str) -> None:
+    """Write a small file in one piece: a process that is killed leaves the old one or the new."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def _is_empty(place: Path) -> bool:

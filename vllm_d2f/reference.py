@@ -22,6 +22,9 @@ from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(tokens_T int64, mask_TT bool, True = may attend) -> logits_TV."""
 
+MARGIN = 2.0**-8
+"""A decision that no difference of this size changes is clear."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -31,16 +34,17 @@ class Frame:
         forward: 1 for the first forward.
         tokens: the answer so far, one entry per position of a committed or open block.
         decided: whether each position is decoded.
-        confidences: the probability of each token when it was accepted, 0 where masked.
+        confidences: the probability of each token when it was accepted (exp(-entropy) with the rule
+            `entropy`), 0 where masked.
         logprobs: the log-probability of each token at that time, before all rules of the request,
             if its sampler keeps them.
         accepted: positions decoded by this forward.
         activated: per open block, whether it was fully activated in this forward.
         committed: positions of the answer whose keys and values are final.
-        margin: by how much a probability would have to differ for this forward to decide
-            otherwise. Below the rounding error of float32 this is a tie, and another order of
-            summation may decide it the other way. Infinite for drawn tokens and for requests with
-            a sampler of their own.
+        margin: by how much confidences would have to differ for this forward to decide otherwise,
+            found to a factor of 2 and up to `MARGIN`. Below the rounding error of float32 this is a
+            tie, and another order of summation may decide it the other way. Infinite for drawn
+            tokens and for requests with a sampler of their own.
         nonfinite: proposals of this forward without a probability, because their logits held a
             NaN or an infinity.
         block_size: positions per block.
@@ -93,6 +97,7 @@ def decode(
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
     request_sampler: RequestSampler | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[Frame]:
     """Decode one request, one frame per forward.
 
@@ -114,6 +119,8 @@ def decode(
             prompt too, and the last tokens of the prompt may share a block with the answer.
         request_sampler: samples for a request with penalties, a grammar or log-probabilities; made
             anew for this call, from the same `sampling`.
+        widths: positions of the window that each forward computes, whole blocks from its begin, as
+            an adaptive window recorded them; None: all open blocks.
 
     Raises:
         ValueError: the prompt is empty, or leaves no room for an answer.
@@ -143,6 +150,7 @@ def decode(
     origin = 0 if block_origin == "zero" else len(prompt)
     if block_origin == "zero":
         prompt_block = None  # a prompt of such blocks is cut like the answer
+    by_entropy = params.accept == "entropy"
     greedy = request_sampler is None and (sampling is None or float(sampling.temperature_R) == 0)
     confidences: dict[int, float] = {}
     logprobs: dict[int, float] = {}
@@ -153,6 +161,8 @@ def decode(
             window.goal_R[:] = torch.minimum(window.goal_R, window.open_R)
         add(window)
         open_, start = int(window.open_R), int(window.start_R)
+        if widths is not None:
+            open_ = min(open_, widths[forwards - 1])
         tokens_T = torch.cat([torch.tensor(before, dtype=torch.int64), window.tokens_RW[0, :open_]])
         position_T = torch.arange(len(tokens_T))
         mask_TT = may_attend(
@@ -160,9 +170,10 @@ def decode(
         )
         rows = position_T[len(before) :] - int(shift)
         logits_WV = forward(tokens_T, mask_TT)[rows].float()
-        masked = window.candidate_RW[0].nonzero()[:, 0]
+        masked = window.candidate_RW[0, :open_].nonzero()[:, 0]
         token_W = torch.zeros(params.window, dtype=torch.int64)
-        confidence_W = torch.zeros(params.window)
+        confidence_W = torch.full((params.window,), -1.0)  # nothing is known behind the forward
+        entropy_W = torch.ones(open_, dtype=torch.bool) if by_entropy else None
         if request_sampler is not None:
             known = (before + _decoded(window))[len(prompt) :]
             request_sampler.begin_forward()
@@ -173,7 +184,7 @@ def decode(
                 torch.tensor(known, dtype=torch.int64),
             )
         elif greedy:
-            token_W[:open_], confidence_W[:open_] = sample_greedy(logits_WV, mask_id)
+            token_W[:open_], confidence_W[:open_] = sample_greedy(logits_WV, mask_id, entropy_W)
         else:
             assert sampling is not None
             token_W[:open_], confidence_W[:open_] = sample_drawn(
@@ -182,8 +193,9 @@ def decode(
                 sampling.rows(torch.zeros(open_, dtype=torch.int64)),
                 torch.arange(open_) + start,
                 window.forward_R.expand(open_),
+                entropy_W,
             )
-        margin = _margin(window, logits_WV, confidence_W[:open_]) if greedy else math.inf
+        margin = _margin(window, logits_WV, confidence_W) if greedy else math.inf
         nonfinite = int((confidence_W[masked] == 0).sum())
         active = activated(window)[0, : open_ : params.block_size].tolist()
         result = step(window, token_W[None], confidence_W[None], mask_id)
@@ -226,24 +238,30 @@ def generate(*args, **kwargs) -> tuple[list[int], int]:
 
 def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     """See `Frame.margin`; `logits_WV` has no mask token any more."""
-    open_ = len(confidence_W)
-    masked_W = window.candidate_RW[0, :open_]
+    active_RW = activated(window)
+    masked_W = window.candidate_RW[0] & (window.column_W < len(logits_WV))
     if not masked_W.any():
         return math.inf
-    top_W2 = logits_WV.softmax(-1).topk(2, dim=-1).values
-    tau = float(window.tau_R1)
-    margin = float((confidence_W - tau).abs()[masked_W].min())
-    taken_W = masked_W & (confidence_W > tau)
-    size, full_W, fewest = int(window.block_R), activated(window)[0], int(window.fewest_R1)
-    for start in range(0, open_, size):
-        block = slice(start, min(start + size, open_))
-        if bool(full_W[start]) and int(taken_W[block].sum()) < fewest:
-            best = confidence_W[block][masked_W[block]].sort(descending=True, stable=True)
-            if len(best.values) > fewest:
-                margin = min(margin, float(best.values[fewest - 1] - best.values[fewest]))
-            taken_W[start + masked_W[block].nonzero()[best.indices[:fewest], 0]] = True
+
+    def accepted(active_RW: Tensor, shift: float = 0.0) -> Tensor:
+        shifted_W = (confidence_W + shift).clamp(min=0)
+        return window.accept(torch.where(masked_W, shifted_W, -1.0)[None], active_RW)[0]
+
+    # Higher confidences never make fewer positions pass. How many pass is what shifting all of
+    # them tells; which ones is told by the least confident one that passes and the next.
+    margin, none_RW = MARGIN, torch.zeros_like(active_RW)
+    while margin > 0 and not accepted(none_RW, -margin).equal(accepted(none_RW, margin)):
+        margin = margin / 2 if margin > 1e-9 else 0.0
+    taken_W = accepted(active_RW)
+    for start in range(0, int(window.open_R), int(window.block_R)):
+        block_W = masked_W & (window.block_RW[0] == start)
+        best = confidence_W[block_W].sort(descending=True).values
+        count = int(taken_W[block_W].sum())
+        if 0 < count < len(best):
+            margin = min(margin, float(best[count - 1] - best[count]))
     if taken_W.any():
-        margin = min(margin, float((top_W2[:, 0] - top_W2[:, 1])[taken_W].min()))
+        top_W2 = logits_WV.softmax(-1).topk(2, dim=-1).values
+        margin = min(margin, float((top_W2[:, 0] - top_W2[:, 1])[taken_W[: len(top_W2)]].min()))
     return margin
 
 

@@ -122,15 +122,16 @@ class RequestFields:
         """Return a request's D2F options, unless `options_beside` or `request_params` refuse."""
         try:
             fields = json.loads(body)
+            json.dumps(fields, ensure_ascii=False).encode()
+        except RecursionError:
+            raise ValueError("the request's JSON is nested too deeply; send it flatter") from None
+        except UnicodeEncodeError:
+            half = "the request holds half of a character (a lone surrogate, such as \\ud83d)"
+            raise ValueError(f"{half}; send the whole character") from None
         except ValueError:
             fields = None  # the endpoint answers what it answers to broken JSON
         if not isinstance(fields, dict):
             return {}
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            half = "the request holds half of a character (a lone surrogate, such as \\ud83d)"
-            raise ValueError(f"{half}; send the whole character") from None
         # `/inference/v1/generate` takes sampling parameters as an object of their own.
         inner = fields.get("sampling_params")
         if isinstance(inner, dict):

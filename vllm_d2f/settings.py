@@ -8,7 +8,6 @@ the allowed ones.
 """
 
 import functools
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.models import FAMILIES, PRESETS
 from vllm_d2f.models.family import BlockOrigin, Family, PromptAttention
+from vllm_d2f.strategies import ACCEPT
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -30,10 +30,11 @@ _ATTENTION_RULES = {
     "block_origin": ("prompt_end", get_args(BlockOrigin)),
 }
 
-_PRESET, _TRACE = "d2f_preset", "d2f_trace"
+_PRESET, _TRACE, _ADAPTIVE = "d2f_preset", "d2f_trace", "d2f_adaptive_window"
 SIMULATE = "simulate_tokens_per_forward"
 _PARAM_NAMES = tuple(f.name for f in fields(D2FParams))
 _KNOWN = {*_PARAM_NAMES, "window", "prompt_attention", "block_origin", "preset", SIMULATE}
+_KNOWN |= {"adaptive_window"}
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 
@@ -55,6 +56,8 @@ class Settings:
             (`load_format=dummy`). The text then means nothing. None switches it off.
         family: the model family whose presets a request may name without the family's name in
             front, for example "dream".
+        adaptive_window: whether a request that does not say is decoded with an adaptive window
+            (`scheduler.adaptive`); None where the engine cannot have one.
     """
 
     params: D2FParams
@@ -63,6 +66,7 @@ class Settings:
     block_origin: str = "prompt_end"
     simulate_tokens_per_forward: float | None = None
     family: str = ""
+    adaptive_window: bool | None = False
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a `d2f` section of which `settings_from_dict` makes them again."""
@@ -78,17 +82,19 @@ def settings_from_dict(
 
     Args:
         sections: at least one is not None. Their keys are `block_size`, `max_blocks`, `tau_add`,
-            `tau_act`, `tau_conf`, `min_per_step`, `window` (block_size * max_blocks where no
-            section gives it), `prompt_attention`, `block_origin`, `preset` and
-            `simulate_tokens_per_forward`.
+            `tau_act`, `tau_conf`, `min_per_step`, `accept`, `window` (block_size * max_blocks where
+            no section gives it), `prompt_attention`, `block_origin`, `preset`, `adaptive_window`,
+            and `simulate_tokens_per_forward`.
         family: the model's family, whose `prompt_attention` and `block_origin` are the defaults,
             and its preset `default` if it has one.
 
     Raises:
-        ValueError: no section at all, an unknown key, or a value out of range.
+        ValueError: no section at all, an unknown key, a value out of range, or an acceptance rule
+            without its threshold.
     """
     own = family.presets.get("default") if family else None
-    given = [_with_preset(section) for section in (own, *sections) if section is not None]
+    sections = (own, *sections)
+    given = [part for one in sections if one is not None for part in _with_preset(one)]
     if not given:
         raise ValueError(
             "this checkpoint has no D2F settings. Serve a model distilled with D2F and say how it "
@@ -96,7 +102,7 @@ def settings_from_dict(
             f'4}}}}\' or --additional-config \'{{"d2f": {{"preset": "{next(iter(PRESETS))}"}}}}\' '
             f"(presets: {', '.join(PRESETS)})"
         )
-    merged = functools.reduce(operator.or_, given)
+    merged = functools.reduce(_override, given)
     rules: dict[str, Any] = {}
     for name, (default, allowed) in _ATTENTION_RULES.items():
         rules[name] = merged.pop(name, getattr(family, name, default))
@@ -105,6 +111,9 @@ def settings_from_dict(
                 f"d2f: {name} must be one of {', '.join(allowed)}, got {rules[name]!r:.80}"
             )
     window, simulate = merged.pop("window", None), merged.pop(SIMULATE, None)
+    adaptive = merged.pop("adaptive_window", False)
+    if not (adaptive is None or isinstance(adaptive, bool)):
+        raise ValueError(f"d2f: adaptive_window must be true or false, got {adaptive!r:.80}")
     try:
         params = D2FParams(**merged)
     except ValueError as error:
@@ -131,11 +140,34 @@ def settings_from_dict(
                 f"d2f: {SIMULATE} must be a number in [1, {window}], got {simulate!r:.80}"
             )
     name = family.name if family else ""
-    return Settings(params, window, **rules, simulate_tokens_per_forward=simulate, family=name)
+    return Settings(
+        params,
+        window,
+        **rules,
+        simulate_tokens_per_forward=simulate,
+        family=name,
+        adaptive_window=adaptive,
+    )
 
 
-def _with_preset(section: Any) -> dict[str, Any]:
-    """A `d2f` section with its preset written out, weaker than what stands beside it."""
+def _override(weaker: dict[str, Any], stronger: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Put the stronger settings over the weaker ones.
+
+    Raises:
+        ValueError: another acceptance rule without a `tau_conf`, whose unit is the rule's own.
+    """
+    before = weaker.get("accept", D2FParams().accept)
+    rule = stronger.get("accept", before)
+    if rule != before and rule in tuple(ACCEPT) and "tau_conf" not in stronger:
+        raise ValueError(
+            f"{prefix}accept {rule} needs a {prefix}tau_conf beside it, for the present one was "
+            f"chosen for {before}"
+        )
+    return weaker | stronger
+
+
+def _with_preset(section: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the preset of a `d2f` section means, and what stands beside it, which is stronger."""
     if not isinstance(section, Mapping):
         raise ValueError(f"the d2f section must be an object, got {section!r:.80}")
     if unknown := sorted(set(map(str, section)) - _KNOWN):
@@ -146,7 +178,12 @@ def _with_preset(section: Any) -> dict[str, Any]:
     preset = rest.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"d2f: unknown preset {preset!r:.80}; known are {', '.join(PRESETS)}")
-    return PRESETS.get(preset, {}) | rest
+    return _written_out(PRESETS.get(preset, {})), rest
+
+
+def _written_out(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset with its acceptance rule, because its `tau_conf` is for no other."""
+    return {"accept": D2FParams().accept, **preset} if "tau_conf" in preset else dict(preset)
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
@@ -160,17 +197,22 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
     """
     given = dict(extra_args or {})
     options = {f"d2f_{name}": name for name in _PARAM_NAMES}
-    if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE}):
+    if unknown := sorted(given.keys() - options.keys() - {_PRESET, _TRACE, _ADAPTIVE}):
         kv = unknown[0].endswith("_transfer_params")
         remedy = "a D2F server has no connector that takes it, remove it; " if kv else ""
-        known = ", ".join(sorted({*options, _PRESET, _TRACE}))
+        known = ", ".join(sorted({*options, _PRESET, _TRACE, _ADAPTIVE}))
         raise ValueError(f"unknown option {unknown[0]!r:.80}; {remedy}D2F options are {known}")
     wants_trace(given)
+    wants_adaptive_window(settings, given)
     window = settings.window
     given.pop(_TRACE, None)
+    given.pop(_ADAPTIVE, None)
     preset = _preset(settings, given.pop(_PRESET)) if _PRESET in given else {}
-    numbers = {options[name]: _number(name, value) for name, value in given.items()}
-    chosen = asdict(settings.params) | preset | numbers
+    own = {
+        options[name]: value if name == "d2f_accept" else _number(name, value)
+        for name, value in given.items()
+    }
+    chosen = _override(asdict(settings.params) | preset, own, "d2f_")
     block_size, max_blocks = chosen["block_size"], chosen["max_blocks"]
     for name, value in (("d2f_block_size", block_size), ("d2f_max_blocks", max_blocks)):
         if isinstance(value, float) or not 1 <= value <= window:
@@ -205,7 +247,7 @@ def _preset(settings: Settings, name: Any) -> dict[str, Any]:
             f"{settings.window}; start the server with a larger "
             '--additional-config \'{"d2f": {"window": N}}\''
         )
-    return known
+    return _written_out(known)
 
 
 def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
@@ -214,9 +256,28 @@ def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
     Raises:
         ValueError: the option is neither yes nor no.
     """
-    value = (extra_args or {}).get(_TRACE, 0)
+    return _yes_or_no(extra_args, _TRACE, False)
+
+
+def wants_adaptive_window(settings: Settings, extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request is decoded with an adaptive window (`d2f_adaptive_window`).
+
+    Raises:
+        ValueError: the option is neither yes nor no, or the engine cannot have such windows.
+    """
+    adaptive = _yes_or_no(extra_args, _ADAPTIVE, bool(settings.adaptive_window))
+    if adaptive and settings.adaptive_window is None:
+        raise ValueError(
+            f"{_ADAPTIVE} 1 needs synchronous scheduling; start the server without "
+            "--async-scheduling, or send 0"
+        )
+    return adaptive
+
+
+def _yes_or_no(extra_args: Mapping[str, Any] | None, name: str, default: bool) -> bool:
+    value = (extra_args or {}).get(name, int(default))
     if value not in (0, 1, "0", "1"):
-        raise ValueError(f"{_TRACE} must be 0 or 1, got {value!r:.80}")
+        raise ValueError(f"{name} must be 0 or 1, got {value!r:.80}")
     return value not in (0, "0")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up: turn a checkpoint of a D2F family into a deployment, or refuse it with the remedy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -53,6 +54,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         scheduler_config = vllm_config.scheduler_config
         scheduler_config.scheduler_cls = SCHEDULER
         _set_async(scheduler_config)
+        settings = _without_adaptive_window(settings, scheduler_config)
         # vLLM treats a model with a canvas as a diffusion model; D2F's canvas is the widest query.
         canvas = widest_query(settings, scheduler_config)
         # vLLM hands the model's config to the engine and the workers, and these two with it.
@@ -108,6 +110,22 @@ def _set_async(scheduler_config: "SchedulerConfig") -> None:
             "--async-scheduling: VLLM_RAISE_ON_LOGIT_NANS needs the field that brings the widths "
             "of windows back; unset it, or give --no-async-scheduling"
         )
+
+
+def _without_adaptive_window(settings: Settings, scheduler_config: "SchedulerConfig") -> Settings:
+    """Asynchronous scheduling knows no window in time to choose how much of it to compute.
+
+    Raises:
+        ValueError: the user asked for both.
+    """
+    if not scheduler_config.async_scheduling:
+        return settings
+    if settings.adaptive_window:
+        raise ValueError(
+            "d2f.adaptive_window needs synchronous scheduling; remove --async-scheduling, or set "
+            "adaptive_window to false"
+        )
+    return replace(settings, adaptive_window=None)
 
 
 def _set_prefill(

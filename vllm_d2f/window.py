@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_d2f.strategies import ACCEPT, NUMBER, accept, entropy
+
 
 @dataclass(frozen=True, slots=True)
 class D2FParams:
@@ -24,10 +26,12 @@ class D2FParams:
         max_blocks: most blocks open at once, at least 1 (the paper has no such limit).
         tau_add: open the next block once this fraction of the last one is decoded, in [0, 1].
         tau_act: activate a block once this fraction of its predecessor is decoded.
-        tau_conf: accept a proposal whose probability is greater than this, in [0, 1].
+        tau_conf: accept a proposal whose probability is greater than this, in [0, 1]; other rules
+            say in their files what it is to them.
         min_per_step: fewest positions that a fully activated block takes in a forward, at least 1
             and as long as it has masked ones (1 in the paper). With tau_conf 1 it takes exactly as
             many: the static schedule of SDAR (arXiv 2510.06303).
+        accept: the acceptance rule, a name in `vllm_d2f.strategies`.
         sub_block_size: decode the sub-blocks of a block one after the other, as Fast-dLLM v2
             (arXiv 2509.26328) does: its first position alone, then the others in sub-blocks of so
             many positions, counted from the block's begin. 0: all positions at once.
@@ -39,6 +43,7 @@ class D2FParams:
     tau_act: float = 0.95
     tau_conf: float = 0.9
     min_per_step: int = 1
+    accept: str = "threshold"
     sub_block_size: int = 0
 
     def __post_init__(self) -> None:
@@ -46,16 +51,26 @@ class D2FParams:
             value, least = getattr(self, name), int(name != "sub_block_size")
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.accept not in tuple(ACCEPT):
+            raise ValueError(f"accept must be one of {', '.join(ACCEPT)}, got {self.accept!r:.80}")
+        nats = self.accept == "entropy"
         for name in ("tau_add", "tau_act", "tau_conf"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+            most, unit = (entropy.MOST, " nats") if nats and name == "tau_conf" else (1, "")
+            if not number or not 0 <= value <= most:
+                raise ValueError(f"{name} must be a number in [0, {most:g}]{unit}, got {value!r}")
 
     @property
     def window(self) -> int:
         """Widest window in positions."""
         return self.block_size * self.max_blocks
+
+    @property
+    def tau(self) -> float:
+        """`tau_conf` on the scale of the rule's confidences."""
+        nats = self.accept == "entropy"
+        return entropy.least_confidence(self.tau_conf) if nats else self.tau_conf
 
 
 def _column(index: int) -> property:
@@ -79,7 +94,7 @@ class Window:
     Attributes:
         tokens_RW: int64, decoded tokens, the mask token elsewhere.
         decoded_RW: bool.
-        counters: int64 [R, 12 + E]. Six change with every forward:
+        counters: int64 [R, 13 + E]. Six change with every forward:
             open_R1: positions in open blocks;
             rest_R1: positions up to the last one that may be decoded;
             goal_R1: positions up to the last one that the request wants (max_tokens);
@@ -92,6 +107,7 @@ class Window:
             max_open_R1: positions of the widest window;
             add_R1, act_R1: tau_add and tau_act as decoded positions of a block;
             fewest_R1: positions that an active block takes at least;
+            rule_R1: the acceptance rule's number;
             sub_R1: the sub-block size;
             ends_RE: end tokens, padded with -1.
         block_RW: int64, the column at which each column's block begins.
@@ -99,6 +115,7 @@ class Window:
         tau_R1: float32, the confidence threshold.
         column_W: int64, 0, 1, 2, ...
         num_ends: how many columns of ends_RE are in use.
+        rules: names of the acceptance rules that rows may have.
         sub_blocks: whether any row has had sub-blocks.
     """
 
@@ -110,15 +127,21 @@ class Window:
     tau_R1: Tensor
     column_W: Tensor
     num_ends: int = 0
+    rules: frozenset[str] = frozenset()
     sub_blocks: bool = False
 
     open_R1, rest_R1, goal_R1, start_R1, forward_R1, lead_R1 = map(_column, range(6))
-    block_R1, max_open_R1, add_R1, act_R1, fewest_R1, sub_R1 = map(_column, range(6, 12))
+    block_R1, max_open_R1, add_R1, act_R1, fewest_R1, rule_R1, sub_R1 = map(_column, range(6, 13))
     open_R, rest_R, goal_R, start_R, forward_R, lead_R, block_R = map(_vector, range(7))
 
     @property
     def ends_RE(self) -> Tensor:
         return self.counters[:, _SETTINGS_END : _SETTINGS_END + self.num_ends]
+
+    def accept(self, confidence_RW: Tensor, active_RW: Tensor) -> Tensor:
+        """Which proposals become tokens by the rule of each row; see `threshold.accept`."""
+        rows = (confidence_RW, self.block_RW, active_RW, self.tau_R1, self.fewest_R1)
+        return accept(self.rules or ("threshold",), self.rule_R1, *rows)
 
     @property
     def masked_RW(self) -> Tensor:
@@ -198,7 +221,7 @@ class Window:
         values = [0, min(whole_blocks, limit), min(goal, limit), -len(tail), 0, len(tail)]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
-        values += [min(params.min_per_step, size), params.sub_block_size]
+        values += [min(params.min_per_step, size), NUMBER[params.accept], params.sub_block_size]
         values += [*ends, *[-1] * (room - len(ends))]
         _copy_in(self.counters[row], torch.tensor(values))
         # Assigning a number to an element would wait for the device; filling does not.
@@ -209,8 +232,9 @@ class Window:
             self.decoded_RW[row, : len(tail)].fill_(True)
         self.block_RW[row] = torch.div(self.column_W, size, rounding_mode="floor") * size
         self.previous_RW[row] = (self.block_RW[row] - size).clamp(min=0)
-        self.tau_R1[row].fill_(params.tau_conf)
+        self.tau_R1[row].fill_(params.tau)
         self.num_ends = max(self.num_ends, len(ends))
+        self.rules |= {params.accept}
         self.sub_blocks |= params.sub_block_size > 0
 
     def rows(self, index_R: Tensor) -> "Window":
@@ -224,6 +248,7 @@ class Window:
             self.tau_R1.index_select(0, index_R),
             self.column_W,
             self.num_ends,
+            self.rules,
             self.sub_blocks,
         )
 
@@ -239,7 +264,7 @@ class Window:
         self.counters[:, :_STATE_END] = torch.cat(columns_R1, dim=1)
 
 
-_STATE_END, _SETTINGS_END = 6, 12
+_STATE_END, _SETTINGS_END = 6, 13
 
 
 def _copy_in(row: Tensor, values: Tensor) -> None:

@@ -15,6 +15,7 @@ them. D2F needs no field of its own, because a diffusion model leaves some of vL
 | `Request.spec_decode_metrics` | scheduler, server | the number of forwards of a request |
 | `kv_transfer_params` of an output | scheduler, server | the trace of a request (`d2f_trace`) |
 | `structured_outputs._backend` | scheduler, worker | the backend that compiled the grammar |
+| `hf_config.d2f_step_seconds` | worker, scheduler | what a step costs, measured at start-up |
 | `Scheduler._pause_state` | scheduler | no admission while a preempted request is in flight |
 
 This file packs and unpacks the fields that carry something else than their name says. It imports
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
     from vllm.v1.structured_output import StructuredOutputManager
+
+STEP_SECONDS = "d2f_step_seconds"
+"""Attribute of the model's config: positions of a step -> seconds."""
 
 BITS = 13
 """Bits of each counter of `StepStats`. A window has at most 2^12 positions (`MAX_WINDOW`)."""
@@ -100,6 +104,8 @@ class DecodingStats:
         semi: positions decoded in semi-activated blocks.
         dropped: open blocks that an end token made superfluous.
         nonfinite: proposals without a probability.
+        submitted: positions of windows that went into forwards.
+        withheld: positions of open blocks that the adaptive window left out.
         open_blocks: blocks that are open now, over all requests.
         finished: tokens and forwards of each finished request.
     """
@@ -112,6 +118,8 @@ class DecodingStats:
     semi: int = 0
     dropped: int = 0
     nonfinite: int = 0
+    submitted: int = 0
+    withheld: int = 0
     open_blocks: int = 0
     finished: list[tuple[int, int]] = field(default_factory=list)
 

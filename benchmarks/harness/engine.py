@@ -238,16 +238,59 @@ class Engine:
         self.clock.start()
         cpu = time.process_time()
         outputs = self.llm.generate([i.question for i in items], self.sampling, use_tqdm=False)
+        return self._collect(items, outputs, offset, self.clock.stop(), time.process_time() - cpu)
+
+    def arrive(self, items: Sequence[Item], at_s: Sequence[float]) -> list[Batch]:
+        """Answer items that come in one by one, `at_s` seconds after the first.
+
+        The times of an answer count from the moment at which its request came in.
+        """
+        reset_peak()
+        self.clock.start()
+        cpu = time.process_time()
+        engine, outputs = self.llm.llm_engine, dict[int, Any]()
+        coming = 0
+        while len(outputs) < len(items):
+            late = [t for t in at_s[coming:] if t <= time.perf_counter() - self.clock.began]
+            for _ in late:
+                engine.add_request(str(coming), items[coming].question, self.sampling)
+                coming += 1
+            if engine.has_unfinished_requests():
+                outputs |= {int(one.request_id): one for one in engine.step() if one.finished}
+            else:
+                left = self.clock.began + at_s[coming] - time.perf_counter()
+                time.sleep(max(0.0, left))
         seconds, cpu_s = self.clock.stop(), time.process_time() - cpu
+        ordered = [outputs[index] for index in range(len(items))]
+        return [self._collect(items, ordered, 0, seconds, cpu_s, at_s)]
+
+    def _collect(
+        self,
+        items: Sequence[Item],
+        outputs: Sequence[Any],
+        offset: int,
+        seconds: float,
+        cpu_s: float,
+        at_s: Sequence[float] | None = None,
+    ) -> Batch:
         # vLLM numbers the requests of a call; a suffix makes an id unique.
         ids = sorted(self.clock.last, key=lambda name: int(name.split("-")[0]))
+        came = [self.clock.began + t for t in at_s or [0.0] * len(items)]
         answers = tuple(
-            self._answer(item, offset + at, output, self.clock.first[key], self.clock.last[key])
-            for at, (item, output, key) in enumerate(zip(items, outputs, ids, strict=True))
+            self._answer(
+                item,
+                offset + at,
+                output,
+                self.clock.first[key] - begin,
+                self.clock.last[key] - begin,
+            )
+            for at, (item, output, key, begin) in enumerate(
+                zip(items, outputs, ids, came, strict=True)
+            )
         )
         return Batch(seconds, cpu_s, len(self.clock.steps), answers, peak_mib())
 
-    def _answer(self, item: Item, index: int, output: Any, first: float, last: float) -> Answer:
+    def _answer(self, item: Item, index: int, output: Any, first_s: float, last_s: float) -> Answer:
         from vllm_d2f.metrics import denoising_forwards
 
         completion = output.outputs[0]
@@ -259,7 +302,7 @@ class Engine:
             forwards=tokens if counters is None else denoising_forwards(completion),
             computed=tokens if counters is None else counters.num_draft_tokens,
             prompt=len(output.prompt_token_ids),
-            first_s=first - self.clock.began, last_s=last - self.clock.began, text=completion.text,
+            first_s=first_s, last_s=last_s, text=completion.text,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_d2f.output import OutputError, check_output
+from vllm_d2f.output import OutputError, check_output, write_at_once
 
 FAILED, TIME_IS_UP = 70, 75
 """Exit codes: a point failed and its process is not to be trusted; the same command goes on."""
@@ -222,8 +223,8 @@ class Record:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(report, indent=1) + "\n")
-        write_atomically(self.path.with_suffix(".md"), text + "\n")
+        write_at_once(self.path, json.dumps(report, indent=1) + "\n")
+        write_at_once(self.path.with_suffix(".md"), text + "\n")
         for suffix, draw in self.figures.items():
             draw(report, self.path.with_name(f"{self.path.stem}{suffix}.png"))
         if self.journal and not (self.late or self.keep_journal):
@@ -321,13 +322,6 @@ def _as_dict(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into a record")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once: a process that is killed leaves the old one or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 # What every result says first.
 
 
@@ -347,7 +341,7 @@ def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str,
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
-    words = " ".join(["python -m", module, *arguments])
+    words = shlex.join(["python", "-m", module, *arguments])
     return {"command": words, "seed": seed, "versions": versions, "hardware": hardware}
 
 

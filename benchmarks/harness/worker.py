@@ -77,6 +77,10 @@ class Worker:
         """See `Engine.measure` and `Vanilla.measure`."""
         return self._call("measure", *arguments)
 
+    def arrive(self, *arguments: Any) -> "list[Batch]":
+        """See `Engine.arrive`."""
+        return self._call("arrive", *arguments)
+
     def warm_up(self, items: "Sequence[Item]", sizes: Sequence[int]) -> None:
         """What comes first pays for memory and code that are touched for the first time."""
         for size in sizes:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and pictures are made of what is there, pictures at the width they are read at."""
 
+import importlib
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, latency, serving, sweep, throughput
+from benchmarks import acceptance, attention, latency, lookahead, serving, sweep, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,7 +20,24 @@ EXPERIMENTS = {
     "sweep": sweep,
     "serving": serving,
     "attention": attention,
+    "acceptance": acceptance,
+    "lookahead": lookahead,
 }
+# Modules of results that an idle machine has to measure again, and what took their place.
+# docs/benchmarks.md says so.
+EARLIER = {
+    "benchmarks.latency_model": ["benchmarks.latency"],
+    "benchmarks.streaming": ["benchmarks.serving", "--streaming"],
+}
+
+
+def commands():
+    """File and command of every result that names one."""
+    for path in sorted(RESULTS.rglob("*.json")):
+        report = json.loads(path.read_text())
+        if "command" in report:
+            on_gpu = "gpu" in report.get("hardware", ())
+            yield pytest.param(report["command"], on_gpu, id=str(path.relative_to(RESULTS)))
 
 
 def width(path):
@@ -47,3 +67,29 @@ def test_an_earlier_result_is_drawn_again(name, tmp_path):
     assert drawn == {f"{name}{suffix}.png" for suffix in suffixes}
     for picture in drawn:
         assert width(tmp_path / picture) == width(RESULTS / picture) == 1600
+
+
+@pytest.mark.parametrize(("command", "on_gpu"), commands())
+def test_a_result_names_a_command_that_runs(command, on_gpu, monkeypatch):
+    """Its module and its options exist; a shell splits it as it was given."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        names = [word.partition("=")[0] for word in words[1:]]
+        assert all(re.search(rf"^{name} \?=", makefile, re.M) for name in names)
+        assert re.search(rf"^{words[0]}:", makefile, re.M)
+        return
+    (_, module, *given) = words
+    assert [program, words[0]] == ["python", "-m"]
+    if now := EARLIER.get(module):
+        page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+        assert f"`{module}` is `{' '.join(now)}`" in page
+        module, given = now[0], [*now[1:], *given]
+    # Parsers ask for the device that it was measured on.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "parse"):
+        loaded.parse(given)  # a SystemExit where it does not take them
+    else:
+        source = Path(loaded.__file__).read_text()
+        assert all(f'"{word}"' in source for word in given if word.startswith("--"))

@@ -63,6 +63,7 @@ def test_scores_and_ratios(tmp_path):
     both = json.loads(json.dumps({"d2f": d2f, "ar": ar}, default=lambda x: x.__dict__
         if hasattr(x, "__dict__") else {k: getattr(x, k) for k in x.__slots__}))  # fmt: skip
     points = {"scores": both, "run 0, batch 1": both}
+    points["load 0.5"] = {name: of[:1] for name, of in both.items()}
     report = versus.build(JOBS["extract"], items, [1], 1, points)
     assert report["scores"]["d2f"]["score"] == 0.5 and report["scores"]["d2f"]["valid"] == 0.5
     assert report["scores"]["ar"]["score_interval"] == [1.0, 1.0]
@@ -74,8 +75,18 @@ def test_scores_and_ratios(tmp_path):
     assert (
         "| d2f | 2 | 0.5 | 0 to 1 |" in text and "| 1 | d2f | 12 (12 to 12) | 2 (2 to 2) |" in text
     )
+    assert by_name["d2f"]["score"] == 0.5 and not by_name["ar"]["leaves_the_control"]
+    (loaded,) = (row for row in report["loads"] if row["decoder"] == "d2f")
+    assert (loaded["load"], loaded["answer_s_p50"], loaded["median_against_ar"]) == (0.5, 1.0, 2.0)
+
     versus.draw(report, tmp_path / "versus.png")
     assert (tmp_path / "versus.png").stat().st_size > 10_000
+
+
+def test_arrivals_come_at_the_rate_that_was_asked_for():
+    at_s = versus.arrivals(4000, 8.0, seed=1)
+    assert at_s[0] == 0.0 and at_s == sorted(at_s) == versus.arrivals(4000, 8.0, seed=1)
+    assert at_s[-1] / 4000 == pytest.approx(1 / 8.0, rel=0.05)
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ def reference_frames(
     window: int,
     grammar: Any = None,
     prompt_block: int | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[Frame]:
     """The reference's frames of one request.
 
@@ -83,6 +84,7 @@ def reference_frames(
         window: positions of the served window.
         grammar: the constraint of a structured output, at its start.
         prompt_block: positions per prompt block of a model with a block-causal prompt.
+        widths: what each forward computes, from the trace of an adaptive window.
     """
     forward, config = loaded
     ends = list(request.stop_token_ids or ())
@@ -99,7 +101,7 @@ def reference_frames(
         prompt=prompt,
         sampling=sampling,
         ends=ends,
-        tau_conf=params.tau_conf,
+        d2f=params,
         mask_id=config.mask_token_id,
         vocab_size=config.vocab_size,
         window=window,
@@ -118,6 +120,7 @@ def reference_frames(
         prompt_block=prompt_block,
         block_origin=config.family.block_origin,
         request_sampler=request_sampler,
+        widths=widths,
     )
 
 

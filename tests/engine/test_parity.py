@@ -2,6 +2,7 @@
 """The engine says what the reference says, with as many forwards, however the batch is made up."""
 
 import random
+from dataclasses import asdict, replace
 
 import pytest
 from common import MAX_LEN, WINDOW, check, grid_answers, grid_cases, random_prompts
@@ -54,6 +55,29 @@ def test_one_by_one(llm, cases, expected):
     check(cases[::3], expected[::3], engine_answers(llm, cases[::3], "single"))
 
 
+RULES = [
+    ("threshold", 0.5), ("frechet", 0.0), ("frechet", 0.6), ("factor", 0.0), ("factor", 0.7),
+    ("entropy", 0.2), ("entropy", 1.2), ("entropy", 2.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["batch", "arrivals"])
+def test_a_batch_of_all_acceptance_rules(llm, model, way):
+    """Each row is decoded by its own rule, and no rule decodes as another one does."""
+    shapes = [(16, 4, 1), (8, 2, 1), (8, 4, 3)]
+    cases = [
+        Case(tuple(prompt), D2FParams(size, blocks, 0.1, 0.95, tau, fewest, rule), 48)
+        for prompt, (size, blocks, fewest) in zip(random_prompts(3, seed=8), shapes, strict=True)
+        for rule, tau in RULES
+    ]
+    expected = reference_answers(model, cases, MAX_LEN)
+    check(cases, expected, engine_answers(llm, cases, way, seed=6))
+    first = [(e.answer.tokens, e.answer.forwards) for e in expected[: len(RULES)]]
+    assert len({forwards for _, forwards in first}) >= 4
+    # Without the others the default is computed alone again.
+    check(cases[::8], expected[::8], engine_answers(llm, cases[::8], "batch"))
+
+
 def test_last_block_cut_by_the_models_length(llm, model):
     rng = random.Random(4)
     cases = [
@@ -89,17 +113,18 @@ def test_seeded_draws_equal_the_references_in_any_batch(llm, model):
     forward, config = load_forward(model)
     prompts = random_prompts(10, seed=21)
     rules = [dict(temperature=0.8), dict(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02)]
-    params = D2FParams(8, 4, 0.1, 0.95, 0.6)
+    plain = D2FParams(8, 4, 0.1, 0.95, 0.6)
     requests, expected = [], []
     for index, prompt in enumerate(prompts):
         rule = rules[index % 2]
+        params = replace(plain, tau_conf=1.0, accept="entropy") if index % 4 > 1 else plain
         requests.append(
             SamplingParams(
                 **rule,
                 seed=1000 + index,
                 max_tokens=32,
                 detokenize=False,
-                extra_args={"d2f_block_size": 8, "d2f_max_blocks": 4, "d2f_tau_conf": 0.6},
+                extra_args={f"d2f_{name}": value for name, value in asdict(params).items()},
             )
         )
         sampling = Sampling.greedy(1)

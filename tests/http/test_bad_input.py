@@ -33,6 +33,24 @@ REFUSED = {
     "tau_conf above 1": (xargs(d2f_tau_conf=1.5), ["d2f_tau_conf", "[0, 1]", "1.5"]),
     "tau_add below 0": (xargs(d2f_tau_add=-0.1), ["d2f_tau_add", "[0, 1]"]),
     "tau_act no number": (xargs(d2f_tau_act="high"), ["d2f_tau_act", "number"]),
+    "unknown rule": (
+        xargs(d2f_accept="bold"),
+        ["d2f_accept", "threshold, frechet, factor, entropy"],
+    ),
+    "rule without its threshold": (xargs(d2f_accept="factor"), ["d2f_accept", "d2f_tau_conf"]),
+    "entropy above 20": (
+        xargs(d2f_accept="entropy", d2f_tau_conf=21),
+        ["d2f_tau_conf", "[0, 20] nats"],
+    ),
+    "rule of a block in a structured output": (
+        {
+            "extra_body": {
+                "vllm_xargs": {"d2f_accept": "frechet", "d2f_tau_conf": 0.5},
+                "structured_outputs": {"regex": "a*"},
+            }
+        },
+        ["d2f_accept frechet", "threshold or entropy"],
+    ),
     "block size 0": (xargs(d2f_block_size=0), ["d2f_block_size", "[1, "]),
     "block size negative": (xargs(d2f_block_size=-16), ["d2f_block_size", "[1, "]),
     "block size of a fraction": (xargs(d2f_block_size=7.5), ["d2f_block_size", "integer"]),

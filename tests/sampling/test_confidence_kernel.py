@@ -60,13 +60,13 @@ def counters(rows):
     return index * 7 % 31, index % 5
 
 
-def expected(logits, sampling, position, forward):
+def expected(logits, sampling, position, forward, entropy=None):
     """`sampling.sample`, greedy and drawn rows apart, from float32."""
-    token, value = sample_greedy(logits.float().clone(), MASK)
+    token, value = sample_greedy(logits.float().clone(), MASK, entropy)
     drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
-    token[drawn], value[drawn] = sample_drawn(
-        logits[drawn], MASK, sampling.rows(drawn), position[drawn], forward[drawn]
-    )
+    rows = (sampling.rows(drawn), position[drawn], forward[drawn])
+    also = None if entropy is None else entropy[drawn]
+    token[drawn], value[drawn] = sample_drawn(logits[drawn], MASK, *rows, also)
     return token, value
 
 
@@ -94,6 +94,26 @@ def test_drawn(size, rows, dtype):
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want, rtol=2e-5, atol=1e-7)
     assert MASK not in token.tolist()
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize(("size", "rows"), [(5, 24), (448, 12), (8193, 5), (152064, 2)])
+def test_entropy_of_what_may_be_drawn(size, rows, drawn):
+    """Some rows ask for it; the others get their token's probability as before."""
+    logits = random_logits(rows, size)
+    logits[:, MASK] += 100
+    logits[0, size // 2 :] = -torch.inf
+    rule, (position, forward) = random_sampling(rows, size), counters(rows)
+    entropy = torch.arange(rows, device=DEVICE) % 3 != 2
+    settings = (rule, position, forward) if drawn else ()
+    token, value = confidence.sample(logits, MASK, *settings, entropy_N=entropy)
+    if not drawn:
+        rule.temperature_R[:] = 0
+    want_token, want = expected(logits, rule, position, forward, entropy)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want, rtol=5e-5, atol=1e-7)
+    _, plain = confidence.sample(logits, MASK, *settings)
+    assert torch.equal(value[~entropy], plain[~entropy])
 
 
 def test_without_limits_every_token_can_be_drawn():
@@ -146,7 +166,8 @@ def test_greedy_takes_the_first_of_equals():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("limited", [False, True])
-def test_rows_without_a_distribution(temperature, limited):
+@pytest.mark.parametrize("entropy", [False, True])
+def test_rows_without_a_distribution(temperature, limited, entropy):
     """A NaN, +inf, nothing finite: confidence 0, and the token that `sampling.sample` takes."""
     logits = random_logits(7, 9000)
     logits[0, 8500] = torch.nan
@@ -163,8 +184,9 @@ def test_rows_without_a_distribution(temperature, limited):
     if limited:
         rule.top_k_R[:], rule.top_p_R[:], rule.min_p_R[:] = 20, 0.9, 0.01
     position, forward = counters(7)
-    token, value = confidence.sample(logits, MASK, rule, position, forward)
-    want_token, want = expected(logits, rule, position, forward)
+    entropy_N = torch.ones(7, dtype=torch.bool, device=DEVICE) if entropy else None
+    token, value = confidence.sample(logits, MASK, rule, position, forward, entropy_N=entropy_N)
+    want_token, want = expected(logits, rule, position, forward, entropy_N)
     assert torch.equal(token, want_token)
     torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-7)
     assert value[:4].tolist() == [0, 0, 0, 0]
@@ -210,11 +232,13 @@ def test_shards_of_the_vocabulary(ranks, flip):
     rule.top_k_R[:], rule.top_p_R[:] = 0, 1.0
     rule.temperature_R[2:] = 0.9
 
-    def over_ranks(shard, *settings):
+    def over_ranks(shard, *settings, **more):
         def work(rank, gather):
             part = logits[:, cuts[rank] : cuts[rank + 1]].clone()
             turned = lambda bits: gather(bits).flip(0) if flip else gather(bits)  # noqa: E731
-            return tensor_parallel.sample_sharded(shard, part, MASK, cuts[rank], turned, *settings)
+            return tensor_parallel.sample_sharded(
+                shard, part, MASK, cuts[rank], turned, *settings, **more
+            )
 
         results = run_ranks(ranks, work)
         assert all(map(torch.equal, results[0], results[-1]))
@@ -232,6 +256,12 @@ def test_shards_of_the_vocabulary(ranks, flip):
     plain_token, plain = over_ranks(tensor_parallel.shard, rule, position, forward)
     assert torch.equal(token, plain_token)
     torch.testing.assert_close(value, plain, rtol=2e-5, atol=1e-7)
+
+    entropy = torch.arange(rows, device=DEVICE) % 3 > 0
+    token, value = over_ranks(confidence.shard, rule, position, forward, entropy_N=entropy)
+    want_token, want = expected(logits, rule, position, forward, entropy)
+    assert torch.equal(token, want_token)
+    torch.testing.assert_close(value, want, rtol=5e-5, atol=1e-7)
 
 
 def test_drawing_without_counters_is_refused():

@@ -89,6 +89,21 @@ def test_the_kernel_agrees_with_float64(size, rows, rule):
     assert same and error <= RULES[rule]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_the_kernels_entropy_agrees_with_float64(rows, scale):
+    from vllm_d2f.sampling import confidence_kernel
+
+    size, generator = 152064, torch.Generator("cuda").manual_seed(0)
+    logits_NV = scale * torch.randn(rows, size, generator=generator, device="cuda")
+    entropy_N = torch.ones(rows, dtype=torch.bool, device="cuda")
+    _, confidence = confidence_kernel.sample(logits_NV, size - 5, entropy_N=entropy_N)
+    logits_NV[:, size - 5] = -torch.inf
+    want = torch.special.entr(logits_NV.double().softmax(-1)).sum(-1)
+    torch.testing.assert_close(-confidence.double().log(), want, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("rule", list(RULES))
 def test_confidences_are_compared_with_float64(rule):
     """What torch proposes passes; a confidence or token that is off does not."""

@@ -15,17 +15,19 @@ RULES = dict(temperature="*fp32", top_k="*i64", top_p="*fp32", min_p="*fp32")
 KEYS = dict(temperature="*fp32", seed="*i64", position="*i64", forward="*i64")
 CUT = dict(max_tiles="*fp32", cut_in="*fp32", last_in="*i32", kept_out="*fp32")
 SIZES = dict(ROW_TILES=64, TILE=4096)
+MOMENT = dict(moment_in="*fp32", moment_out="*fp32")
+NO_MOMENT = dict(moment_in=None, moment_out=None)
 
 CASES = [
     (
         "_tiles",
         {**ROW, **OUT, "first_token": SCALAR},
-        {"temperature": None, "TILE": 4096},
+        {"temperature": None, "moment_out": None, "TILE": 4096},
     ),
     (
         "_reduce",
         {**ROW, **TILES, **OUT},
-        {"temperature": None, "kept_in": None, "row_max": None, "ROW_TILES": 64},
+        {"temperature": None, "kept_in": None, "row_max": None, "ROW_TILES": 64, **NO_MOMENT},
     ),
     (
         "_cut",
@@ -36,11 +38,34 @@ CASES = [
     (
         "_draw",
         {**ROW, **KEYS, **CUT, "order_out": "*i64", "first_token": SCALAR, "tiles": SCALAR},
-        {"row_max": None, **SIZES},
+        {"row_max": None, "moment_out": None, **SIZES},
     ),
     (
         "_reduce",
         {**ROW, **TILES, **OUT, "temperature": "*fp32", "kept_in": "*fp32", "row_max": "*fp32"},
+        {"ROW_TILES": 64, **NO_MOMENT},
+    ),
+    # The same for rows whose entropy is asked for.
+    (
+        "_tiles",
+        {**ROW, **OUT, "moment_out": "*fp32", "first_token": SCALAR},
+        {"temperature": None, "TILE": 4096},
+    ),
+    (
+        "_reduce",
+        {**ROW, **TILES, **OUT, **MOMENT},
+        {"temperature": None, "kept_in": None, "row_max": None, "ROW_TILES": 64},
+    ),
+    (
+        "_draw",
+        {**ROW, **KEYS, **CUT, "order_out": "*i64", "moment_out": "*fp32"}
+        | {"first_token": SCALAR, "tiles": SCALAR},
+        {"row_max": None, **SIZES},
+    ),
+    (
+        "_reduce",
+        {**ROW, **TILES, **OUT, **MOMENT}
+        | {"temperature": "*fp32", "kept_in": "*fp32", "row_max": "*fp32"},
         {"ROW_TILES": 64},
     ),
 ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 
+from vllm_d2f.d2f import D2FParams
 from vllm_d2f.sampling.logits_processors import LogitProcessor, LogitRules
 from vllm_d2f.sampling.logprobs import LogprobStore, take_all
 from vllm_d2f.sampling.request_sampler import make_request_sampler
@@ -93,7 +94,7 @@ def own_sampler(params: SamplingParams, **options):
         prompt=PROMPT,
         sampling=Sampling.greedy(1),
         ends=[],
-        tau_conf=0.9,
+        d2f=D2FParams(tau_conf=0.9),
         mask_id=0,
         vocab_size=VOCAB,
         window=16,

@@ -31,11 +31,11 @@ def make_sampling():
     return sampling, position, forward
 
 
-def whole(logits, *settings):
-    return sample(logits.clone(), MASK, *settings)
+def whole(logits, *settings, **more):
+    return sample(logits.clone(), MASK, *settings, **more)
 
 
-def over_ranks(logits, bounds, *settings):
+def over_ranks(logits, bounds, *settings, **more):
     """`sample_sharded` on each part of the columns."""
     volume = []
 
@@ -45,24 +45,26 @@ def over_ranks(logits, bounds, *settings):
             return gather(bits)
 
         part = logits[:, bounds[rank] : bounds[rank + 1]].clone()
-        return sample_sharded(shard, part, MASK, bounds[rank], counted, *settings)
+        return sample_sharded(shard, part, MASK, bounds[rank], counted, *settings, **more)
 
     return run_ranks(len(bounds) - 1, work), sum(volume)
 
 
 @pytest.mark.parametrize("bounds", [(0, 101), (0, 50, 101), (0, 37, 38, 101), (0, 30, 60, 90, 101)])
 @pytest.mark.parametrize("drawn", [False, True])
-def test_split_is_whole(bounds, drawn):
+@pytest.mark.parametrize("entropy", [False, True])
+def test_split_is_whole(bounds, drawn, entropy):
     logits = make_logits()
     settings = make_sampling() if drawn else ()
-    want = whole(logits, *settings)
-    results, volume = over_ranks(logits, bounds, *settings)
+    entropy_N = torch.arange(ROWS) % 3 > 0 if entropy else None
+    want = whole(logits, *settings, entropy_N=entropy_N)
+    results, volume = over_ranks(logits, bounds, *settings, entropy_N=entropy_N)
     for token, confidence in results:
         assert torch.equal(token, want[0])
         torch.testing.assert_close(confidence, want[1], rtol=2e-5, atol=1e-7)
     assert torch.equal(results[0][1], results[-1][1]), "ranks must agree to the bit"
     # What moves does not depend on the vocabulary: 4 numbers of a row and rank, one of them wide.
-    assert volume == (len(bounds) - 1) * ROWS * (5 + drawn)
+    assert volume == (len(bounds) - 1) * ROWS * (5 + drawn + entropy)
 
 
 @pytest.mark.parametrize("bounds", [(0, 50, 101), (0, 37, 38, 101)])
@@ -94,7 +96,9 @@ def test_one_exchange_is_exact():
 def test_nothing_waits_for_the_device():
     logits, settings = make_logits(), make_sampling()
     with no_host_waits():
-        sample_sharded(shard, logits, MASK, 0, lambda bits: bits[None], *settings)
+        entropy_N = torch.ones(ROWS, dtype=torch.bool)
+        alone = lambda bits: bits[None]  # noqa: E731
+        sample_sharded(shard, logits, MASK, 0, alone, *settings, entropy_N=entropy_N)
 
 
 def test_drawing_without_counters_is_refused():
@@ -103,14 +107,15 @@ def test_drawing_without_counters_is_refused():
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_a_nan_gets_no_confidence(drawn):
+@pytest.mark.parametrize("entropy", [None, torch.ones(ROWS, dtype=torch.bool)], ids=["", "entropy"])
+def test_a_nan_gets_no_confidence(drawn, entropy):
     logits, settings = make_logits(), make_sampling() if drawn else ()
     logits[0, 70] = torch.nan
     logits[8, 7] = torch.inf
     logits[12] = -torch.inf
     logits[3, 80] = torch.nan  # a row that is not drawn
-    (token, confidence), *_ = over_ranks(logits, (0, 50, 101), *settings)[0]
-    want_token, want = whole(logits, *settings)
+    (token, confidence), *_ = over_ranks(logits, (0, 50, 101), *settings, entropy_N=entropy)[0]
+    want_token, want = whole(logits, *settings, entropy_N=entropy)
     bad = torch.tensor([0, 3, 8, 12])
     assert torch.equal(token, want_token)
     torch.testing.assert_close(confidence, want, rtol=2e-5, atol=1e-7)

@@ -2,12 +2,13 @@
 """The objective against computations written out from the formulas."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Generator
 
-from training.config import SCHEDULES, LossSection
+from training.config import LossSection
 from training.data import Example, padded
 from training.objectives import (
     block_ratios,
@@ -23,6 +24,7 @@ from training.objectives import (
 )
 
 MASK, END, VOCAB = 11, 10, 12
+SCHEDULES = get_args(LossSection.model_fields["schedule"].annotation)
 
 
 def generator(seed=0):

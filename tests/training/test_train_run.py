@@ -274,7 +274,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     def crash(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_sync", crash)
+    monkeypatch.setattr(checkpoint, "sync", crash)
     with pytest.raises(OSError, match="disk full"):
         train(config, tmp_path, ("ar",))
     assert checkpoint.progress_of(checkpoint.find(tmp_path / "ar"))["step"] == 2

@@ -26,15 +26,15 @@ class Event:
         pass
 
 
-def stand_in(logits, mask_id, sampling=None, position=None, forward=None):
+def stand_in(logits, mask_id, sampling=None, position=None, forward=None, *, entropy_N=None):
     """`confidence_kernel.sample` from its definition, for all rows alike: nothing waits."""
-    token, value = sample_greedy(logits.clone(), mask_id)
+    token, value = sample_greedy(logits.clone(), mask_id, entropy_N)
     if sampling is None:
         return token, value
     drawn = sampling.temperature_R > 0
     every = Sampling(**{name: getattr(sampling, name) for name in Sampling.__dataclass_fields__})
     every.temperature_R = torch.where(drawn, sampling.temperature_R, 1.0)
-    other, chance = sample_drawn(logits, mask_id, every, position, forward)
+    other, chance = sample_drawn(logits, mask_id, every, position, forward, entropy_N)
     return torch.where(drawn, other, token), torch.where(drawn, chance, value)
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from sampler_parts import Event, Head, composed_as_on_cuda, make_states  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 
+from vllm_d2f.strategies import ACCEPT, ONE_BY_ONE  # noqa: E402
 from vllm_d2f.worker.masked_bounds import MaskedBounds  # noqa: E402
 from vllm_d2f.worker.sampler import D2FSampler  # noqa: E402
 
@@ -113,12 +114,15 @@ def play(device, async_scheduling, shift, drawing, guard, rules=(), origin="prom
         for slot in list(free):
             if rng.random() < 0.6:
                 size = int(rng.choice([2, 4, 8]))
+                # What is decoded from left to right has a rule for one position.
+                accept = str(rng.choice(ONE_BY_ONE if slot in rules else list(ACCEPT)))
                 params = dict(
                     d2f_block_size=size,
                     d2f_max_blocks=WIDTH // size,
                     d2f_tau_add=0.1,
                     d2f_tau_act=0.5,
                     d2f_tau_conf=float(rng.choice([0.3, 0.9])),
+                    d2f_accept=accept,
                 )
                 request = (slot, params, int(rng.integers(1, 60)), int(rng.integers(1, 9)))
                 plain.admit(*request)

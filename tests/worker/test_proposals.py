@@ -20,8 +20,10 @@ pytest.importorskip("triton")
 from sampler_parts import Head, composed_as_on_cuda, make_states  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 
+from vllm_d2f.d2f import D2FParams  # noqa: E402
 from vllm_d2f.sampling import confidence_kernel, tensor_parallel  # noqa: E402
 from vllm_d2f.sampling.request_sampler import make_request_sampler  # noqa: E402
+from vllm_d2f.strategies import NUMBER  # noqa: E402
 from vllm_d2f.worker import proposals  # noqa: E402
 from vllm_d2f.worker.proposals import Proposals, Queries  # noqa: E402
 from vllm_d2f.worker.sampler import D2FSampler  # noqa: E402
@@ -29,7 +31,7 @@ from vllm_d2f.worker.sampler import D2FSampler  # noqa: E402
 SLOTS, WIDTH, HIDDEN, VOCABULARY, MASK = 6, 24, 8, 50, 49
 
 
-def states_of(generator, shift, drawing, ahead=False):
+def states_of(generator, shift, drawing, ahead=False, entropy=()):
     states = make_states(
         "cpu",
         slots=SLOTS,
@@ -44,6 +46,10 @@ def states_of(generator, shift, drawing, ahead=False):
     for slot in drawing:
         states.sampling.temperature_R[slot] = 0.8
         states.drawing.add(slot)
+    for slot in range(SLOTS):
+        rule = "entropy" if slot in entropy else "threshold"
+        states._set_rule(slot, rule)
+        states.window.rule_R1[slot] = NUMBER[rule]
     states.last_hidden_SH.copy_(torch.randn(SLOTS, HIDDEN, generator=generator))
     states.window.start_R.copy_(torch.arange(SLOTS) * 8)
     states.window.forward_R.copy_(torch.arange(SLOTS) + 3)
@@ -65,10 +71,11 @@ def make_queries(states, hidden, slots, width, begin, first):
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("drawing", [(), (1, 4)])
 @pytest.mark.parametrize("spare", [0, 7])
-def test_padded_rows_give_the_same(monkeypatch, shift, drawing, spare):
+@pytest.mark.parametrize("entropy", [(), (0, 4)])
+def test_padded_rows_give_the_same(monkeypatch, shift, drawing, spare, entropy):
     composed_as_on_cuda(monkeypatch)
     generator = torch.Generator().manual_seed(spare)
-    states, head = states_of(generator, shift, drawing), Head(make_head(generator))
+    states, head = states_of(generator, shift, drawing, entropy=entropy), Head(make_head(generator))
     plain, cuda = (Proposals(states, head, None, cuda=cuda) for cuda in (False, True))
     slots = [4, 0, 1, 5]
     masked = torch.rand(4, WIDTH, generator=generator) < 0.6
@@ -89,7 +96,8 @@ def test_padded_rows_give_the_same(monkeypatch, shift, drawing, spare):
 @pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("drawing", [False, True])
 @pytest.mark.parametrize("chunk", [7, 1000])
-def test_ranks_give_what_the_whole_vocabulary_gives(monkeypatch, cuda, drawing, chunk):
+@pytest.mark.parametrize("entropy", [(), (1, 3, 5)])
+def test_ranks_give_what_the_whole_vocabulary_gives(monkeypatch, cuda, drawing, chunk, entropy):
     """Greedy rows, drawn rows with min_p, rows with top_k and top_p, and a request sampler.
 
     Only the rows of the last two gather their logits. On CUDA the others go through the kernel.
@@ -103,7 +111,7 @@ def test_ranks_give_what_the_whole_vocabulary_gives(monkeypatch, cuda, drawing, 
     composed_as_on_cuda(monkeypatch, shard)
     generator, own = torch.Generator().manual_seed(1), threading.local()
     monkeypatch.setattr(proposals, "gather_ranks", lambda bits: own.gather(bits))
-    states = states_of(generator, True, (1, 2, 4) if drawing else ())
+    states = states_of(generator, True, (1, 2, 4) if drawing else (), entropy=entropy)
     if drawing:
         states.sampling.min_p_R[1] = 0.05
         states.sampling.top_k_R[4], states.sampling.top_p_R[2] = 5, 0.7
@@ -113,7 +121,7 @@ def test_ranks_give_what_the_whole_vocabulary_gives(monkeypatch, cuda, drawing, 
         prompt=[1],
         sampling=states.sampling.rows(states.row(3)),
         ends=[],
-        tau_conf=0.9,
+        d2f=D2FParams(accept="entropy" if 3 in entropy else "threshold"),
         mask_id=MASK,
         vocab_size=VOCABULARY,
         window=WIDTH,

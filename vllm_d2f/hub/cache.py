@@ -22,10 +22,6 @@ from vllm_d2f.hub import HubError, say
 from vllm_d2f.hub.checkpoint import read_json
 from vllm_d2f.output import check_output, disk_is_full
 
-__all__ = ["RECORD", "State", "damaged_files", "elsewhere", "folder_of", "inspect", "is_part"]
-__all__ += ["locked", "root"]
-__all__ += ["remove_folder", "remove_parts", "write_whole"]
-
 RECORD = "d2f_merge.json"
 FORMAT = 1
 """Version of the record. A folder of another version has to be merged again."""
@@ -179,10 +175,10 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
         write_json(part / RECORD, write(part) | {"format": FORMAT})
         # Everything is on the disk before the new name is.
         for path in (*part.iterdir(), part):
-            _sync(path)
+            sync(path)
         remove_folder(folder)
         os.rename(part, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         if disk_is_full(error):
             raise HubError(
@@ -239,7 +235,7 @@ def size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

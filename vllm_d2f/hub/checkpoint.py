@@ -21,9 +21,6 @@ from vllm_d2f.hub import HubError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["Shard", "TensorInfo", "check_tokenizer_files", "check_weight_files", "index_of"]
-__all__ += ["is_adapter", "open_checkpoint", "plain_file", "read_header", "read_json"]
-__all__ += ["shard_names"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -18,8 +18,6 @@ from vllm_d2f.hub.wheel import folder_of_base
 from vllm_d2f.models import FAMILIES, PRESETS, PUBLISHED
 from vllm_d2f.models.family import Published
 
-__all__ = ["add_command", "add_commands", "model_name", "overview"]
-
 
 def add_commands(subparsers: Any) -> None:
     """Add the subcommands about models to `vllm-d2f`."""

@@ -20,9 +20,6 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from vllm_d2f.hub import HubError, cache, human, say
 from vllm_d2f.hub.checkpoint import INDEX, SINGLE, refuse_pickle, shard_names
 
-__all__ = ["Source", "Unreachable", "at_revision", "check_space", "fetch", "fetch_weights"]
-__all__ += ["local", "snapshot"]
-
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (

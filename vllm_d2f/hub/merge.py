@@ -22,8 +22,6 @@ from torch import Tensor
 from vllm_d2f.hub import HubError, checkpoint
 from vllm_d2f.hub.checkpoint import Shard, TensorInfo
 
-__all__ = ["Adapter", "Pair", "match", "merge_weights", "read_adapter"]
-
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_RANK = 4096

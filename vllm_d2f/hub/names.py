@@ -15,9 +15,6 @@ from vllm_d2f.hub.cache import folder_of, inspect, is_part
 from vllm_d2f.hub.checkpoint import is_adapter
 from vllm_d2f.models import PUBLISHED
 
-__all__ = ["EMBEDDED", "UnknownModelError", "is_name", "known_names", "refuse_unservable"]
-__all__ += ["resolve", "tokenizer_of"]
-
 # name -> what it is. The folders are vllm_d2f/embedded/<name>.
 EMBEDDED: dict[str, str] = {
     "d2f-tiny": "the embedded demo model, distilled with D2F",

@@ -24,8 +24,6 @@ from vllm_d2f.models.family import Published, Wheel
 from vllm_d2f.output import check_output
 from vllm_d2f.settings import settings_from_dict
 
-__all__ = ["MergePlan", "ensure", "merge", "plan_of", "prepare", "variant_of"]
-
 logger = logging.getLogger(__name__)
 
 STACKS = {arch: one.hf for one in adapted_families for arch in (one.architecture, one.hf)}

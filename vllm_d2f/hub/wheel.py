@@ -16,8 +16,6 @@ from vllm_d2f.hub import HubError, cache, say
 from vllm_d2f.hub.download import Source, Unreachable
 from vllm_d2f.models.family import Wheel
 
-__all__ = ["base_from_wheel", "folder_of_base"]
-
 
 def folder_of_base(base: str) -> Path:
     """Where the base with this Hub id is kept."""

@@ -40,6 +40,8 @@ def sample(
     sampling: Sampling | None = None,
     position_N: Tensor | None = None,
     forward_N: Tensor | None = None,
+    *,
+    entropy_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample from rows of both kinds, greedy and drawn.
 
@@ -47,12 +49,14 @@ def sample(
         logits_NV: bfloat16, float16 or float32; not changed.
         sampling: one entry per row, a temperature of 0 for greedy; None: all rows are greedy.
         position_N, forward_N: as for `sample.sample_drawn`, given with `sampling`.
+        entropy_N: as for `sample.sample_greedy`.
 
     Returns:
         token_N (int64) and confidence_N (float32).
     """
-    partial = shard(logits_NV, mask_id, sampling, position_N, forward_N)
-    return finish(partial, None if sampling is None else sampling.temperature_R > 0)
+    moment = entropy_N is not None
+    partial = shard(logits_NV, mask_id, sampling, position_N, forward_N, moment=moment)
+    return finish(partial, None if sampling is None else sampling.temperature_R > 0, entropy_N)
 
 
 def shard(
@@ -64,6 +68,7 @@ def shard(
     *,
     first_token: int = 0,
     max_N: Tensor | None = None,
+    moment: bool = False,
 ) -> Partial:
     """Reduce this rank's part of each row; see `tensor_parallel.sample_sharded`.
 
@@ -72,6 +77,7 @@ def shard(
     Args:
         first_token: the id of the shard's first column.
         max_N: the largest logit over temperature of the whole row, if this is not all of it.
+        moment: whether to compute `Partial.moment_N`.
     """
     if sampling is not None and (position_N is None or forward_N is None):
         raise ValueError("drawing needs position_N and forward_N")
@@ -84,69 +90,31 @@ def shard(
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits_NV.device)
 
-    out = Partial(new(torch.int64, rows), *(new(torch.float32, rows) for _ in range(3)))
+    fields = 4 if moment else 3
+    out = Partial(new(torch.int64, rows), *(new(torch.float32, rows) for _ in range(fields)))
     if rows == 0:
         return out
+    # What several kernels take: the rows, the reductions of their tiles, and how a row is cut.
+    temperature_N = None if sampling is None else sampling.temperature_R
+    line = (logits_NV, logits_NV.stride(0), vocabulary, mask_id - first_token, temperature_N)
     order_NC = new(torch.int64, rows, tiles)
     max_NC, sum_NC = new(torch.float32, rows, tiles), new(torch.float32, rows, tiles)
-    kept_NC = cut_N = last_N = None
+    moment_NC = new(torch.float32, rows, tiles) if moment else None
+    split = (tiles, triton.next_power_of_2(tiles))
     warps = 8 if tile > 2048 else 4
-    line = (logits_NV, logits_NV.stride(0), vocabulary, mask_id - first_token)
-    temperature_N = None if sampling is None else sampling.temperature_R
-    _tiles[(rows, tiles)](
-        *line, temperature_N, order_NC, max_NC, sum_NC, first_token, tile, num_warps=warps
-    )
-    row_tiles = triton.next_power_of_2(tiles)
+    tile_out = (order_NC, max_NC, sum_NC, moment_NC)
+    _tiles[(rows, tiles)](*line, *tile_out, first_token, tile, num_warps=warps)
+    kept_NC = None
     if sampling is not None:
-        cut_N, last_N = new(torch.float32, rows), new(torch.int32, rows)
+        end = (max_NC, max_N, new(torch.float32, rows), new(torch.int32, rows))
+        limits = (sampling.top_k_R, sampling.top_p_R, sampling.min_p_R)
+        _cut[(rows,)](*line, *limits, *end, *split, tile, num_warps=warps)
         kept_NC = new(torch.float32, rows, tiles)
-        _cut[(rows,)](
-            *line,
-            temperature_N,
-            sampling.top_k_R,
-            sampling.top_p_R,
-            sampling.min_p_R,
-            max_NC,
-            max_N,
-            cut_N,
-            last_N,
-            tiles,
-            row_tiles,
-            tile,
-            num_warps=warps,
-        )
-        _draw[(rows, tiles)](
-            *line,
-            temperature_N,
-            sampling.seed_R,
-            position_N,
-            forward_N,
-            max_NC,
-            max_N,
-            cut_N,
-            last_N,
-            order_NC,
-            kept_NC,
-            first_token,
-            tiles,
-            row_tiles,
-            tile,
-            num_warps=warps,
-        )
-    _reduce[(rows,)](
-        *line,
-        temperature_N,
-        order_NC,
-        max_NC,
-        sum_NC,
-        kept_NC,
-        max_N,
-        *out,
-        first_token,
-        tiles,
-        row_tiles,
-        num_warps=1,
-    )
+        draw = (sampling.seed_R, position_N, forward_N)
+        out_NC = (order_NC, kept_NC, moment_NC, first_token)
+        _draw[(rows, tiles)](*line, *draw, *end, *out_NC, *split, tile, num_warps=warps)
+    reduced = (*tile_out, kept_NC, max_N)
+    _reduce[(rows,)](*line, *reduced, *out, first_token, *split, num_warps=1)
     return out
 
 
@@ -183,6 +151,12 @@ def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.co
 
 
 @triton.jit
+def _moment(log_weight, nothing):
+    """Sum (value - max) exp(value - max), where there is something."""
+    return tl.sum(tl.where(nothing, 0.0, log_weight * tl.exp(log_weight)))
+
+
+@triton.jit
 def _row_max(max_tiles, row_max, tiles, ROW_TILES: tl.constexpr):
     """Load the row's largest value, or reduce those of its tiles."""
     row = tl.program_id(0).to(tl.int64)
@@ -205,6 +179,7 @@ def _tiles(
     order_out,
     max_out,
     sum_out,
+    moment_out,
     first_token,
     TILE: tl.constexpr,
 ):
@@ -220,6 +195,8 @@ def _tiles(
     tl.store(order_out + at, tl.max(order))
     tl.store(max_out + at, largest)
     tl.store(sum_out + at, tl.sum(tl.exp(x - base)))
+    if moment_out is not None:
+        tl.store(moment_out + at, _moment(x - base, x == -float("inf")))
 
 
 @triton.jit
@@ -361,6 +338,7 @@ def _draw(
     last_in,
     order_out,
     kept_out,
+    moment_out,
     first_token,
     tiles,
     ROW_TILES: tl.constexpr,
@@ -389,6 +367,8 @@ def _draw(
         at = row * tiles + tile
         tl.store(order_out + at, tl.max(order))
         tl.store(kept_out + at, tl.sum(tl.where(kept, tl.exp(x - base), 0.0)))
+        if moment_out is not None:  # over the tile's value, which counts from another maximum
+            tl.store(moment_out + at, _moment(x - base, ~kept | (x == -float("inf"))))
 
 
 @triton.jit
@@ -401,12 +381,14 @@ def _reduce(
     order_in,
     max_in,
     sum_in,
+    moment_in,
     kept_in,
     row_max,
     order_out,
     value_out,
     max_out,
     sum_out,
+    moment_out,
     first_token,
     tiles,
     ROW_TILES: tl.constexpr,
@@ -421,15 +403,24 @@ def _reduce(
     largest = tl.max(tile_max)
     base = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.sum(tile_sum * tl.exp(tile_max - base))
+    moment = 0.0
+    if moment_in is not None:
+        tile_moment = tl.load(moment_in + row * tiles + at, mask=there, other=0.0)
+        shift = tl.where(tile_max == -float("inf"), 0.0, tile_max - base)
+        moment = tl.sum((tile_moment + shift * tile_sum) * tl.exp(shift))
     if kept_in is not None:  # noqa: SIM102, the first is decided when the kernel is compiled
         if tl.load(temperature + row) > 0:
             largest = _row_max(max_in, row_max, tiles, ROW_TILES)
             kept = tl.sum(tl.load(kept_in + row * tiles + at, mask=there, other=0.0))
             # NaN and infinity are seen in the sum over the whole row only.
             total = tl.where(total == total, kept, total)
+            if moment_in is not None:
+                moment = tl.sum(tile_moment)
     column = (0x7FFFFFFF - (order & 0xFFFFFFFF)).to(tl.int32) - first_token
     value = _values(logits, row_stride, size, mask_at, temperature, column, temperature is not None)
     tl.store(order_out + row, order)
     tl.store(value_out + row, value)
     tl.store(max_out + row, largest)
     tl.store(sum_out + row, total)
+    if moment_out is not None:
+        tl.store(moment_out + row, moment)

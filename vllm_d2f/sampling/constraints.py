@@ -54,7 +54,8 @@ class InOrderDecoder:
         """
         Args:
             constraints: all of them apply to every token.
-            tau_conf: the confidence above which a forward decodes more than one position.
+            tau_conf: the confidence above which a forward decodes more than one position, as
+                `D2FParams.tau` has it.
             ends: end tokens; nothing is decoded behind one of them.
         """
         self.constraints = tuple(constraints)

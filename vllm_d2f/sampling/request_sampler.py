@@ -19,6 +19,7 @@ from vllm_d2f.sampling.constraints import BadWords, Constraint, InOrderDecoder
 from vllm_d2f.sampling.logits_processors import LogitProcessor, LogitRules
 from vllm_d2f.sampling.logprobs import LogprobStore
 from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
+from vllm_d2f.window import D2FParams
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class RequestSampler:
         mask_id: the mask token, which is never sampled.
         sampling: one entry.
         drawn: whether the request has a temperature.
+        entropy: whether its confidence is exp(-entropy), as its acceptance rule reads it.
         processor: changes its logits, or None.
         decoder: decodes it from left to right, or None if it has no constraints.
         logprobs: keeps its log-probabilities, or None.
@@ -37,6 +39,7 @@ class RequestSampler:
     mask_id: int
     sampling: Sampling
     drawn: bool = False
+    entropy: bool = False
     processor: LogitProcessor | None = None
     decoder: InOrderDecoder | None = None
     logprobs: LogprobStore | None = None
@@ -71,8 +74,9 @@ class RequestSampler:
 
         def sample_rows(rows: slice) -> tuple[Tensor, Tensor]:
             some_NV = logits_NV[rows]
+            entropy_N = some_NV.new_ones(len(some_NV), dtype=torch.bool) if self.entropy else None
             if not self.drawn:
-                return sample_greedy(some_NV, self.mask_id)
+                return sample_greedy(some_NV, self.mask_id, entropy_N)
             each_N = torch.zeros(len(some_NV), dtype=torch.int64, device=some_NV.device)
             return sample_drawn(
                 some_NV,
@@ -80,6 +84,7 @@ class RequestSampler:
                 self.sampling.rows(each_N),
                 position_N[rows],
                 forward_1.expand(len(some_NV)),
+                entropy_N,
             )
 
         if self.decoder is None:
@@ -108,7 +113,7 @@ def make_request_sampler(
     prompt: Sequence[int],
     sampling: Sampling,
     ends: Sequence[int],
-    tau_conf: float,
+    d2f: D2FParams,
     mask_id: int,
     vocab_size: int,
     window: int,
@@ -123,7 +128,7 @@ def make_request_sampler(
         prompt: its token ids.
         sampling: one entry: temperature and so on.
         ends: tokens that end the answer.
-        tau_conf: the request's confidence threshold.
+        d2f: the request's decoding parameters.
         window: positions of the widest window.
         grammar: the constraint of its structured output.
     """
@@ -147,6 +152,6 @@ def make_request_sampler(
         token_ids = params.logprob_token_ids
         logprobs = LogprobStore(window, num, token_ids, logprobs_mode, device)
     if constraints:
-        decoder = InOrderDecoder(constraints, tau_conf, ends)
-    drawn = params.temperature > 0
-    return RequestSampler(mask_id, sampling, drawn, processor, decoder, logprobs)
+        decoder = InOrderDecoder(constraints, d2f.tau, ends)
+    drawn, entropy = params.temperature > 0, d2f.accept == "entropy"
+    return RequestSampler(mask_id, sampling, drawn, entropy, processor, decoder, logprobs)

@@ -3,8 +3,9 @@
 
 At temperature 0 the token is the most probable one. Above, it is drawn from the distribution that
 temperature, min_p, top_k and top_p leave (in vLLM's order), and the confidence is the token's
-probability in that distribution. A draw is a function of (seed, position, forward) and the logits,
-so it is the same whatever else is in the batch.
+probability in that distribution. For rows of the rule `entropy` it is exp(-H) instead, where H is
+the distribution's entropy in nats. A draw is a function of (seed, position, forward) and the
+logits, so it is the same whatever else is in the batch.
 
 A row with a NaN or +inf, or without a finite logit, has no distribution. Its confidence is 0, and
 every other confidence is above 0. So such a row is never accepted for its confidence. A fully
@@ -75,6 +76,8 @@ def sample(
     sampling: Sampling | None = None,
     position_N: Tensor | None = None,
     forward_N: Tensor | None = None,
+    *,
+    entropy_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample from rows of both kinds, greedy and drawn.
 
@@ -82,23 +85,34 @@ def sample(
         logits_NV: changed as by `sample_greedy`.
         sampling: one entry per row; None: all rows are greedy.
         position_N, forward_N: as for `sample_drawn`, given with `sampling`.
+        entropy_N: as for `sample_greedy`.
     """
-    token_N, confidence_N = sample_greedy(logits_NV, mask_id)
+    token_N, confidence_N = sample_greedy(logits_NV, mask_id, entropy_N)
     if sampling is not None:
         if position_N is None or forward_N is None:
             raise ValueError("drawing needs position_N and forward_N")
         drawn = (sampling.temperature_R > 0).nonzero()[:, 0]
         token_N[drawn], confidence_N[drawn] = sample_drawn(
-            logits_NV[drawn], mask_id, sampling.rows(drawn), position_N[drawn], forward_N[drawn]
+            logits_NV[drawn],
+            mask_id,
+            sampling.rows(drawn),
+            position_N[drawn],
+            forward_N[drawn],
+            None if entropy_N is None else entropy_N[drawn],
         )
     return token_N, confidence_N
 
 
-def sample_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+def sample_greedy(
+    logits_NV: Tensor, mask_id: int, entropy_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Take the most probable token of each row, the mask token excepted.
 
     The probability is exp(max - logsumexp): one pass, no softmax is stored. Writes -inf into the
     mask column of `logits_NV`.
+
+    Args:
+        entropy_N: bool, rows whose confidence is exp(-entropy); None: there are none.
 
     Returns:
         token_N (int64) and confidence_N (float32, 0 where there is no distribution).
@@ -107,11 +121,23 @@ def sample_greedy(logits_NV: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     top_N, token_N = logits_NV.max(dim=-1)
     # In float32: rounded to bf16, a logsumexp near 20 would be off by up to 0.06.
     confidence_N = torch.exp(top_N.float() - torch.logsumexp(logits_NV.float(), dim=-1))
+    if entropy_N is not None:
+        confidence_N = _by_entropy(entropy_N, logits_NV.float().softmax(-1), confidence_N)
     return token_N, confidence_N.nan_to_num_(0.0)
 
 
+def _by_entropy(entropy_N: Tensor, p_NV: Tensor, confidence_N: Tensor) -> Tensor:
+    """The confidences, replaced by exp(-entropy) of `p_NV` in the given rows."""
+    return torch.where(entropy_N, (-torch.special.entr(p_NV).sum(-1)).exp(), confidence_N)
+
+
 def sample_drawn(
-    logits_NV: Tensor, mask_id: int, sampling: Sampling, position_N: Tensor, forward_N: Tensor
+    logits_NV: Tensor,
+    mask_id: int,
+    sampling: Sampling,
+    position_N: Tensor,
+    forward_N: Tensor,
+    entropy_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each row. All rows have a temperature above 0.
 
@@ -120,6 +146,7 @@ def sample_drawn(
         sampling: one entry per row.
         position_N, forward_N: int64, the row's position in the answer and the number of forwards
             its request has had: what makes a draw different from every other of the same seed.
+        entropy_N: as for `sample_greedy`.
 
     Returns:
         token_N (int64) and confidence_N (float32, 0 where there is no distribution).
@@ -142,10 +169,10 @@ def sample_drawn(
 
     noise_NV = gumbel(sampling.seed_R, position_N, forward_N, token_NV)
     choice_N = (sorted_NV + noise_NV).argmax(-1, keepdim=True)
-    return (
-        token_NV.gather(1, choice_N)[:, 0],
-        sorted_NV.gather(1, choice_N)[:, 0].exp().nan_to_num_(0.0),
-    )
+    confidence_N = sorted_NV.gather(1, choice_N)[:, 0].exp()
+    if entropy_N is not None:
+        confidence_N = _by_entropy(entropy_N, sorted_NV.exp(), confidence_N)
+    return token_NV.gather(1, choice_N)[:, 0], confidence_N.nan_to_num_(0.0)
 
 
 def gumbel(seed_N: Tensor, position_N: Tensor, forward_N: Tensor, token_NV: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Shape suffixes: N rows, V tokens of this rank, P ranks, C columns of an exchange
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +38,15 @@ class Partial(NamedTuple):
         value_N: float32, that token's value: its logit over the temperature.
         max_N: float32, the largest value.
         sum_N: float32, the sum of exp(value - max) over the tokens that may be drawn.
+        moment_N: float32, the sum of (value - max) exp(value - max) over them, where a row's
+            entropy is asked for.
     """
 
     order_N: Tensor
     value_N: Tensor
     max_N: Tensor
     sum_N: Tensor
+    moment_N: Tensor | None = None
 
 
 Shard = Callable[..., Partial]
@@ -59,6 +62,8 @@ def sample_sharded(
     sampling: Sampling | None = None,
     position_N: Tensor | None = None,
     forward_N: Tensor | None = None,
+    *,
+    entropy_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what `sample.sample` does, over the shards of all ranks.
 
@@ -68,11 +73,13 @@ def sample_sharded(
         first_token: the id of the first column.
         sampling: one entry per row; top_k and top_p are not looked at. None: all rows are greedy.
         position_N, forward_N: as for `sample.sample_drawn`, given with `sampling`.
+        entropy_N: as for `sample.sample_greedy`.
 
     Returns:
         token_N (int64) and confidence_N (float32), the same on every rank.
     """
-    partial, drawn_N = shard(logits_NV, mask_id, first_token=first_token), None
+    part: dict[str, Any] = {"first_token": first_token, "moment": entropy_N is not None}
+    partial, drawn_N = shard(logits_NV, mask_id, **part), None
     if sampling is not None:
         (max_PN,) = all_gather_values((partial.max_N,), gather)
         drawn_N = sampling.temperature_R > 0
@@ -84,10 +91,11 @@ def sample_sharded(
             sampling.without_top_k_and_top_p(),
             position_N,
             forward_N,
-            first_token=first_token,
             max_N=max_N,
+            **part,
         )
-    return finish(merge(Partial(*all_gather_values(partial, gather))), drawn_N)
+    values = tuple(value for value in partial if value is not None)
+    return finish(merge(Partial(*all_gather_values(values, gather))), drawn_N, entropy_N)
 
 
 def shard(
@@ -99,6 +107,7 @@ def shard(
     *,
     first_token: int = 0,
     max_N: Tensor | None = None,
+    moment: bool = False,
 ) -> Partial:
     """Reduce this rank's part of each row, in PyTorch.
 
@@ -108,6 +117,7 @@ def shard(
             at. None: all rows are greedy.
         first_token: the id of the first column.
         max_N: the largest value of the whole row, if this is not all of it.
+        moment: whether to compute `Partial.moment_N`.
     """
     if 0 <= mask_id - first_token < logits_NV.shape[1]:
         logits_NV[:, mask_id - first_token] = -torch.inf
@@ -130,38 +140,53 @@ def shard(
         score_N, best_N = torch.where(drawn_N[:, None], kept_NV + noise_NV, kept_NV).max(-1)
     # A shard may hold nothing but the mask token.
     base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    kept_NV = kept_NV - base_N[:, None]
+    weight_NV = kept_NV.exp()
     return Partial(
         _order(score_N, best_N + first_token),
         value_NV.gather(1, best_N[:, None])[:, 0],
         max_N,
-        (kept_NV - base_N[:, None]).exp().sum(-1),
+        weight_NV.sum(-1),
+        _product(kept_NV, weight_NV).sum(-1) if moment else None,
     )
 
 
 def merge(partial_PN: Partial) -> Partial:
     """One partial of the whole row from those of all ranks, in any order; its fields are [P, N]."""
-    order_PN, value_PN, max_PN, sum_PN = partial_PN
+    order_PN, value_PN, max_PN, sum_PN, moment_PN = partial_PN
     order_N, best_N = order_PN.max(0)
     max_N = max_PN.amax(0)
     base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    shift_PN = max_PN - base_N
+    if moment_PN is not None:  # from the rank's maximum to that of the row
+        moment_PN = (moment_PN + _product(shift_PN, sum_PN)) * shift_PN.exp()
     return Partial(
         order_N,
         value_PN.gather(0, best_N[None])[0],
         max_N,
-        (sum_PN * (max_PN - base_N).exp()).sum(0),
+        (sum_PN * shift_PN.exp()).sum(0),
+        None if moment_PN is None else moment_PN.sum(0),
     )
 
 
-def finish(partial: Partial, drawn_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def finish(
+    partial: Partial, drawn_N: Tensor | None = None, entropy_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Token (int64) and confidence (float32) from the partial of a whole row.
 
     A row without a distribution gets confidence 0 and the token that `sample.sample` gives it.
 
     Args:
         drawn_N: bool, rows with a temperature; None: there are none.
+        entropy_N: as for `sample.sample_greedy`; the partial has a moment then.
     """
     token_N = HIGHEST - (partial.order_N & 0xFFFFFFFF)
-    confidence_N = (partial.value_N - partial.max_N).exp() / partial.sum_N
+    log_weight_N = partial.value_N - partial.max_N
+    if entropy_N is not None:
+        assert partial.moment_N is not None
+        # The mean of log p is that of value - max, less the logarithm of the sum.
+        log_weight_N = torch.where(entropy_N, partial.moment_N / partial.sum_N, log_weight_N)
+    confidence_N = log_weight_N.exp() / partial.sum_N
     bad_N = ~confidence_N.isfinite()
     if drawn_N is not None:
         token_N = token_N.masked_fill(bad_N & drawn_N, 0)
@@ -180,6 +205,11 @@ def all_gather_values(values: tuple[Tensor, ...], gather: Gather) -> tuple[Tenso
         part.contiguous().view(value.dtype).view(-1, *value.shape)
         for part, value in zip(parts, values, strict=True)
     )
+
+
+def _product(log_weight: Tensor, weight: Tensor) -> Tensor:
+    """Their product, 0 where the logarithm is -inf."""
+    return torch.where(log_weight == -torch.inf, 0.0, log_weight * weight)
 
 
 def _order(score_N: Tensor, token_N: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ share a block with the answer: the *tail*. Each query computes the tail again, i
 window, until its block is committed.
 """
 
+import time
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -27,11 +28,17 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_d2f.scheduler.adaptive import AdaptiveWindow
 from vllm_d2f.scheduler.prefix_cache import separate_pages
 from vllm_d2f.scheduler.stream import Stream
 from vllm_d2f.scheduler.trace import Trace
-from vllm_d2f.settings import request_params, served_settings, wants_trace
-from vllm_d2f.wire import DecodingStats, StepStats, send_grammar_backend
+from vllm_d2f.settings import (
+    request_params,
+    served_settings,
+    wants_adaptive_window,
+    wants_trace,
+)
+from vllm_d2f.wire import STEP_SECONDS, DecodingStats, StepStats, send_grammar_backend
 
 
 class D2FScheduler(Scheduler):
@@ -50,6 +57,11 @@ class D2FScheduler(Scheduler):
         # Requests that were preempted while a forward of theirs was in flight.
         self.preempted_in_flight: set[str] = set()
         self.held_back: set[str] = set()  # of this step, see `_hold_back`
+        self.adaptive = AdaptiveWindow(
+            getattr(self.vllm_config.model_config.hf_config, STEP_SECONDS, {}), self.mask_id
+        )
+        self._step_began: float | None = None  # of the step before, unless the engine was idle
+        self._step_positions = 0
         # The worker keeps a window in step with its grammar (`worker.grammar`). vLLM would cut the
         # window short at its first mask token.
         self.structured_output_manager.validate_tokens = (  # type: ignore[method-assign]
@@ -70,7 +82,8 @@ class D2FScheduler(Scheduler):
         tail = prompt_len % size if self.settings.block_origin == "zero" else 0
         whole_blocks = -(-(tail + sampling.max_tokens) // size) * size
         limit = min(whole_blocks - tail, self.max_model_len - prompt_len)
-        self.streams[request.request_id] = Stream(params, limit, open=size, tail=tail)
+        adaptive = wants_adaptive_window(self.settings, extra_args)
+        self.streams[request.request_id] = Stream(params, limit, size, tail, adaptive)
         self.traces.pop(request.request_id, None)  # of an aborted request with the same id
         if wants_trace(extra_args):
             self.traces[request.request_id] = Trace()
@@ -82,6 +95,7 @@ class D2FScheduler(Scheduler):
             for request in self.running:
                 if not request.is_prefill_chunk:
                     request.spec_token_ids = [-1] * self._width(request)
+        whole = self._narrow()
         held_back = self._hold_back()
         self.held_back = {request.request_id for request, _ in held_back}
         pause = self._pause_state
@@ -91,8 +105,9 @@ class D2FScheduler(Scheduler):
             self._pause_state = PauseState.PAUSED_NEW
         output = super().schedule(throttle_prefills)
         self._pause_state = pause
-        for request, window in held_back:
-            if request.status == RequestStatus.RUNNING:
+        for request, window in (*held_back, *whole):
+            scheduled = request.request_id in output.scheduled_spec_decode_tokens
+            if request.status == RequestStatus.RUNNING and not scheduled:
                 request.spec_token_ids = window
         self.num_preempted += len(output.preempted_req_ids or ())
         for data in output.scheduled_new_reqs:
@@ -151,6 +166,8 @@ class D2FScheduler(Scheduler):
             if -1 in token_ids:
                 draft_token_ids.draft_token_ids[i] = token_ids[: token_ids.index(-1)]
         super().update_draft_token_ids(draft_token_ids)
+        if self.adaptive.chosen:
+            self._learn(draft_token_ids)
         for req_id, window in zip(
             draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
         ):
@@ -162,6 +179,20 @@ class D2FScheduler(Scheduler):
             if not request.spec_token_ids and not request.is_prefill_chunk:
                 # vLLM would never schedule the request again, and the engine would spin.
                 raise _no_window(req_id)
+
+    def _learn(self, draft_token_ids: DraftTokenIds) -> None:
+        """Show the adaptive window what came of its choice."""
+        rows = [
+            (req_id, window, self.requests[req_id].num_output_tokens, self.streams[req_id].tail)
+            for req_id, window in zip(
+                draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+            )
+            if req_id in self.requests
+        ]
+        if rows:
+            req_ids, windows, committed, tails = zip(*rows, strict=True)
+            starts = [c - t for c, t in zip(committed, tails, strict=True)]
+            self.adaptive.learn(req_ids, windows, starts, tails)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -194,19 +225,25 @@ class D2FScheduler(Scheduler):
             index = model_runner_output.req_id_to_index[req_id]
             stream, step = self.streams[req_id], steps.get(req_id, StepStats())
             emitted = len(model_runner_output.sampled_token_ids[index])
-            committed = stream.commit()
+            tail, committed = stream.tail, stream.commit()
             stream.open = step.open
             if self.async_scheduling:
                 self._take_from_flight(request, stream, rejected=len(window) - emitted)
             else:
                 request.num_computed_tokens += stream.commit_to(request) - emitted
+            self.stats.submitted += len(window)
             if req_id in self.traces:
                 self.traces[req_id].forwards += 1
+                if stream.adaptive:
+                    self.traces[req_id].widths.append(len(window) + tail)
                 if req_id in traced:
                     start, *tokens = traced[req_id]
                     self.traces[req_id].record(tokens, start, self.mask_id)
             self.stats.add(committed, emitted, step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self.running:
+            self._step_began = None  # the next step may begin much later
+        self._step_positions = scheduler_output.total_num_scheduled_tokens
         if self.traces:
             self._attach_traces(outputs)
         return outputs
@@ -294,6 +331,42 @@ class D2FScheduler(Scheduler):
         if not stopped:
             stream.withdraw_uncommitted(request, committed)
         return new_token_ids, stopped
+
+    def _narrow(self) -> list[tuple[Request, list[int]]]:
+        """Let the adaptive windows of running requests go into the step in part.
+
+        Returns:
+            The requests, each with its whole window.
+        """
+        now = time.perf_counter()
+        if self._step_began is not None:
+            self.adaptive.cost.correct(self._step_positions, now - self._step_began)
+        self._step_began = None
+        self.adaptive.chosen = {}
+        narrow = [
+            (request, request.spec_token_ids)
+            for request in self.running
+            if request.spec_token_ids and self.streams[request.request_id].adaptive
+        ]
+        if not narrow:
+            return []
+        self._step_began = now
+        streams = [self.streams[request.request_id] for request, _ in narrow]
+        widths = self.adaptive.choose(
+            [request.request_id for request, _ in narrow],
+            [window for _, window in narrow],
+            [
+                request.num_output_tokens - s.tail
+                for (request, _), s in zip(narrow, streams, strict=True)
+            ],
+            [stream.block_size for stream in streams],
+            [stream.tail for stream in streams],
+            others=0,
+        )
+        for (request, window), width in zip(narrow, widths, strict=True):
+            request.spec_token_ids = window[:width]
+            self.stats.withheld += len(window) - width
+        return narrow
 
     def _hold_back(self) -> list[tuple[Request, list[int]]]:
         """Take the windows of running requests that would not fit this step's token budget.

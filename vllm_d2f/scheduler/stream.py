@@ -30,6 +30,7 @@ class Stream:
         open: positions of the window after the last forward whose result is in.
         tail: tokens of the prompt with which the window begins, because they share a block with
             the answer; 0 once that block is committed.
+        adaptive: whether a forward may compute a part of the window (`adaptive`).
         uncommitted: emitted tokens that the request does not have yet, in order.
         committed_in_flight: positions at the begin of tail and `uncommitted` that are committed.
             The request gets their tokens when its next query begins behind them (`commit_to`).
@@ -40,6 +41,7 @@ class Stream:
     limit: int
     open: int
     tail: int = 0
+    adaptive: bool = False
     uncommitted: list[int] = field(default_factory=list)
     committed_in_flight: int = 0
     in_flight: int = 0

@@ -14,11 +14,14 @@ class Trace:
         forwards: denoising forwards so far.
         decoded_at: answer position -> the forward that decoded it; the first forward is 1.
         emitted: tokens emitted so far.
+        widths: positions of the window that each forward computed, with the prompt's tail; kept
+            of an adaptive window only.
     """
 
     forwards: int = 0
     decoded_at: dict[int, int] = field(default_factory=dict)
     emitted: int = 0
+    widths: list[int] = field(default_factory=list)
 
     def record(self, window: Sequence[int], start: int, mask_id: int) -> None:
         """Record the window after a forward; it begins at answer position `start`."""
@@ -31,7 +34,9 @@ class Trace:
         for position in range(self.emitted, self.emitted + count):
             self.decoded_at.setdefault(position, self.forwards)
         self.emitted += count
+        widths = {"widths": list(self.widths)} if self.widths else {}
         return {
+            **widths,
             "forwards": self.forwards,
             # An error may end a request before its first forward.
             "tokens_per_forward": self.emitted / max(self.forwards, 1),

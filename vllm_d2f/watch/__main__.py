@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_d2f.watch.picture import Picture
 
 QUESTION = "Leo has 73 pens, finds 24 more, throws 17 away. How many pens does Leo have?"
-SETTINGS = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf", "preset")
+SETTINGS = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf", "accept", "preset")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         ("tau-conf", float, "accept a token whose probability is greater"),
     ):
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__[0].upper(), help=about)
+    group.add_argument("--accept", metavar="RULE", help="the acceptance rule; needs --tau-conf")
     group.add_argument("--preset", metavar="NAME", help="published settings, as dream-gsm8k")
     return made
 

@@ -19,8 +19,6 @@ from vllm_d2f.models.family import Family
 from vllm_d2f.worker.model_state import D2FModelState
 from vllm_d2f.worker.padded_attention import pad_heads
 
-__all__ = ["D2FModel"]
-
 
 class D2FModel:
     """Mixin that comes before a vLLM causal LM in a class's bases."""

@@ -168,6 +168,12 @@ class D2FModelState(ModelState):
 
         warm_up(*args)
 
+    def step_seconds(self, *args: Any) -> dict[int, float]:
+        """Measure what a step costs by its positions (called by p15)."""
+        from vllm_d2f.worker.step_cost import measured
+
+        return measured(self.vllm_config, *args) if self.settings.adaptive_window else {}
+
     # Outputs
 
     def custom_sampler(self, sampler: Any) -> tuple[D2FSampler, None]:

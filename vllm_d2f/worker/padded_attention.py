@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
-__all__ = ["pad_heads"]
-
 
 class PaddedAttention(nn.Module):
     """vLLM's attention layer with `head_size` channels seen from outside and more inside.

@@ -29,6 +29,7 @@ from vllm_d2f.sampling import missing, tensor_parallel
 from vllm_d2f.sampling import sample as torch_sampling
 from vllm_d2f.sampling.request_sampler import RequestSampler
 from vllm_d2f.sampling.sample import Sampling, simulated_confidence
+from vllm_d2f.strategies import NUMBER
 from vllm_d2f.worker.masked_bounds import MaskedBounds
 from vllm_d2f.worker.masked_rows import MaskedRows, bounded_rows, exact_rows, scatter
 from vllm_d2f.worker.request_states import RequestStates
@@ -221,7 +222,9 @@ class Proposals:
             chunk = slice(at, at + self.rows_per_chunk)
             logits_NV = self.project(hidden_NH[chunk])
             sampling = self._sampling(slot_N[chunk], column_N[chunk])
-            token_N[chunk], confidence_N[chunk] = self.sample(logits_NV, mask_id, *sampling)
+            token_N[chunk], confidence_N[chunk] = self.sample(
+                logits_NV, mask_id, *sampling, entropy_N=self._by_entropy(slot_N[chunk])
+            )
             for slot, sampler, begin, end in spans:
                 # A chunk may end among the rows of one request.
                 rows = slice(max(begin, at), min(end, at + self.rows_per_chunk))
@@ -254,6 +257,7 @@ class Proposals:
                 self.first_token,
                 gather_ranks,
                 *self._sampling(slot_N[chunk], column_N[chunk]),
+                entropy_N=self._by_entropy(slot_N[chunk]),
             )
         return token_N, confidence_N
 
@@ -287,6 +291,13 @@ class Proposals:
         window = self.states.window
         position_N = window.start_R[slot_N] + column_N
         return self.states.sampling.rows(slot_N), position_N, window.forward_R[slot_N]
+
+    def _by_entropy(self, slot_N: Tensor) -> Tensor | None:
+        """Find the rows whose confidence is exp(-entropy), if a request has this rule."""
+        window = self.states.window
+        if "entropy" not in window.rules:
+            return None
+        return window.rule_R1[slot_N, 0] == NUMBER["entropy"]
 
     def _answer(self, slot: int) -> Tensor:
         """Collect the decoded tokens of an answer; the vocabulary's size where there is none."""

@@ -21,7 +21,12 @@ from vllm_d2f.blocks import NO_PROMPT_END
 from vllm_d2f.d2f import D2FParams, Window, add
 from vllm_d2f.sampling.request_sampler import RequestSampler, in_order, make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
-from vllm_d2f.settings import request_params, served_settings, wants_trace
+from vllm_d2f.settings import (
+    request_params,
+    served_settings,
+    wants_adaptive_window,
+    wants_trace,
+)
 from vllm_d2f.worker.grammar import Grammars
 
 if TYPE_CHECKING:
@@ -48,8 +53,10 @@ class RequestStates:
         block_size_S: positions per block, on the host.
         drawing: slots with a temperature. Greedy decoding runs no code for drawing.
         truncating: those of them that have top_k or top_p.
+        rules: the acceptance rule of each slot in use.
         samplers: samplers of requests that have their own. Their slots are not in `drawing`.
         traced: slots of requests with `d2f_trace`.
+        adaptive: slots of requests of whose windows a forward may compute a part.
         resumed: slots that came back from a preemption and have not been completed by
             `D2FSampler.apply_staged_writes`.
         slots: the slot of each request id.
@@ -86,8 +93,10 @@ class RequestStates:
         self.block_size_S = np.ones(slots, dtype=np.int64)
         self.drawing: set[int] = set()
         self.truncating: set[int] = set()
+        self.rules: dict[int, str] = {}
         self.samplers: dict[int, RequestSampler] = {}
         self.traced: set[int] = set()
+        self.adaptive: set[int] = set()
         self.resumed: set[int] = set()
         self.slots: dict[str, int] = {}
         self.preempted: dict[str, Preempted] = {}
@@ -109,6 +118,8 @@ class RequestStates:
         self._set_sampling(slot, sampling)
         if wants_trace(sampling.extra_args):
             self.traced.add(slot)
+        if wants_adaptive_window(self.settings, sampling.extra_args):
+            self.adaptive.add(slot)
         self.window.start(
             slot,
             params,
@@ -118,6 +129,7 @@ class RequestStates:
             mask_id=self.mask_id,
             tail=tail,
         )
+        self._set_rule(slot, params.accept)
         row = self.row(slot)
         preempted = self.preempted.pop(data.req_id, None)
         if preempted is None:
@@ -176,7 +188,7 @@ class RequestStates:
             prompt=data.prompt_token_ids or (),
             sampling=self.sampling.rows(self.row(slot)),
             ends=end_tokens(sampling),
-            tau_conf=params.tau_conf,
+            d2f=params,
             mask_id=self.mask_id,
             vocab_size=self.vocab_size,
             window=self.settings.window,
@@ -185,8 +197,17 @@ class RequestStates:
             device=self.device,
         )
 
+    def _set_rule(self, slot: int, rule: str | None) -> None:
+        """Keep the rules of all requests: a step computes no other."""
+        if rule is None:
+            self.rules.pop(slot, None)
+        else:
+            self.rules[slot] = rule
+        self.window.rules = frozenset(self.rules.values())
+
     def _free(self, slot: int) -> None:
+        self._set_rule(slot, None)
         self.origin_S[slot] = NO_PROMPT_END
-        for slots in (self.drawing, self.truncating, self.traced, self.resumed):
+        for slots in (self.drawing, self.truncating, self.traced, self.adaptive, self.resumed):
             slots.discard(slot)
         self.samplers.pop(slot, None)

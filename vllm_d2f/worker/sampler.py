@@ -124,7 +124,7 @@ class D2FSampler:
         last_R = end_R - 1  # the last position whose output the next window may need
         if denoising:
             queries = self._queries(hidden_TH, input_batch, begin_R, end_R, denoising)
-            result, window, nonfinite_D = self._denoise(queries)
+            result, window, nonfinite_D = self._denoise(queries, end_R[:denoising])
             new_D = result.emit_R - result.emitted_R
             column_DW = window.column_W + result.emitted_R[:, None]
             token_DW = result.tokens_RW.gather(1, column_DW.clamp_(max=len(window.column_W) - 1))
@@ -184,8 +184,11 @@ class D2FSampler:
             {d: samplers[slot] for d, slot in enumerate(slots) if slot in samplers},
         )
 
-    def _denoise(self, queries: Queries) -> tuple[Step, Window, Tensor]:
+    def _denoise(self, queries: Queries, end_D: Tensor) -> tuple[Step, Window, Tensor]:
         """Run one iteration of the algorithm behind its forward, and publish the next query.
+
+        Args:
+            end_D: rows of `hidden_TH` at which the queries end.
 
         Returns:
             The step, the windows after it, and how many proposals had no distribution, [D].
@@ -193,7 +196,12 @@ class D2FSampler:
         states, slot_D = self.states, queries.slot_D
         window = states.window.rows(slot_D)
         start_D, masked_DW = window.start_R.clone(), window.candidate_RW
+        if not states.adaptive.isdisjoint(queries.slots):
+            # The query may end before the window does; what is behind it waits.
+            masked_DW &= window.column_W < (end_D - queries.first_D)[:, None]
         proposal_DW, confidence_DW = self.proposals(masked_DW, queries)
+        if states.adaptive:
+            confidence_DW = torch.where(masked_DW, confidence_DW, -1.0)
         result = step(window, proposal_DW, confidence_DW, states.mask_id)
         add(window)
         if states.async_scheduling:
@@ -256,7 +264,11 @@ class D2FSampler:
         stores = [samplers[d].logprobs if d in samplers else None for d in range(len(new_D))]
         if not any(stores):
             return None
-        token_NK, value_NK, rank_N, begin = take_all(stores, new_D, queries.width_D.tolist())
+        width_D = queries.width_D
+        if self.states.adaptive:
+            # What waited behind the query may be emitted with it.
+            width_D = np.maximum(width_D, self.states.settings.window)
+        token_NK, value_NK, rank_N, begin = take_all(stores, new_D, width_D.tolist())
         begin += [begin[-1]] * (num_reqs - len(new_D))  # those that only prefill
         return LogprobsTensors(token_NK, value_NK, rank_N, begin)
 

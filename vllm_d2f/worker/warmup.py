@@ -26,7 +26,7 @@ KINDS = (
 
 
 @dataclass(slots=True)
-class _Request:
+class DummyRequest:
     req_id: str
     params: SamplingParams
     block_ids: tuple[list[int], ...]
@@ -61,10 +61,10 @@ def warm_up(
         arriving = requests[:1] if step == 0 else requests[1:-1] if step == 1 else requests[-1:]
         output = SchedulerOutput.make_empty()
         output.num_spec_tokens_to_schedule = runner.num_speculative_steps
-        _continue(runner, output, [one for one in requests if one.admitted])
+        go_on(runner, output, [one for one in requests if one.admitted])
         for request in arriving:
             if not request.admitted:
-                _admit(runner, output, request, 0 if step == 0 else first)
+                admit(runner, output, request, 0 if step == 0 else first)
         if output.total_num_scheduled_tokens:
             execute_model(output)
             sample_tokens(None)
@@ -77,7 +77,7 @@ def warm_up(
         torch.accelerator.synchronize()
 
 
-def _requests(runner: Any, length: int) -> list[_Request]:
+def _requests(runner: Any, length: int) -> list[DummyRequest]:
     """Make requests of as many kinds as there are slots and pages for. Page 0 is the null page."""
     max_tokens = length - len(PROMPT)
     groups = runner.kv_cache_config.kv_cache_groups
@@ -92,11 +92,11 @@ def _requests(runner: Any, length: int) -> list[_Request]:
             block_ids.append(list(range(page, page + number)))
             page += number
         params = SamplingParams(max_tokens=max_tokens, **kind)  # type: ignore[arg-type]
-        requests.append(_Request(f"_d2f_warm_up_{index}_", params, tuple(block_ids)))
+        requests.append(DummyRequest(f"_d2f_warm_up_{index}_", params, tuple(block_ids)))
     return requests
 
 
-def _admit(runner: Any, output: SchedulerOutput, request: _Request, width: int) -> None:
+def admit(runner: Any, output: SchedulerOutput, request: DummyRequest, width: int) -> None:
     """Schedule a request's prompt and `width` positions of its window."""
     tokens = len(PROMPT) + width
     if output.total_num_scheduled_tokens + tokens > runner.max_num_tokens:
@@ -118,7 +118,7 @@ def _admit(runner: Any, output: SchedulerOutput, request: _Request, width: int) 
     _schedule(output, request, tokens, width)
 
 
-def _continue(runner: Any, output: SchedulerOutput, requests: list[_Request]) -> None:
+def go_on(runner: Any, output: SchedulerOutput, requests: list[DummyRequest]) -> None:
     """Schedule the window of each request that has one. Its place is read from the device."""
     window, cached = runner.model_state.states.window, CachedRequestData.make_empty()
     for request in requests:
@@ -138,7 +138,7 @@ def _continue(runner: Any, output: SchedulerOutput, requests: list[_Request]) ->
     output.scheduled_cached_reqs = cached
 
 
-def _schedule(output: SchedulerOutput, request: _Request, tokens: int, width: int) -> None:
+def _schedule(output: SchedulerOutput, request: DummyRequest, tokens: int, width: int) -> None:
     output.num_scheduled_tokens[request.req_id] = tokens
     output.total_num_scheduled_tokens += tokens
     if width:
