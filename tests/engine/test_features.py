@@ -43,6 +43,8 @@ PUBLISHED = {
     "stable_diffcoder": D2FParams(4, 1, tau_conf=0.95),
 }
 
+pytestmark = pytest.mark.slow
+
 
 def write(family, path):
     """A tiny checkpoint of the family with a byte-level tokenizer."""
