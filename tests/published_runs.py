@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the authors' own code of SDAR and LLaDA2.0 on tiny random weights (tests/data).
+"""Runs of the authors' own code on tiny random weights (tests/data).
 
-They decode one block at a time. A block that holds an end token is decoded to its end.
+They decode one block at a time. SDAR and LLaDA2.0 decode a block that holds an end token to its
+end; `generate` of Fast-dLLM v2 (transformers 4.53.3, mask logit -1e9) stops before that.
 """
 
 import json
@@ -34,10 +35,18 @@ class Run:
 
 
 def published_runs(family: str) -> list[Run]:
-    """The runs of "sdar" or "llada2"."""
+    """The runs of "sdar", "llada2" or "fast_dllm_v2"."""
     runs = []
     for run in json.loads((DATA / family / "runs.json").read_text()):
         size, length = run["block_size"], len(run["prompt"])
+        if family == "fast_dllm_v2":
+            answer, sub_block = tuple(run["answer"]), run["sub_block_size"]
+            params = D2FParams(size, 2, 1.0, tau_conf=run["tau_conf"], sub_block_size=sub_block)
+            # Its prefill gives a token where the prompt ends with a block. The last forward commits
+            # the last block and gives one token more, unless there is an end token.
+            forwards = run["forwards"] - run["prefill_forwards"] * (length % size > 0)
+            runs.append(Run(tuple(run["prompt"]), params, answer, len(answer), forwards))
+            continue
         answer = run["answer"]
         answer = answer[: answer.index(END) + 1] if END in answer else answer
         blocks = -(-(length + len(answer)) // size) - length // size

@@ -10,7 +10,7 @@ Shape suffixes: T positions of the sequence, V vocabulary, W open window positio
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,6 +131,8 @@ def decode(
         raise ValueError(
             f"a prompt of {len(prompt)} tokens leaves no room for an answer in max_len = {max_len}"
         )
+    if request_sampler is not None and request_sampler.decoder is not None:
+        params = replace(params, sub_block_size=0)  # its order is that of the text
     prompt = list(prompt)
     tail = len(prompt) % params.block_size if block_origin == "zero" else 0
     limit = max_len - len(prompt) if max_len is not None else max_tokens + params.block_size
@@ -168,7 +170,7 @@ def decode(
         )
         rows = position_T[len(before) :] - int(shift)
         logits_WV = forward(tokens_T, mask_TT)[rows].float()
-        masked = window.masked_RW[0, :open_].nonzero()[:, 0]
+        masked = window.candidate_RW[0, :open_].nonzero()[:, 0]
         token_W = torch.zeros(params.window, dtype=torch.int64)
         confidence_W = torch.full((params.window,), -1.0)  # nothing is known behind the forward
         entropy_W = torch.ones(open_, dtype=torch.bool) if by_entropy else None
@@ -237,7 +239,7 @@ def generate(*args, **kwargs) -> tuple[list[int], int]:
 def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
     """See `Frame.margin`; `logits_WV` has no mask token any more."""
     active_RW = activated(window)
-    masked_W = window.masked_RW[0] & (window.column_W < len(logits_WV))
+    masked_W = window.candidate_RW[0] & (window.column_W < len(logits_WV))
     if not masked_W.any():
         return math.inf
 

@@ -32,6 +32,9 @@ class D2FParams:
             and as long as it has masked ones (1 in the paper). With tau_conf 1 it takes exactly as
             many: the static schedule of SDAR (arXiv 2510.06303).
         accept: the acceptance rule, a name in `vllm_d2f.strategies`.
+        sub_block_size: decode the sub-blocks of a block one after the other, as Fast-dLLM v2
+            (arXiv 2509.26328) does: its first position alone, then the others in sub-blocks of so
+            many positions, counted from the block's begin. 0: all positions at once.
     """
 
     block_size: int = 32
@@ -41,12 +44,13 @@ class D2FParams:
     tau_conf: float = 0.9
     min_per_step: int = 1
     accept: str = "threshold"
+    sub_block_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_blocks", "min_per_step"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("block_size", "max_blocks", "min_per_step", "sub_block_size"):
+            value, least = getattr(self, name), int(name != "sub_block_size")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.accept not in tuple(ACCEPT):
             raise ValueError(f"accept must be one of {', '.join(ACCEPT)}, got {self.accept!r:.80}")
         nats = self.accept == "entropy"
@@ -90,7 +94,7 @@ class Window:
     Attributes:
         tokens_RW: int64, decoded tokens, the mask token elsewhere.
         decoded_RW: bool.
-        counters: int64 [R, 12 + E]. Six change with every forward:
+        counters: int64 [R, 13 + E]. Six change with every forward:
             open_R1: positions in open blocks;
             rest_R1: positions up to the last one that may be decoded;
             goal_R1: positions up to the last one that the request wants (max_tokens);
@@ -104,6 +108,7 @@ class Window:
             add_R1, act_R1: tau_add and tau_act as decoded positions of a block;
             fewest_R1: positions that an active block takes at least;
             rule_R1: the acceptance rule's number;
+            sub_R1: the sub-block size;
             ends_RE: end tokens, padded with -1.
         block_RW: int64, the column at which each column's block begins.
         previous_RW: int64, the column at which the block before it begins; 0 for the first.
@@ -111,6 +116,7 @@ class Window:
         column_W: int64, 0, 1, 2, ...
         num_ends: how many columns of ends_RE are in use.
         rules: names of the acceptance rules that rows may have.
+        sub_blocks: whether any row has had sub-blocks.
     """
 
     tokens_RW: Tensor
@@ -122,9 +128,10 @@ class Window:
     column_W: Tensor
     num_ends: int = 0
     rules: frozenset[str] = frozenset()
+    sub_blocks: bool = False
 
     open_R1, rest_R1, goal_R1, start_R1, forward_R1, lead_R1 = map(_column, range(6))
-    block_R1, max_open_R1, add_R1, act_R1, fewest_R1, rule_R1 = map(_column, range(6, 12))
+    block_R1, max_open_R1, add_R1, act_R1, fewest_R1, rule_R1, sub_R1 = map(_column, range(6, 13))
     open_R, rest_R, goal_R, start_R, forward_R, lead_R, block_R = map(_vector, range(7))
 
     @property
@@ -140,6 +147,20 @@ class Window:
     def masked_RW(self) -> Tensor:
         """Positions of open blocks that wait for a token."""
         return (self.column_W < self.open_R1) & ~self.decoded_RW
+
+    @property
+    def candidate_RW(self) -> Tensor:
+        """Masked positions that may be decoded now: of each block the first sub-block with any."""
+        masked_RW = self.masked_RW
+        if not self.sub_blocks:
+            return masked_RW
+        offset_RW, sub_R1 = self.column_W - self.block_RW, self.sub_R1
+        index_RW = 1 + offset_RW.div(sub_R1.clamp(min=1), rounding_mode="floor")
+        index_RW = torch.where((offset_RW > 0) & (sub_R1 > 0), index_RW, 0)
+        # Of decoded positions a number that no sub-block has.
+        left_RW = torch.where(masked_RW, index_RW, len(self.column_W) + 1)
+        first_RW = left_RW.scatter_reduce(1, self.block_RW, left_RW, "amin")
+        return left_RW == first_RW.gather(1, self.block_RW).where(masked_RW, -1)
 
     @classmethod
     def empty(
@@ -200,7 +221,7 @@ class Window:
         values = [0, min(whole_blocks, limit), min(goal, limit), -len(tail), 0, len(tail)]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
-        values += [min(params.min_per_step, size), NUMBER[params.accept]]
+        values += [min(params.min_per_step, size), NUMBER[params.accept], params.sub_block_size]
         values += [*ends, *[-1] * (room - len(ends))]
         _copy_in(self.counters[row], torch.tensor(values))
         # Assigning a number to an element would wait for the device; filling does not.
@@ -214,6 +235,7 @@ class Window:
         self.tau_R1[row].fill_(params.tau)
         self.num_ends = max(self.num_ends, len(ends))
         self.rules |= {params.accept}
+        self.sub_blocks |= params.sub_block_size > 0
 
     def rows(self, index_R: Tensor) -> "Window":
         """A copy of the given rows."""
@@ -227,6 +249,7 @@ class Window:
             self.column_W,
             self.num_ends,
             self.rules,
+            self.sub_blocks,
         )
 
     def put(self, index_R: Tensor, rows: "Window") -> None:
@@ -241,7 +264,7 @@ class Window:
         self.counters[:, :_STATE_END] = torch.cat(columns_R1, dim=1)
 
 
-_STATE_END, _SETTINGS_END = 6, 12
+_STATE_END, _SETTINGS_END = 6, 13
 
 
 def _copy_in(row: Tensor, values: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDAR and LLaDA2.0, served from folders in their official layouts, against their own code.
+"""SDAR, LLaDA2.0 and Fast-dLLM v2 in their official layouts, against their own code.
 
 One engine per family has few pages, a small budget of tokens and a prefix cache, so that prompts
 come in chunks, requests are preempted, and the second round finds pages.
@@ -28,7 +28,8 @@ PIPELINED = [params for params in GRID if params.max_blocks < 8]
 
 
 @pytest.fixture(
-    scope="module", params=["sdar", "llada2", pytest.param("sdar_moe", marks=pytest.mark.slow)]
+    scope="module",
+    params=["sdar", "llada2", "fast_dllm_v2", pytest.param("sdar_moe", marks=pytest.mark.slow)],
 )
 def model(request, tmp_path_factory):
     if request.param == "sdar_moe":
@@ -73,6 +74,7 @@ def test_authors_runs(model, llm):
     if model.endswith("moe0"):
         pytest.skip("no runs of the authors' code")
     runs = published_runs(model.rpartition("/")[2])
+    runs = [run for run in runs if len(run.prompt) + len(run.answer) <= MAX_LEN]
     cases = [Case(run.prompt, run.params, len(run.answer)) for run in runs]
     expected = compare(llm, model, cases, ("batch", "arrivals"))
     assert [known.answer.tokens for known in expected] == [run.answer for run in runs]
@@ -105,6 +107,8 @@ def test_edges(model, llm):
     rng, cases = random.Random(4), []
     for size, blocks, fewest in itertools.product((4, 16), (1, 4), (1, 3)):
         params = D2FParams(size, blocks, tau_conf=0.6, min_per_step=fewest)
+        if model.endswith("fast_dllm_v2"):
+            params = D2FParams(size, blocks, tau_add=1 / fewest, tau_conf=0.6, sub_block_size=4)
         head = random_prompt(rng, size)
         for tail in ((MASK,), (END,), (MASK, END, MASK), (5, MASK)):
             for max_tokens in (1, size - len(tail), size + 1):

@@ -44,6 +44,16 @@ CONFIGS = {
         tie_word_embeddings=False, topk_group=4, use_qk_norm=True, use_qkv_bias=False,
         vocab_size=157184,
     ),
+    "Fast_dLLM_v2_7B": dict(
+        architectures=["Fast_dLLM_QwenForCausalLM"], model_type="Fast_dLLM_Qwen",
+        attention_dropout=0.0, bd_size=32, bos_token_id=151643, conplemenrary_mask=True,
+        eos_token_id=151645, hidden_act="silu", hidden_size=3584, intermediate_size=18944,
+        layer_types=["full_attention"] * 28, max_position_embeddings=32768, max_window_layers=28,
+        num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, pad_token_id=151645,
+        rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, torch_dtype="bfloat16", use_sliding_window=False,
+        vocab_size=152064,
+    ),
     "Stable-DiffCoder-8B-Instruct": dict(
         architectures=["StableDiffcoderForCausalLM"], model_type="stable_diffcoder",
         attention_bias=False, attention_dropout=0.1, bos_token_id=0, eos_token_id=2,
@@ -57,6 +67,7 @@ PARAMETERS = {  # in billions, the embedding and the head included
     "SDAR-4B-Chat": 4.41,
     "SDAR-30B-A3B-Chat": 30.5,
     "LLaDA2.0-mini": 16.3,
+    "Fast_dLLM_v2_7B": 7.62,
     "Stable-DiffCoder-8B-Instruct": 8.25,
 }
 
@@ -89,6 +100,8 @@ def tensors(config):
         else:
             for name, rows in (("q", q), ("k", kv), ("v", kv)):
                 yield f"{layer}.self_attn.{name}_proj.weight", (rows, hidden)
+                if config["model_type"] == "Fast_dLLM_Qwen":
+                    yield f"{layer}.self_attn.{name}_proj.bias", (rows,)
             yield f"{layer}.self_attn.o_proj.weight", (hidden, q)
             if "sdar" in config["model_type"]:
                 for norm in ("q_norm", "k_norm"):

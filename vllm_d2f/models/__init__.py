@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_d2f.models import adapted, dream, llada, llada2, sdar, stable_diffcoder
+from vllm_d2f.models import adapted, dream, fast_dllm_v2, llada, llada2, sdar, stable_diffcoder
 from vllm_d2f.models.family import Family, Published
 
 __all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "register_configs"]
@@ -44,6 +44,6 @@ def register_configs() -> None:
             )
 
 
-_OURS = (dream.FAMILY, llada.FAMILY, *sdar.FAMILIES, llada2.FAMILY, stable_diffcoder.FAMILY)
-for _family in (*_OURS, *adapted.FAMILIES):
+_OURS = (dream.FAMILY, llada.FAMILY, *sdar.FAMILIES, llada2.FAMILY, fast_dllm_v2.FAMILY)
+for _family in (*_OURS, stable_diffcoder.FAMILY, *adapted.FAMILIES):
     add_family(_family)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 __all__ = ["BlockOrigin", "Family", "LogitsShift", "PromptAttention", "Published"]
 __all__ += ["Wheel"]
 
-LogitsShift = Literal["none", "previous", "in_block"]
+LogitsShift = Literal["none", "previous"]
 PromptAttention = Literal["bidirectional", "block_causal"]
 BlockOrigin = Literal["prompt_end", "zero"]
 
@@ -85,8 +85,8 @@ class Family:
         mask_token_id: the published one, for a config.json that names none.
         extra_end_token_ids: end tokens that config.json does not list; one outside the vocabulary
             is left out.
-        logits_shift: which output predicts position i: the one at i ("none"), at i - 1
-            ("previous"), or at i - 1 except for a block's first position ("in_block").
+        logits_shift: which output predicts position i: the one at i ("none"), or at i - 1
+            ("previous").
         prompt_attention: how a prompt sees itself unless the `d2f` section says otherwise: as one
             block, or in blocks of which each sees those before it.
         block_origin: where blocks begin unless the `d2f` section says otherwise: behind the prompt,

@@ -33,7 +33,7 @@ FAMILY = Family(
     mask_token_id=5,
     prompt_attention="block_causal",
     block_origin="zero",
-    # Its model code takes the threshold from the caller; this is the one of its examples.
+    # The defaults of its own `generate_block`.
     presets={"default": dict(block_size=4, max_blocks=1, tau_conf=0.95)},
     published={
         "stable-diffcoder-8b": Published(

@@ -98,6 +98,15 @@ class RequestSampler:
         return token_N, confidence_N
 
 
+def in_order(params: Any) -> bool:
+    """Whether the request is decoded in the order of the text; see `constraints`."""
+    return params.structured_outputs is not None or bool(_phrases(params))
+
+
+def _phrases(params: Any) -> list[Sequence[int]]:
+    return [word for word in params.bad_words_token_ids or () if len(word) > 1]
+
+
 def make_request_sampler(
     params: Any,
     *,
@@ -127,7 +136,7 @@ def make_request_sampler(
     if grammar is not None:
         # The grammar applies min_tokens itself: it knows when it allows nothing but the end.
         rules = replace(rules, min_tokens=0)
-    phrases = [word for word in params.bad_words_token_ids or () if len(word) > 1]
+    phrases = _phrases(params)
     constraints: list[Constraint] = [] if grammar is None else [grammar]
     if phrases:
         constraints.append(BadWords(phrases))

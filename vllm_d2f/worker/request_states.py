@@ -8,6 +8,7 @@ answer does not depend on preemptions.
 Shape suffixes: S slots, W window positions, H hidden.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm_d2f.admission import MAX_END_TOKENS, end_tokens
 from vllm_d2f.blocks import NO_PROMPT_END
 from vllm_d2f.d2f import D2FParams, Window, add
-from vllm_d2f.sampling.request_sampler import RequestSampler, make_request_sampler
+from vllm_d2f.sampling.request_sampler import RequestSampler, in_order, make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
 from vllm_d2f.settings import (
     request_params,
@@ -105,6 +106,8 @@ class RequestStates:
         sampling = data.sampling_params
         assert sampling is not None and sampling.max_tokens is not None
         params = request_params(self.settings, sampling.extra_args)
+        if in_order(sampling) or self.settings.simulate_tokens_per_forward:
+            params = replace(params, sub_block_size=0)  # the order is that of the text
         prompt, prompt_len = data.prompt_token_ids or [], data.prompt_len
         # Counted from position 0, the prompt's last tokens may share a block with the answer.
         tail = prompt[prompt_len - prompt_len % params.block_size :] if self.origin_zero else ()

@@ -195,7 +195,7 @@ class D2FSampler:
         """
         states, slot_D = self.states, queries.slot_D
         window = states.window.rows(slot_D)
-        start_D, masked_DW = window.start_R.clone(), window.masked_RW
+        start_D, masked_DW = window.start_R.clone(), window.candidate_RW
         if not states.adaptive.isdisjoint(queries.slots):
             # The query may end before the window does; what is behind it waits.
             masked_DW &= window.column_W < (end_D - queries.first_D)[:, None]
