@@ -62,7 +62,7 @@ def test_the_command_line_is_stronger_than_the_checkpoint(dream):
     ("section", "message"),
     [
         ({"preset": "dream"}, "unknown preset 'dream'; known are dream-gsm8k"),
-        ({"blocks": 4}, "unknown setting 'blocks'; known are block_origin, block_size"),
+        ({"blocks": 4}, "unknown setting 'blocks'; known are accept, adaptive_window"),
         ({"tau_conf": 2}, r"tau_conf must be a number in \[0, 1\], got 2"),
         ({"block_size": 0}, "block_size must be an integer of at least 1"),
         ({"block_size": 64, "max_blocks": 4, "window": 128}, "window 128 must be between"),
