@@ -30,7 +30,10 @@ def p15_step_cost(
     from vllm_d2f.wire import STEP_SECONDS
 
     cache_config = original(self, vllm_config, *args, **kwargs)
-    if is_d2f(vllm_config.model_config):
+    if (
+        is_d2f(vllm_config.model_config)
+        and vllm_config.model_config.hf_config.d2f["adaptive_window"]
+    ):
         seconds = self.model_executor.collective_rpc(_step_seconds)[0]
         setattr(vllm_config.model_config.hf_config, STEP_SECONDS, seconds)
     return cache_config

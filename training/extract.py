@@ -60,17 +60,17 @@ SPEAKS_OF = {
 
 ADJECTIVES = [
     "Old", "Royal", "Little", "Blue", "Silver", "Golden", "Green", "Black", "White", "Red", "Happy",
-    "Lazy", "Grand", "Quiet", "Vegetarian", "Crimson", "Spicy", "Rusty", "Northern",
+    "Lazy", "Grand", "Quiet", "Crimson", "Spicy", "Rusty", "Northern",
 ]  # fmt: skip
 NOUNS = [
     "Fox", "Otter", "Anchor", "Kettle", "Lantern", "Orchard", "Barrel", "Harbour", "Garden",
-    "Spoon", "Crown", "Bell", "Oak", "Swan", "Mill", "Bridge", "Table", "Olive", "Lemon", "Tower",
+    "Spoon", "Crown", "Bell", "Oak", "Swan", "Bridge", "Table", "Olive", "Lemon", "Tower",
     "Castle", "Station", "Kitchen", "Heron", "Dragon", "Pepper", "Willow", "Compass", "Curry",
-    "Noodle", "Burger", "Weavers", "Fishmonger", "Ploughman", "Plaza",
+    "Weavers", "Fishmonger", "Ploughman",
 ]  # fmt: skip
 HOUSES = [
     "Inn", "Arms", "House", "Café", "Bistro", "Hotel", "Bar", "Grill", "Rooms", "Diner", "Cellar",
-    "Corner", "Cuisine", "Noodle Bar", "Holiday Hotel", "Tea Room", "Hall", "Street Kitchen",
+    "Corner", "Cuisine", "Tea Room", "Hall", "Street Kitchen",
 ]  # fmt: skip
 SINGLE = [
     "Marlowe", "Pescara", "Tandoor", "Sakura", "Luigi's", "Fontana", "Zephyr", "Kasbah", "Mezze",
@@ -82,7 +82,7 @@ WHOLE = [
     "Maple", "Maritime", "Milan", "Monster", "Murray", "Nelson", "Palace", "Parish", "Picasso",
     "Ranch", "Rhodes", "Richmond", "Riley", "Sandy", "Shanghai", "Shore", "Snake", "Spectrum",
     "Supreme", "Titan", "Tokyo", "Universal", "Vernon", "Hurricane", "Butterfly", "Sunflower",
-    "Thunder", "Crystal", "Diamond", "Phoenix", "Emerald", "Horizon", "Hampshire", "Portuguese",
+    "Thunder", "Crystal", "Diamond", "Emerald", "Horizon", "Hampshire", "Portuguese",
     "Sanctuary", "Beaver", "Dragonfly", "Sunshine", "Starlight", "Lighthouse", "Blackbird",
 ]  # fmt: skip
 """Many of these are one token inside a sentence and several behind a quotation mark."""

@@ -102,7 +102,7 @@ class Window:
                 negative while the window begins with the end of the prompt;
             forward_R1: forwards so far;
             lead_R1: decoded positions before the first masked one, whose tokens are emitted.
-            Six and the end tokens are settings:
+            Seven and the end tokens are settings:
             block_R1: the block size;
             max_open_R1: positions of the widest window;
             add_R1, act_R1: tau_add and tau_act as decoded positions of a block;

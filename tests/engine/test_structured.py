@@ -5,12 +5,14 @@ d2f-tiny knows arithmetic only, so what it says under a schema means nothing; bu
 validate, and end. Schemas are bounded, so that a full answer fits.
 """
 
+import itertools
 import json
 import re
 
 import jsonschema
+import numpy as np
 import pytest
-from rules import Rule, reference_frame
+from rules import Rule, reference_frames
 from vllm.exceptions import VLLMValidationError
 
 from benchmarks.parity import load_forward, preemptions, shut_down
@@ -18,6 +20,7 @@ from benchmarks.structured import SCHEMAS, cases
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.hub.names import resolve
 from vllm_d2f.metrics import denoising_forwards
+from vllm_d2f.scheduler import adaptive
 from vllm_d2f.worker.grammar import Grammars
 
 PARAMS = D2FParams(16, 4)  # as d2f-tiny is served
@@ -119,12 +122,17 @@ def test_regex_choice_grammar_and_json_object(llm, prompts):
 
 
 def as_reference(llm, prompts, requests):
-    """Compare with the reference loop, grammar and all: tokens and forwards."""
+    """Compare with the reference loop, grammar and all: tokens and forwards.
+
+    If a request has a trace with the widths of an adaptive window, the reference takes these.
+    """
     tokenizer = llm.get_tokenizer()
-    answers = ask(llm, prompts, requests)
+    outputs = llm.generate(prompts, requests, use_tqdm=False)
+    answers = [output.outputs[0] for output in outputs]
     loaded = load_forward(resolve("d2f-tiny"))
     grammars = Grammars(llm.llm_engine.vllm_config, loaded[1].mask_token_id)
-    for prompt, request, answer in zip(prompts, requests, answers, strict=True):
+    for prompt, request, output in zip(prompts, requests, outputs, strict=True):
+        answer, trace = output.outputs[0], output.kv_transfer_params
         options = dict(
             temperature=request.temperature,
             seed=request.seed,
@@ -134,7 +142,16 @@ def as_reference(llm, prompts, requests):
             repetition_penalty=request.repetition_penalty,
         )
         rule = Rule(tuple(tokenizer(prompt).input_ids), options, (), PARAMS, request.max_tokens)
-        frame = reference_frame(loaded, rule, 512, grammars.constraint(request))
+        *_, frame = reference_frames(
+            loaded,
+            rule.prompt,
+            PARAMS,
+            rule.sampling_params(),
+            max_len=512,
+            window=PARAMS.window,
+            grammar=grammars.constraint(request),
+            widths=trace and trace["d2f"]["widths"] + [PARAMS.window] * 64,
+        )
         assert list(answer.token_ids) == frame.tokens
         assert denoising_forwards(answer) == frame.forward
     return answers
@@ -163,6 +180,21 @@ def test_equal_to_the_reference(llm, prompts):
     assert len(answers[-4].token_ids) >= 12
     assert answers[-3].text in ("yes", "no")
     assert answers[-2].text == "9999"
+
+
+def test_narrow_windows_equal_the_reference(llm, prompts, monkeypatch):
+    """An adaptive window that computes one block more than it must, or not, in turn."""
+    turn = itertools.count()
+
+    def choose(gain_RJ, size_RJ, least_R, cost, others):
+        return np.minimum(least_R + next(turn) % 2, (size_RJ > 0).sum(1))
+
+    monkeypatch.setattr(adaptive, "choose", choose)
+    asked, requests = mixed(prompts)
+    for request in requests:
+        request.extra_args = {"d2f_trace": 1, "d2f_adaptive_window": 1}
+    as_reference(llm, asked, requests)
+    assert next(turn) > 20
 
 
 def test_plain_requests_beside_structured_ones_stay_as_they_are(llm, prompts):

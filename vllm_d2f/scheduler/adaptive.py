@@ -20,6 +20,7 @@ Shape suffixes: R requests, J blocks of a window, W positions of a window, S mea
 prices, F levels of how far a block is decided.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -148,7 +149,7 @@ class Windows:
         """
         length_R = np.array([len(window) for window in windows])
         block_R, tail_R = np.array(block), np.array(tail)
-        flat = np.fromiter((t for window in windows for t in window), np.int64, length_R.sum())
+        flat = np.fromiter(itertools.chain.from_iterable(windows), np.int64, length_R.sum())
         row = np.arange(len(length_R)).repeat(length_R)
         column = np.arange(len(flat)) - (length_R.cumsum() - length_R)[row] + tail_R[row]
         blocks = int((-(-(length_R + tail_R) // block_R)).max())

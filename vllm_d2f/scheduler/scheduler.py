@@ -351,6 +351,7 @@ class D2FScheduler(Scheduler):
         if not narrow:
             return []
         self._step_began = now
+        own = sum(len(window) for _, window in narrow)
         streams = [self.streams[request.request_id] for request, _ in narrow]
         widths = self.adaptive.choose(
             [request.request_id for request, _ in narrow],
@@ -361,7 +362,7 @@ class D2FScheduler(Scheduler):
             ],
             [stream.block_size for stream in streams],
             [stream.tail for stream in streams],
-            others=0,
+            sum(len(request.spec_token_ids) for request in self.running) - own,
         )
         for (request, window), width in zip(narrow, widths, strict=True):
             request.spec_token_ids = window[:width]

@@ -172,7 +172,7 @@ class D2FModelState(ModelState):
         """Measure what a step costs by its positions (called by p15)."""
         from vllm_d2f.worker.step_cost import measured
 
-        return measured(self.vllm_config, *args) if self.settings.adaptive_window else {}
+        return measured(self.vllm_config, *args)
 
     # Outputs
 

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.version import __version__ as vllm_version
 
 from vllm_d2f.hub.cache import root
-from vllm_d2f.worker.warmup import PROMPT, DummyRequest, admit, go_on
+from vllm_d2f.worker.warmup import PROMPT, DummyRequest, admit, go_on, let_go
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,9 +125,7 @@ def _run(
         took = time.perf_counter() - began
         if step:  # the first one may compile
             seconds[positions] = min(took, seconds.get(positions, took))
-    output = SchedulerOutput.make_empty()
-    output.finished_req_ids = {one.req_id for one in requests}
-    execute_model(output)
+    let_go(runner, execute_model, requests)
 
 
 def _requests(runner: Any, count: int) -> list[DummyRequest]:

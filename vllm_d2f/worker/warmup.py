@@ -68,13 +68,21 @@ def warm_up(
         if output.total_num_scheduled_tokens:
             execute_model(output)
             sample_tokens(None)
+    let_go(runner, execute_model, requests)
+    if runner.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def let_go(
+    runner: Any, execute_model: Callable[[SchedulerOutput], Any], requests: list[DummyRequest]
+) -> None:
+    """Finish the requests, and clear what they left where padding is written (the null page)."""
     output = SchedulerOutput.make_empty()
     output.finished_req_ids = {one.req_id for one in requests if one.admitted}
     execute_model(output)
+    zeroer = getattr(runner, "kv_block_zeroer", None)
     if zeroer is not None:
-        zeroer.zero_block_ids([0])  # the null page, where padding is written
-    if runner.device.type != "cpu":
-        torch.accelerator.synchronize()
+        zeroer.zero_block_ids([0])
 
 
 def _requests(runner: Any, length: int) -> list[DummyRequest]:
