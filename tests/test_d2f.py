@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_d2f import strategies
-from vllm_d2f.d2f import D2FParams, Window, activated, add, block_of, may_attend, step
+from vllm_d2f.d2f import Beginning, D2FParams, Window, activated, add, block_of, may_attend, step
 from vllm_d2f.sampling.sample import sample_greedy
 from vllm_d2f.strategies import ACCEPT
 
@@ -157,15 +157,7 @@ def test_equals_the_plain_transcription(requests, seed):
     plain = []
     for row, (params, max_tokens, limit, ends, tail) in enumerate(requests):
         tail = tail[: params.block_size - 1]
-        window.start(
-            row,
-            params,
-            max_tokens=max_tokens,
-            limit=limit,
-            ends=sorted(ends),
-            mask_id=MASK,
-            tail=tail,
-        )
+        window.start([row], [Beginning(params, max_tokens, limit, sorted(ends), tail)], MASK)
         plain.append(Plain(params, max_tokens, limit, ends, tail))
     outputs: list[list[int]] = [[] for _ in requests]
     done = [False] * len(requests)
@@ -216,7 +208,7 @@ def test_invariants_of_one_request(request_, seed):
     params, max_tokens, limit, ends, _ = request_
     generator = torch.Generator().manual_seed(seed)
     window = Window.empty(1, 28, 2, MASK)
-    window.start(0, params, max_tokens=max_tokens, limit=limit, ends=sorted(ends), mask_id=MASK)
+    window.start([0], [Beginning(params, max_tokens, limit, sorted(ends))], MASK)
     blocks = math.ceil(max_tokens / params.block_size)
     decided: dict[int, int] = {}
     start = 0
@@ -268,7 +260,7 @@ def test_block_causal_prompt_rule():
 def test_semi_activated_blocks_wait_below_the_threshold():
     window = Window.empty(1, 8, 1, MASK)
     params = D2FParams(4, 2, tau_add=0.25, tau_act=1.0, tau_conf=0.9)
-    window.start(0, params, max_tokens=8, limit=99, ends=[], mask_id=MASK)
+    window.start([0], [Beginning(params, 8, 99, [])], MASK)
     token = torch.ones(1, 8, dtype=torch.int64)
     add(window)
     step(window, token, torch.full((1, 8), 0.5), MASK)
@@ -285,7 +277,7 @@ def decoded(params, confidences, *, active=True):
     """Which positions of a block one step decodes; it is not active behind an empty block."""
     size = len(confidences)
     window = Window.empty(1, 2 * size, 1, MASK)
-    window.start(0, params, max_tokens=2 * size, limit=99, ends=[], mask_id=MASK)
+    window.start([0], [Beginning(params, 2 * size, 99, [])], MASK)
     window.open_R[:] = 2 * size
     begin = 0 if active else size
     confidence = torch.full((1, 2 * size), -1.0)
@@ -385,7 +377,7 @@ def test_only_the_rules_of_the_rows_are_computed(monkeypatch):
         window.rules = frozenset()
         for row, rule in enumerate(rules):
             params = D2FParams(4, 1, accept=rule)
-            window.start(row, params, max_tokens=4, limit=4, ends=[], mask_id=MASK)
+            window.start([row], [Beginning(params, 4, 4, [])], MASK)
         computed.clear()
         add(window)
         step(window.rows(torch.arange(3)), torch.ones(3, 4, dtype=torch.int64), half, MASK)

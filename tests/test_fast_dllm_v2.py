@@ -5,7 +5,7 @@ import pytest
 import torch
 from published_runs import DATA, END, published_runs
 
-from vllm_d2f.d2f import D2FParams, Window, add, step
+from vllm_d2f.d2f import Beginning, D2FParams, Window, add, step
 from vllm_d2f.models.hf import load_hf
 from vllm_d2f.reference import decode, generate, hf_forward
 
@@ -35,7 +35,7 @@ def test_runs_of_the_authors_code(model):
 def test_sure_positions_wait_for_their_sub_block():
     """Whatever the confidences: the first position alone, then one sub-block after the other."""
     window = Window.empty(1, 16, 1, MASK)
-    window.start(0, PARAMS, max_tokens=16, limit=99, ends=[], mask_id=MASK)
+    window.start([0], [Beginning(PARAMS, 16, 99, [])], MASK)
     token, decoded = torch.ones(1, 16, dtype=torch.int64), []
     sure = torch.ones(1, 16)
     sure[0, ::8] = 0.01  # a block's first token is taken whatever its probability
@@ -52,7 +52,7 @@ def test_rows_with_and_without_sub_blocks_stand_beside_each_other():
     window = Window.empty(2, 8, 1, MASK)
     for row, sub in enumerate((0, 4)):
         params = D2FParams(8, 1, sub_block_size=sub)
-        window.start(row, params, max_tokens=8, limit=99, ends=[], mask_id=MASK)
+        window.start([row], [Beginning(params, 8, 99, [])], MASK)
     add(window)
     assert window.candidate_RW.sum(1).tolist() == [8, 1]
     window.decoded_RW[:, 0] = True

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_d2f.d2f import D2FParams, Window, add, may_attend, step
+from vllm_d2f.d2f import Beginning, D2FParams, Window, add, may_attend, step
 from vllm_d2f.reference import Forward
 from vllm_d2f.sampling.sample import sample_greedy
 
@@ -66,14 +66,8 @@ def generate(
         others: as for `reference.decode`.
     """
     window = Window.empty(1, params.window, max(len(ends), 1), mask_id)
-    window.start(
-        0,
-        params,
-        max_tokens=max_tokens,
-        limit=max_tokens + params.block_size,
-        ends=() if run_on else ends,
-        mask_id=mask_id,
-    )
+    limit = max_tokens + params.block_size
+    window.start([0], [Beginning(params, max_tokens, limit, () if run_on else ends)], mask_id)
     before = list(prompt)  # the window: the prompt and all committed tokens
     scores: list[list[float]] = []
     winners: list[int] = []

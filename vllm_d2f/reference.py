@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_d2f.d2f import D2FParams, Window, activated, add, may_attend, step
+from vllm_d2f.d2f import Beginning, D2FParams, Window, activated, add, may_attend, step
 from vllm_d2f.sampling.request_sampler import RequestSampler
 from vllm_d2f.sampling.sample import Sampling, sample_drawn, sample_greedy
 
@@ -137,15 +137,14 @@ def decode(
     tail = len(prompt) % params.block_size if block_origin == "zero" else 0
     limit = max_len - len(prompt) if max_len is not None else max_tokens + params.block_size
     window = Window.empty(1, params.window, max(len(ends), 1), mask_id)
-    window.start(
-        0,
+    first = Beginning(
         params,
         max_tokens=max_tokens,
         limit=limit,
         ends=() if run_on else ends,
-        mask_id=mask_id,
         tail=prompt[len(prompt) - tail :],
     )
+    window.start([0], [first], mask_id)
     before = prompt[: len(prompt) - tail]  # the window: the prompt and all committed tokens
     origin = 0 if block_origin == "zero" else len(prompt)
     if block_origin == "zero":

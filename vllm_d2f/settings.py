@@ -212,7 +212,8 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
         options[name]: value if name == "d2f_accept" else _number(name, value)
         for name, value in given.items()
     }
-    chosen = _override(asdict(settings.params) | preset, own, "d2f_")
+    served = {name: getattr(settings.params, name) for name in _PARAM_NAMES}
+    chosen = _override(served | preset, own, "d2f_")
     block_size, max_blocks = chosen["block_size"], chosen["max_blocks"]
     for name, value in (("d2f_block_size", block_size), ("d2f_max_blocks", max_blocks)):
         if isinstance(value, float) or not 1 <= value <= window:

@@ -73,6 +73,50 @@ class D2FParams:
         return entropy.least_confidence(self.tau_conf) if nats else self.tau_conf
 
 
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """A request that begins.
+
+    Where blocks begin at multiples of the block size from position 0, the last tokens of the prompt
+    may share a block with the answer. The window then begins with them, as positions that are
+    decoded and emitted from the start.
+
+    Attributes:
+        params: how it is decoded.
+        max_tokens: positions the request wants.
+        limit: positions the model can still hold; a last block that does not fit is cut short.
+        ends: end tokens, at most E of them.
+        tail: tokens of the prompt that share a block with the answer, fewer than a block.
+    """
+
+    params: D2FParams
+    max_tokens: int
+    limit: int
+    ends: Sequence[int]
+    tail: Sequence[int] = ()
+
+    def counters(self, width: int, room: int) -> list[int]:
+        """The request's row of `Window.counters`.
+
+        Args:
+            width: W.
+            room: E.
+
+        Raises:
+            ValueError: more end tokens than E.
+        """
+        if len(self.ends) > room:
+            raise ValueError(f"{len(self.ends)} end tokens, there is room for {room}")
+        params, size, tail = self.params, self.params.block_size, len(self.tail)
+        goal, limit = tail + self.max_tokens, tail + self.limit
+        whole_blocks = -(-goal // size) * size
+        values = [0, min(whole_blocks, limit), min(goal, limit), -tail, 0, tail]
+        values += [size, min(params.window, width)]
+        values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
+        values += [min(params.min_per_step, size), NUMBER[params.accept], params.sub_block_size]
+        return [*values, *self.ends, *[-1] * (room - len(self.ends))]
+
+
 def _column(index: int) -> property:
     return property(lambda self: self.counters[:, index : index + 1])
 
@@ -186,56 +230,33 @@ class Window:
             column_W=torch.arange(width, device=device),
         )
 
-    def start(
-        self,
-        row: int,
-        params: D2FParams,
-        *,
-        max_tokens: int,
-        limit: int,
-        ends: Sequence[int],
-        mask_id: int,
-        tail: Sequence[int] = (),
-    ) -> None:
-        """Begin a request in a row, whatever was there before.
-
-        Where blocks begin at multiples of the block size from position 0, the last tokens of the
-        prompt may share a block with the answer. The window then begins with them, as positions
-        that are decoded and emitted from the start.
-
-        Args:
-            max_tokens: positions the request wants.
-            limit: positions the model can still hold; a last block that does not fit is cut short.
-            ends: end tokens, at most E of them.
-            tail: tokens of the prompt that share a block with the answer, fewer than a block.
+    def start(self, rows: Sequence[int], beginnings: Sequence["Beginning"], mask_id: int) -> None:
+        """Begin a request in each of these rows, whatever was there before.
 
         Raises:
             ValueError: more end tokens than E.
         """
-        width, room = len(self.column_W), self.counters.shape[1] - _SETTINGS_END
-        if len(ends) > room:
-            raise ValueError(f"{len(ends)} end tokens, there is room for {room}")
-        size = params.block_size
-        goal, limit = len(tail) + max_tokens, len(tail) + limit
-        whole_blocks = -(-goal // size) * size
-        values = [0, min(whole_blocks, limit), min(goal, limit), -len(tail), 0, len(tail)]
-        values += [size, min(params.window, width)]
-        values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
-        values += [min(params.min_per_step, size), NUMBER[params.accept], params.sub_block_size]
-        values += [*ends, *[-1] * (room - len(ends))]
-        _copy_in(self.counters[row], torch.tensor(values))
-        # Assigning a number to an element would wait for the device; filling does not.
-        self.tokens_RW[row].fill_(mask_id)
-        self.decoded_RW[row].fill_(False)
-        if tail:
-            _copy_in(self.tokens_RW[row, : len(tail)], torch.tensor(tail))
-            self.decoded_RW[row, : len(tail)].fill_(True)
-        self.block_RW[row] = torch.div(self.column_W, size, rounding_mode="floor") * size
-        self.previous_RW[row] = (self.block_RW[row] - size).clamp(min=0)
-        self.tau_R1[row].fill_(params.tau)
-        self.num_ends = max(self.num_ends, len(ends))
-        self.rules |= {params.accept}
-        self.sub_blocks |= params.sub_block_size > 0
+        device, width = self.counters.device, len(self.column_W)
+        room = self.counters.shape[1] - _SETTINGS_END
+        index_R = _to(device, torch.tensor(rows))
+        counters = _to(device, torch.tensor([one.counters(width, room) for one in beginnings]))
+        tau_R1 = _to(device, torch.tensor([[one.params.tau] for one in beginnings]))
+        self.counters.index_copy_(0, index_R, counters)
+        self.tau_R1.index_copy_(0, index_R, tau_R1)
+        self.tokens_RW.index_fill_(0, index_R, mask_id)
+        self.decoded_RW.index_fill_(0, index_R, False)
+        for row, one in zip(rows, beginnings, strict=True):
+            if one.tail:
+                tail = _to(device, torch.tensor(one.tail))
+                self.tokens_RW[row, : len(tail)].copy_(tail)
+                self.decoded_RW[row, : len(tail)].fill_(True)
+        size_R1 = counters[:, 6:7]
+        block_RW = torch.div(self.column_W, size_R1, rounding_mode="floor") * size_R1
+        self.block_RW.index_copy_(0, index_R, block_RW)
+        self.previous_RW.index_copy_(0, index_R, (block_RW - size_R1).clamp(min=0))
+        self.num_ends = max(self.num_ends, *(len(one.ends) for one in beginnings))
+        self.rules |= {one.params.accept for one in beginnings}
+        self.sub_blocks |= any(one.params.sub_block_size > 0 for one in beginnings)
 
     def rows(self, index_R: Tensor) -> "Window":
         """A copy of the given rows."""
@@ -267,11 +288,11 @@ class Window:
 _STATE_END, _SETTINGS_END = 6, 13
 
 
-def _copy_in(row: Tensor, values: Tensor) -> None:
-    """Write host values to a row without waiting for the device."""
-    if row.is_cuda:
+def _to(device: torch.device, values: Tensor) -> Tensor:
+    """Copy host values to a device without waiting for it."""
+    if device.type == "cuda":
         values = values.pin_memory()  # PyTorch reuses the memory only once the copy is done
-    row.copy_(values, non_blocking=True)
+    return values.to(device, non_blocking=True)
 
 
 def _fewest(fraction: float, size: int) -> int:

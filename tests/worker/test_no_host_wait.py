@@ -84,6 +84,7 @@ class Run:
         self.states.finish(str(slot))
         self.states.add(slot, data)
         self.sampler.add_request(slot, None)
+        self.states.apply_staged_writes()
         self.sampler.apply_staged_writes()
 
     def step(self, batch, hidden_TH):

@@ -54,6 +54,14 @@ class Sampling:
             seed_R=full(0, torch.int64),
         )
 
+    def put(self, index_N: Tensor, rows: "Sampling") -> None:
+        """Write the given rows."""
+        self.temperature_R.index_copy_(0, index_N, rows.temperature_R)
+        self.top_k_R.index_copy_(0, index_N, rows.top_k_R)
+        self.top_p_R.index_copy_(0, index_N, rows.top_p_R)
+        self.min_p_R.index_copy_(0, index_N, rows.min_p_R)
+        self.seed_R.index_copy_(0, index_N, rows.seed_R)
+
     def rows(self, index_N: Tensor) -> "Sampling":
         """Copy the given rows, which may repeat."""
         return Sampling(
@@ -62,6 +70,17 @@ class Sampling:
             self.top_p_R[index_N],
             self.min_p_R[index_N],
             self.seed_R[index_N],
+        )
+
+    def row(self, index: int) -> "Sampling":
+        """View one row."""
+        one = slice(index, index + 1)
+        return Sampling(
+            self.temperature_R[one],
+            self.top_k_R[one],
+            self.top_p_R[one],
+            self.min_p_R[one],
+            self.seed_R[one],
         )
 
     def without_top_k_and_top_p(self) -> "Sampling":

@@ -58,6 +58,9 @@ class D2FModelState(ModelState):
             self.kv_zeroing.start(req_index)
         self.states.add(req_index, new_req_data)
 
+    def apply_staged_writes(self) -> None:
+        self.states.apply_staged_writes()
+
     def remove_request(self, req_id: str) -> None:
         """vLLM calls this for preempted requests, and for finished ones after `forget_requests`."""
         self.states.preempt(req_id)

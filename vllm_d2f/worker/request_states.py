@@ -8,17 +8,18 @@ answer does not depend on preemptions.
 Shape suffixes: S slots, W window positions, H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
-from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_d2f.admission import MAX_END_TOKENS, end_tokens
 from vllm_d2f.blocks import NO_PROMPT_END
-from vllm_d2f.d2f import D2FParams, Window, add
+from vllm_d2f.d2f import Beginning, D2FParams, Window, add
 from vllm_d2f.sampling.request_sampler import RequestSampler, in_order, make_request_sampler
 from vllm_d2f.sampling.sample import Sampling
 from vllm_d2f.settings import (
@@ -40,8 +41,21 @@ class Preempted(NamedTuple):
     sampler: RequestSampler | None
 
 
+class Staged(NamedTuple):
+    """A request that has taken a slot, and whose tensors are not written yet."""
+
+    slot: int
+    data: NewRequestData
+    beginning: Beginning
+    seed: int
+    preempted: Preempted | None
+
+
 class RequestStates:
     """Tensors by slot on the device, and sets of slots on the host.
+
+    As in vLLM's own states, `add` only takes note of a request, and `apply_staged_writes` writes
+    the tensors of all requests that have come since, together.
 
     Attributes:
         window: the windows.
@@ -61,6 +75,7 @@ class RequestStates:
             `D2FSampler.apply_staged_writes`.
         slots: the slot of each request id.
         preempted: what was put aside, by request id.
+        staged: requests whose tensors are not written yet.
     """
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device) -> None:
@@ -100,6 +115,7 @@ class RequestStates:
         self.resumed: set[int] = set()
         self.slots: dict[str, int] = {}
         self.preempted: dict[str, Preempted] = {}
+        self.staged: list[Staged] = []
 
     def add(self, slot: int, data: NewRequestData) -> None:
         """Let a request take a slot, with a new window or the one that was put aside."""
@@ -115,34 +131,52 @@ class RequestStates:
         self.prompt_len_S[slot] = prompt_len
         self.origin_S[slot] = 0 if self.origin_zero else prompt_len
         self.block_size_S[slot] = params.block_size
-        self._set_sampling(slot, sampling)
+        if sampling.temperature > 0:
+            self.drawing.add(slot)
+            if sampling.top_k > 0 or sampling.top_p < 1:
+                self.truncating.add(slot)
         if wants_trace(sampling.extra_args):
             self.traced.add(slot)
         if wants_adaptive_window(self.settings, sampling.extra_args):
             self.adaptive.add(slot)
-        self.window.start(
-            slot,
+        beginning = Beginning(
             params,
             max_tokens=sampling.max_tokens,
             limit=self.model_config.max_model_len - prompt_len,
             ends=end_tokens(sampling),
-            mask_id=self.mask_id,
             tail=tail,
         )
-        self._set_rule(slot, params.accept)
-        row = self.row(slot)
+        # A request without a seed takes the engine's next one, which is the same on every rank.
+        seed = int(torch.randint(1 << 62, ())) if sampling.seed is None else sampling.seed
         preempted = self.preempted.pop(data.req_id, None)
-        if preempted is None:
-            window, sampler = self.window.rows(row), self._make_sampler(slot, data, params)
-            add(window)
-        else:
-            window, sampler = preempted
+        if preempted is not None:
             self.resumed.add(slot)
-        self.window.put(row, window)
-        if sampler is not None:
-            self.samplers[slot] = sampler
-            self.drawing.discard(slot)
-            self.truncating.discard(slot)
+        self.staged.append(Staged(slot, data, beginning, seed, preempted))
+
+    def apply_staged_writes(self) -> None:
+        """Write the tensors of all requests that were added since the last call."""
+        if not self.staged:
+            return
+        staged, self.staged = self.staged, []
+        slots = [one.slot for one in staged]
+        index_R = async_tensor_h2d(slots, device=self.device, dtype=torch.int64)
+        self.window.start(slots, [one.beginning for one in staged], self.mask_id)
+        sampling = self._sampling(staged)
+        self.sampling.put(index_R, sampling)
+        window = self.window.rows(index_R)
+        add(window)
+        self.window.put(index_R, window)
+        for r, (slot, data, beginning, _, preempted) in enumerate(staged):
+            self._set_rule(slot, beginning.params.accept)
+            if preempted is None:
+                sampler = self._make_sampler(data, beginning.params, sampling.row(r))
+            else:
+                sampler = preempted.sampler
+                self.window.put(self.row(slot), preempted.window)
+            if sampler is not None:
+                self.samplers[slot] = sampler
+                self.drawing.discard(slot)
+                self.truncating.discard(slot)
 
     def preempt(self, req_id: str) -> None:
         """Put a request aside, unless it has finished before."""
@@ -163,22 +197,19 @@ class RequestStates:
         """Index one slot, with a tensor that is filled on the device: a copy would wait for it."""
         return torch.full((1,), slot, dtype=torch.int64, device=self.device)
 
-    def _set_sampling(self, slot: int, params: SamplingParams) -> None:
-        if params.temperature > 0:
-            self.drawing.add(slot)
-            if params.top_k > 0 or params.top_p < 1:
-                self.truncating.add(slot)
-        # Assigning a number to an element would wait for the device; filling does not.
-        self.sampling.temperature_R[slot].fill_(params.temperature)
-        self.sampling.top_k_R[slot].fill_(max(params.top_k, 0))
-        self.sampling.top_p_R[slot].fill_(params.top_p)
-        self.sampling.min_p_R[slot].fill_(params.min_p)
-        # A request without a seed takes the engine's next one, which is the same on every rank.
-        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
-        self.sampling.seed_R[slot].fill_(seed)
+    def _sampling(self, staged: Sequence[Staged]) -> Sampling:
+        """How the requests are sampled, on the device."""
+        params = [(one.data.sampling_params, one.seed) for one in staged]
+        floats = [(p.temperature, p.top_p, p.min_p) for p, _ in params if p is not None]
+        integers = [(max(p.top_k, 0), seed) for p, seed in params if p is not None]
+        temperature_R, top_p_R, min_p_R = async_tensor_h2d(
+            torch.tensor(floats, dtype=torch.float32).T, device=self.device
+        )
+        top_k_R, seed_R = async_tensor_h2d(torch.tensor(integers).T, device=self.device)
+        return Sampling(temperature_R, top_k_R, top_p_R, min_p_R, seed_R)
 
     def _make_sampler(
-        self, slot: int, data: NewRequestData, params: D2FParams
+        self, data: NewRequestData, params: D2FParams, one: Sampling
     ) -> RequestSampler | None:
         sampling = data.sampling_params
         assert sampling is not None
@@ -186,7 +217,7 @@ class RequestStates:
         return make_request_sampler(
             sampling,
             prompt=data.prompt_token_ids or (),
-            sampling=self.sampling.rows(self.row(slot)),
+            sampling=one,
             ends=end_tokens(sampling),
             d2f=params,
             mask_id=self.mask_id,

@@ -75,24 +75,30 @@ class D2FSampler:
         )
         # With this variable vLLM ends the engine where it finds a number in place of the counters.
         self.raise_on_nans = envs.VLLM_RAISE_ON_LOGIT_NANS
+        self.added: list[int] = []  # slots of requests whose first query is not published yet
         # Positions by which the next query begins before its window; 0 with synchronous scheduling.
         self.lag_S = torch.zeros(states.max_num_reqs, dtype=torch.int64, device=states.device)
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
-        """Publish the first query. `RequestStates.add` has made the window."""
-        row = self.states.row(req_index)
-        window = self.states.window.rows(row)
-        self.lag_S[req_index].fill_(0)
-        if self.states.async_scheduling:
-            self.req_states.draft_tokens[req_index].fill_(self.states.mask_id)  # vLLM wrote zeros
-        self._publish(row, window, window.tokens_RW, window.start_R)
+        """Take note of a request that `RequestStates.add` has let in."""
+        self.added.append(req_index)
         self.proposals.add_request(req_index)
 
     def apply_staged_writes(self) -> None:
-        """Give vLLM the emitted tokens of requests that come back from a preemption.
+        """Publish the first queries, and give vLLM the emitted tokens of resumed requests.
 
-        vLLM knows the committed ones; those that were emitted ahead of them are in the window.
+        Of a request that comes back from a preemption vLLM knows the committed tokens; those that
+        were emitted ahead of them are in the window.
         """
+        if self.added:
+            added_R = async_tensor_h2d(self.added, device=self.states.device, dtype=torch.int64)
+            self.added = []
+            first = self.states.window.rows(added_R)
+            self.lag_S.index_fill_(0, added_R, 0)
+            if self.states.async_scheduling:
+                # vLLM wrote zeros.
+                self.req_states.draft_tokens.index_fill_(0, added_R, self.states.mask_id)
+            self._publish(added_R, first, first.tokens_RW, first.start_R)
         window, req_states = self.states.window, self.req_states
         for slot in self.states.resumed:
             known_L = req_states.all_token_ids.gpu[slot]
