@@ -348,11 +348,11 @@ class D2FScheduler(Scheduler):
             for request in self.running
             if request.spec_token_ids and self.streams[request.request_id].adaptive
         ]
-        if not narrow:
-            return []
+        streams = [self.streams[request.request_id] for request, _ in narrow]
+        if not any(stream.waiting_blocks > 0 for stream in streams):
+            return []  # nothing to choose
         self._step_began = now
         own = sum(len(window) for _, window in narrow)
-        streams = [self.streams[request.request_id] for request, _ in narrow]
         widths = self.adaptive.choose(
             [request.request_id for request, _ in narrow],
             [window for _, window in narrow],

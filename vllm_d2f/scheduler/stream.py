@@ -55,6 +55,12 @@ class Stream:
         """Blocks in the window, of which the last one may be cut short."""
         return -(-self.open // self.block_size)
 
+    @property
+    def waiting_blocks(self) -> int:
+        """Open blocks behind that of the first masked position."""
+        first_masked = self.tail + len(self.uncommitted)
+        return self.open_blocks - 1 - first_masked // self.block_size
+
     def commit(self) -> int:
         """Account for a forward before its tokens are added. Return the positions it committed."""
         whole = self._whole_blocks()
