@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adaptive window: whatever it chose, the reference says the same with the same widths."""
 
+import itertools
 import random
 
 import numpy as np
@@ -135,6 +136,48 @@ def test_its_own_choice_equals_the_reference(llm, model):
     asked = rules()[::4]
     for _ in range(2):
         check(model, asked, answers(llm, asked))
+
+
+def test_streams_forward_by_forward_what_the_reference_decodes(llm, model, monkeypatch):
+    """After each forward a request has emitted what the reference has decoded without a gap."""
+    monkeypatch.setattr(adaptive, "choose", at_random(3))
+    asked = [rule for rule in rules() if not rule.options][::2]
+    for index, rule in enumerate(asked):
+        params = rule.sampling_params()
+        params.extra_args["d2f_trace"] = 1
+        llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(rule.prompt)}, params)
+    requests = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    seen, last = {index: [] for index in range(len(asked))}, {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            index, tokens = int(output.request_id), list(output.outputs[0].token_ids)
+            if output.finished:
+                last[index] = output
+                continue
+            request = next(r for i, r in requests.items() if i.split("-")[0] == output.request_id)
+            seen[index].append((sum(request.spec_decode_metrics.histogram), tokens))
+    loaded, parts = load_forward(model), 0
+    for index, rule in enumerate(asked):
+        frames = list(
+            reference_frames(
+                loaded,
+                rule.prompt,
+                rule.params,
+                rule.sampling_params(),
+                max_len=MAX_LEN,
+                window=rule.params.window,
+                widths=request_trace(last[index]).widths + [WINDOW] * 64,
+            )
+        )
+        if min(frame.margin for frame in frames) < 2e-5:
+            continue  # rounding may decide
+        assert list(last[index].outputs[0].token_ids) == frames[-1].tokens
+        for forwards, tokens in seen[index]:
+            frame = frames[forwards - 1]
+            gapless = list(itertools.takewhile(bool, map(int, frame.decided)))
+            assert tokens == frame.tokens[: len(gapless)]
+            parts += 1
+    assert parts > len(asked)
 
 
 def test_a_request_may_switch_it_off(llm, model):
