@@ -48,14 +48,17 @@ def test_every_kind_of_step_and_nothing_is_left(dream, ahead):
     runner = worker.model_runner
     states = runner.model_state.states
     seen = set()
-    sampler_add = runner.sampler.add_request
-    runner.sampler.add_request = lambda slot, params: (
-        seen.add((slot in states.drawing, slot in states.truncating, slot in states.samplers)),
-        sampler_add(slot, params),
+    write = runner.sampler.apply_staged_writes
+    runner.sampler.apply_staged_writes = lambda: (
+        seen.update(
+            (slot in states.drawing, slot in states.truncating, slot in states.samplers)
+            for slot in states.slots.values()
+        ),
+        write(),
     )
     execute, steps = watched(worker)
     gpu_worker.warmup_kernels(runner, execute, worker.sample_tokens)  # p13 calls `state.warm_up`
-    del runner.sampler.add_request
+    del runner.sampler.apply_staged_writes
     assert len(steps) == STEPS
     assert steps[0] == (1, 0, 0) and steps[1] == (0, len(KINDS) - 2, 1)
     assert steps[2] == (0, 1, len(KINDS) - 1) and steps[3] == (0, 0, len(KINDS))
