@@ -273,6 +273,17 @@ def test_semi_activated_blocks_wait_below_the_threshold():
     assert window.decoded_RW[0].tolist() == [True, False, True, False, True, False, False, True]
 
 
+def test_a_step_changes_the_window_in_place():
+    window = Window.empty(1, 4, 1, MASK)
+    window.start([0], [Beginning(D2FParams(4, 1), 4, 4, [])], MASK)
+    tokens_RW, decoded_RW, counters = window.tokens_RW, window.decoded_RW, window.counters
+    add(window)
+    step(window, torch.ones(1, 4, dtype=torch.int64), torch.tensor([[0.95, 0.1, 0.1, 0.1]]), MASK)
+    assert tokens_RW is window.tokens_RW and tokens_RW[0].tolist() == [1, MASK, MASK, MASK]
+    assert decoded_RW is window.decoded_RW and decoded_RW[0].tolist() == [True, *[False] * 3]
+    assert counters is window.counters
+
+
 def decoded(params, confidences, *, active=True):
     """Which positions of a block one step decodes; it is not active behind an empty block."""
     size = len(confidences)

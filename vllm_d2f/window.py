@@ -238,16 +238,18 @@ class Window:
         """
         device, width = self.counters.device, len(self.column_W)
         room = self.counters.shape[1] - _SETTINGS_END
-        index_R = _to(device, torch.tensor(rows))
-        counters = _to(device, torch.tensor([one.counters(width, room) for one in beginnings]))
-        tau_R1 = _to(device, torch.tensor([[one.params.tau] for one in beginnings]))
+        index_R = to_device(torch.tensor(rows), device)
+        counters = to_device(
+            torch.tensor([one.counters(width, room) for one in beginnings]), device
+        )
+        tau_R1 = to_device(torch.tensor([[one.params.tau] for one in beginnings]), device)
         self.counters.index_copy_(0, index_R, counters)
         self.tau_R1.index_copy_(0, index_R, tau_R1)
         self.tokens_RW.index_fill_(0, index_R, mask_id)
         self.decoded_RW.index_fill_(0, index_R, False)
         for row, one in zip(rows, beginnings, strict=True):
             if one.tail:
-                tail = _to(device, torch.tensor(one.tail))
+                tail = to_device(torch.tensor(one.tail), device)
                 self.tokens_RW[row, : len(tail)].copy_(tail)
                 self.decoded_RW[row, : len(tail)].fill_(True)
         size_R1 = counters[:, 6:7]
@@ -288,11 +290,16 @@ class Window:
 _STATE_END, _SETTINGS_END = 6, 13
 
 
-def _to(device: torch.device, values: Tensor) -> Tensor:
-    """Copy host values to a device without waiting for it."""
-    if device.type == "cuda":
-        values = values.pin_memory()  # PyTorch reuses the memory only once the copy is done
-    return values.to(device, non_blocking=True)
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a host tensor to a device without waiting for the copy.
+
+    The driver waits if the source may be paged out, so a CUDA device gets it from pinned memory,
+    which PyTorch keeps until the copy is done. (vLLM's `async_tensor_h2d` does the same; this
+    package must not import vLLM.)
+    """
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _fewest(fraction: float, size: int) -> int:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_d2f.d2f import D2FParams, Window, activated, add, step
+from vllm_d2f.d2f import Beginning, D2FParams, Window, activated, add, step
 from vllm_d2f.sampling.constraints import NOT_YET, BadWords, InOrderDecoder
 from vllm_d2f.sampling.sample import sample_greedy
 
@@ -117,9 +117,8 @@ def test_step_decodes_what_the_decoder_accepted(seed):
     params = D2FParams(
         pick(1, 3, 4, 8), pick(1, 2, 3), pick(0, 0.1, 1), pick(0, 0.5, 1), pick(0, 0.6, 0.9, 1)
     )
-    settings = dict(max_tokens=pick(5, 13, 40), limit=pick(17, 80), ends=ends, mask_id=MASK)
     window = Window.empty(1, width, 1, MASK)
-    window.start(0, params, **settings)
+    window.start([0], [Beginning(params, pick(5, 13, 40), pick(17, 80), ends)], MASK)
     add(window)
     seen = Recorder()
     order = InOrderDecoder([seen], float(window.tau_R1), ends)

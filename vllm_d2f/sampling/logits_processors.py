@@ -17,17 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a host tensor to a device without waiting for the copy.
-
-    The driver waits if the source may be paged out, so a CUDA device gets it from pinned memory,
-    which PyTorch keeps until the copy is done. (vLLM's `async_tensor_h2d` does the same; this
-    package must not import vLLM.)
-    """
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+from vllm_d2f.window import to_device
 
 
 @dataclass(frozen=True, slots=True)

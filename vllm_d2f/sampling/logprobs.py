@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_d2f.sampling.logits_processors import to_device
+from vllm_d2f.window import to_device
 
 MODES = ("raw_logprobs", "raw_logits")
 
