@@ -242,7 +242,7 @@ class Window:
         counters = to_device(
             torch.tensor([one.counters(width, room) for one in beginnings]), device
         )
-        tau_R1 = to_device(torch.tensor([[one.params.tau] for one in beginnings]), device)
+        tau_R1 = to_device(torch.tensor([[float(one.params.tau)] for one in beginnings]), device)
         self.counters.index_copy_(0, index_R, counters)
         self.tau_R1.index_copy_(0, index_R, tau_R1)
         self.tokens_RW.index_fill_(0, index_R, mask_id)

@@ -11,7 +11,7 @@ from benchmarks.harness import shapes, timing
 from benchmarks.harness.engine import BLOCK, LASTING_WINDOWS
 from benchmarks.harness.record import Skip
 from benchmarks.steps import LASTING, Span, warm_up
-from vllm_d2f.d2f import D2FParams, Window, add, step
+from vllm_d2f.d2f import Beginning, D2FParams, Window, add, step
 from vllm_d2f.sampling.sample import simulated_confidence
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_windows_of_measured_steps_fill_and_last(blocks):
     params = D2FParams(block_size=BLOCK, max_blocks=blocks, tau_conf=0.9, **extra)
     window = Window.empty(1, params.window, 1, 0, CPU)
     answer = params.window + LASTING
-    window.start(0, params, max_tokens=answer, limit=4000, ends=(), mask_id=0)
+    window.start([0], [Beginning(params, answer, 4000, ())], 0)
     add(window)
     open_, decided = [], []
     while int(window.open_R) and len(open_) <= 2 * answer:
