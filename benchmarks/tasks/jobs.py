@@ -102,10 +102,13 @@ def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[It
         ) from None
     if len(rows) < count:
         raise UsageError(f"--data {data}: {len(rows)} records, {count} are needed")
-    return [Item(_asked(tokenizer, prompt), float("nan"), right) for prompt, right in rows]
+    return [Item(asked(tokenizer, prompt), float("nan"), right) for prompt, right in rows]
 
 
-def _asked(tokenizer: Any, prompt: str) -> str:
+def asked(tokenizer: Any, prompt: str) -> str:
+    """A prompt as a chat asks it; as it is where the tokenizer has no template."""
+    if tokenizer.chat_template is None:
+        return prompt
     turns = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
