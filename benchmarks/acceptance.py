@@ -55,7 +55,7 @@ def ask(engine: Any, job: Job, params: D2FParams, items: Sequence[Item], batch: 
     engine.sampling = greedy(engine.sampling.max_tokens, params)
     answers = [answer for one in engine.measure(items, batch) for answer in one.answers]
     return [
-        [*job.counts(items[a.item].answer or "", a.text), a.useful, a.forwards] for a in answers
+        [*job.counts(items[a.item].answer or "", a.complete), a.useful, a.forwards] for a in answers
     ]
 
 

@@ -4,11 +4,13 @@
     python -m benchmarks.parity                          # d2f-tiny on 200 generated problems
     python -m benchmarks.parity --data gsm8k_test.jsonl  # real questions
     python -m benchmarks.parity --model FOLDER --grid    # 48 settings, all in the same batches
+    python -m benchmarks.parity --model d2f-smollm2-extract --chat --data test.jsonl
 
 The engine decodes the requests in each of these ways and every answer is compared:
 `batch` all at once; `single` one by one; `arrivals` a few more requests every few steps, so that
 prefill and denoising share forwards; `preempt` all at once with so few pages that requests are
-preempted; `again` the batch once more with prefix caching on and warm.
+preempted; `again` the batch once more with prefix caching on and warm. `bfloat16`, if it is asked
+for, is the batch in an engine of that data type, whose differences are counted beside the others.
 
 On a GPU `--attention-backend`, `--dtype` and `--engine-args` choose what is compared. Answers in
 bfloat16 may differ where two tokens are nearly equal, so there the shares of equal answers and
@@ -32,6 +34,7 @@ from benchmarks.harness import record
 from benchmarks.harness.engine import greedy, preemptions, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.workload import d2f_model, load_items, load_prompts, parse_options
+from benchmarks.tasks.jobs import load_job
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.metrics import denoising_forwards
 from vllm_d2f.reference import Forward, decode, hf_forward
@@ -187,6 +190,8 @@ def engines(ways: Sequence[str], cases: Sequence[Case], max_model_len: int) -> I
         yield {"num_gpu_blocks_override": max(pages, -(-max_model_len // 32) + 1)}, ["preempt"]
     if "again" in ways:
         yield {"enable_prefix_caching": True}, ["again"]
+    if "bfloat16" in ways:
+        yield {"dtype": "bfloat16"}, ["bfloat16"]
 
 
 def equal_tokens(expected: Sequence[Expected], got: Sequence[Answer]) -> float:
@@ -202,10 +207,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="d2f-tiny", help="embedded name or folder")
     add("--prompts", type=int, default=200)
     add("--data", help="JSONL with a `question` per line, for example GSM8K")
+    add("--chat", action="store_true", help="--data has prompts and responses, asked as in a chat")
     add("--max-tokens", type=int, default=64)
     add("--max-model-len", type=int, help="default: the model's, at most 1024")
     add("--grid", action="store_true", help="48 settings instead of the model's own")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--ways", nargs="+", choices=[*WAYS, "bfloat16"], default=list(WAYS))
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--attention-backend", help="of vLLM: CUSTOM (FlashInfer), FLASH_ATTN, TRITON_ATTN")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's engine")
@@ -221,29 +227,36 @@ def parity(run: Record) -> int:
     max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
     own = defaults.params
     settings = GRID if args.grid else [own]
-    prompts = load_prompts(model, args.prompts, args.data, args.seed)
+    scored = args.chat or not (args.grid or args.data) and (Path(model) / "tokenizer.json").exists()
+    tokenizer: Any = AutoTokenizer.from_pretrained(model) if scored else None
+    if args.chat:
+        asked = load_job(args.data, args.prompts, args.seed, tokenizer)
+        prompts = [tokenizer(item.question).input_ids for item in asked]
+    else:
+        asked = load_items(args.prompts, None, args.seed) if scored else []
+        prompts = load_prompts(model, args.prompts, args.data, args.seed)
+    texts = [item.answer for item in asked]
     prompts = [p[: max_model_len - args.max_tokens] for p in prompts]
     cases = make_cases(prompts, settings, args.max_tokens)
     window = max(case.params.window for case in cases)
     given = {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
     if args.attention_backend:
         given["attention_backend"] = args.attention_backend
-    if "compilation_config" in given:
-        # FULL graphs are those of the served block size.
+    block_causal = defaults.prompt_attention == "block_causal"
+    if block_causal or "compilation_config" in given:
+        # FULL graphs, and the blocks of a prompt, are those of the served block size.
         served = {"block_size": own.block_size, "max_blocks": own.max_blocks, "window": window}
         given["additional_config"] = {"d2f": served}
 
     started = time.perf_counter()
-    known = run.point("reference", lambda: reference_answers(model, cases, max_model_len))
+    block = own.block_size if block_causal else None
+    known = run.point("reference", lambda: reference_answers(model, cases, max_model_len, block))
     run.need_all()
     expected = [
         Expected(Answer(tuple(e["answer"]["tokens"]), e["answer"]["forwards"]), e["margin"])
         for e in known
     ]
     reference_s = time.perf_counter() - started
-    scored = not (args.grid or args.data) and (Path(model) / "tokenizer.json").exists()
-    texts = [i.answer for i in load_items(args.prompts, None, args.seed)] if scored else []
-    tokenizer: Any = AutoTokenizer.from_pretrained(model) if scored else None
 
     def score(answers: Sequence[Answer]) -> float | None:
         """Share of answers that are the expected text to the letter."""
@@ -286,7 +299,9 @@ def parity(run: Record) -> int:
         model=Path(args.model).name, prompts=len(prompts), settings=len(settings),
         answers_with_a_tie=sum(e.margin < TIE for e in expected),
         tokens_per_forward=round(rate, 3), reference_seconds=round(reference_s, 1),
-        reference_score=score(answers), ways={way: run.points[way] for way in args.ways},
+        reference_score=score(answers),
+        ways={way: run.points[way] for way in args.ways if way in WAYS},
+        bfloat16=run.points.get("bfloat16"),
         machine=f"{platform.machine()}, {platform.system()}, {on}, {args.dtype}",
     )  # fmt: skip
     run.write(report)
@@ -301,6 +316,7 @@ def holds(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
+    bfloat16 = [report["bfloat16"]] if report.get("bfloat16") else []
     return [
         *record.head("Engine against reference", report),
         f"{report['model']}, {report['prompts']} prompts, {report['settings']} setting(s),",
@@ -311,6 +327,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
             "way equal of ties equal_tokens score agrees",
             ({"way": w, "agrees": holds(report, r), **r} for w, r in report["ways"].items()),
         ),
+        *record.columns("equal of equal_tokens score", bfloat16, equal="equal in bfloat16"),
         *(f"- {way}: {item}" for way, r in report["ways"].items() for item in r["differences"][:3]),
     ]
 

@@ -9,8 +9,9 @@ The decoders are D2F, its autoregressive twin, and the twin with vLLM's n-gram s
 its own process with the same data type and threads. All answer the same prompts in turn, so that a
 ratio compares what was measured moments apart. `--scored N` lets each of them answer N prompts in
 the largest batch first, for the score. `--settings NAME=JSON` adds D2F with other settings, such as
-`adaptive={"adaptive_window": true}`. `--loads` lets requests come in one by one at random (Poisson)
-at these shares of what the twin answers per second in the largest batch.
+`adaptive={"adaptive_window": true}`. With `--schema` every decoder answers the same prompts under
+the job's JSON schema too, in rows of their own. `--loads` lets requests come in one by one at
+random (Poisson) at these shares of what the twin answers per second in the largest batch.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import itertools
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,15 +36,36 @@ QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], loads=[0.5], runs=2, prompts=4,
 NAMES = {"ar": "autoregressive", "ar+ngram": "autoregressive with n-gram speculation"}
 
 
-def measure(items: Sequence[Item], size: int, run: int, decoders: Mapping[str, Worker]) -> Any:
-    """One batch size in one run: every decoder once. Who begins alternates."""
+Variants = Mapping[str, Mapping[str, Any] | None]
+"""The schema of each way of asking, by what follows a decoder's name in the tables."""
+
+
+def under(schema: Mapping[str, Any] | None, items: Sequence[Item]) -> list[Item]:
+    """The items, asked under a schema."""
+    return [replace(item, schema=schema) for item in items]
+
+
+def measure(
+    items: Sequence[Item], size: int, run: int, decoders: Mapping[str, Worker], asked: Variants
+) -> Any:
+    """One batch size in one run: every decoder once in each way. Who begins alternates."""
     names = list(decoders)[:: 1 if run % 2 == 0 else -1]
-    return {name: decoders[name].measure(items, size) for name in names}
+    return {
+        name + way: decoders[name].measure(under(schema, items), size)
+        for name in names
+        for way, schema in asked.items()
+    }
 
 
-def arrive(items: Sequence[Item], at_s: Sequence[float], decoders: Mapping[str, Worker]) -> Any:
+def arrive(
+    items: Sequence[Item], at_s: Sequence[float], decoders: Mapping[str, Worker], asked: Variants
+) -> Any:
     """One load: every decoder gets the same requests at the same times."""
-    return {name: worker.arrive(items, at_s) for name, worker in decoders.items()}
+    return {
+        name + way: worker.arrive(under(schema, items), at_s)
+        for name, worker in decoders.items()
+        for way, schema in asked.items()
+    }
 
 
 def arrivals(count: int, per_s: float, seed: int) -> list[float]:
@@ -55,7 +78,7 @@ def arrivals(count: int, per_s: float, seed: int) -> list[float]:
 def cell(job: Job, items: Sequence[Item], every: Sequence[Answer], of_ar: Sequence[Answer]) -> Any:
     """The score of the answers of one cell of the table, and whether it leaves the control's."""
     ours, theirs = (
-        [job.counts(items[a.item].answer or "", a.text) for a in answers]
+        [job.counts(items[a.item].answer or "", a.complete) for a in answers]
         for answers in (every, of_ar)
     )
     found = {**_with_interval("score", interval(ours))}
@@ -66,12 +89,18 @@ def cell(job: Job, items: Sequence[Item], every: Sequence[Answer], of_ar: Sequen
 
 
 def scored(job: Job, items: Sequence[Item], batches: Mapping[str, Any]) -> dict[str, Any]:
-    """Score of each decoder with its interval, and of D2F's difference to the twin."""
-    counts, rows = {}, {}
+    """Score of each decoder with its interval, its difference to the twin's, and agreement with it.
+
+    Questions that training has not seen, where the job knows them, have a score of their own.
+    """
+    counts, rows, texts = {}, {}, {}
+    new = [job.unseen(item.answer or "") for item in items] if job.unseen else []
     for name, done in batches.items():
         every = [a for batch in done for a in Batch.from_dict(batch).answers]
-        pairs = [(items[a.item].answer or "", a.text) for a in every]
+        pairs = [(items[a.item].answer or "", a.complete) for a in every]
         counts[name] = [job.counts(*pair) for pair in pairs]
+        texts[name] = [a.text for a in every]
+        apart = [one for a, one in zip(every, counts[name], strict=True) if new and new[a.item]]
         tokens, forwards = sum(a.useful for a in every), sum(a.forwards for a in every)
         rows[name] = {
             "answers": len(every),
@@ -80,10 +109,15 @@ def scored(job: Job, items: Sequence[Item], batches: Mapping[str, Any]) -> dict[
             "tokens": tokens,
             **{key: rounded(value) for key, value in job.figures(pairs).items()},
         }
+        if apart:
+            rows[name] |= {"answers_unseen": len(apart)}
+            rows[name] |= _with_interval(f"{job.score}_unseen", interval(apart))
     for name in rows if "ar" in rows else ():
         found = difference(counts[name], counts["ar"])
         rows[name] |= _with_interval("against_ar", found)
         rows[name]["leaves_the_control"] = not found[1] <= 0 <= found[2]
+        alike = map(job.same, texts["ar"], texts[name])
+        rows[name] |= _with_interval("agreement", interval([(float(one), 1.0) for one in alike]))
     return rows
 
 
@@ -150,9 +184,14 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     about = (
         f"Job `{report['job']}`. Ranges of scores are 95 % intervals over the answers, "
         "`against ar` is of the difference on the same questions; ranges of speeds are over the "
-        f"runs. A score is {report['score'].replace('_', ' ')}."
+        f"runs. A score is {report['score'].replace('_', ' ')}. `agreement` is the share of "
+        "answers that say what the twin's say."
     )
-    other = "slots records valid punctuation_f1 case_f1 numbers exact"
+    unseen = f"{report['score']}_unseen"
+    if any(unseen in row for row in rows):
+        about += f" `{unseen.replace('_', ' ')}` is of questions about what training has not seen."
+    other = f"agreement agreement_interval answers_unseen {unseen} {unseen}_interval slots records "
+    other += "valid punctuation_f1 case_f1 numbers exact"
     shown = " ".join(key for key in other.split() if any(key in row for row in rows))
     return [
         *record.head("D2F against its alternatives", report),
@@ -218,6 +257,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--job", choices=sorted(JOBS), default="exact", help="how answers are scored")
     add("--data", help='JSONL with "prompt" and "response" (default: generated problems)')
     add("--settings", nargs="*", default=[], metavar="NAME=JSON", help="D2F with other settings")
+    add("--schema", action="store_true", help="ask under the job's JSON schema as well")
     add("--no-ngram", action="store_true", help="without n-gram speculation")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
     add("--loads", type=float, nargs="*", default=[], help="shares of the twin's best rate")
@@ -228,6 +268,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32", help="of all models")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for all engines")
     args = parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "scored", "max_tokens"))
+    if args.schema and JOBS[args.job].schema is None:
+        parser.error(f"--schema: the job {args.job} has no JSON schema")
     if any(share <= 0 for share in args.loads):
         parser.error("--loads must be greater than 0")
     return args
@@ -243,6 +285,10 @@ def versus(run: Record) -> None:
     count = max(args.scored, *(-(-args.prompts // size) * size for size in sizes))
     items = load_job(args.data, count, args.seed, AutoTokenizer.from_pretrained(ar))
     options = {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
+    asked: Variants = {"": None, "+schema": job.schema} if args.schema else {"": None}
+    if args.schema:  # keys and marks as the answers of the job have them
+        form = {"backend": "xgrammar", "disable_any_whitespace": True}
+        options.setdefault("structured_outputs_config", form)
     table = [Decoder("d2f", d2f, "eager", options), Decoder("ar", ar, "eager", options)]
     for setting in args.settings:
         name, _, text = setting.partition("=")
@@ -255,17 +301,19 @@ def versus(run: Record) -> None:
     if not all(run.settled(key) for key in ("scores", *keys, *loads)):
         with workers(table, max(sizes), args.max_tokens) as decoders:
             for worker in decoders.values():
-                worker.warm_up(items, sizes[:1])
-            run.point("scores", partial(measure, items[: args.scored], max(sizes), 0, decoders))
+                for schema in asked.values():
+                    worker.warm_up(under(schema, items), sizes[:1])
+            scored_items = items[: args.scored]
+            run.point("scores", partial(measure, scored_items, max(sizes), 0, decoders, asked))
             for key, (number, size) in keys.items():
-                asked = items[: -(-args.prompts // size) * size]
-                run.point(key, partial(measure, asked, size, number, decoders))
+                some = items[: -(-args.prompts // size) * size]
+                run.point(key, partial(measure, some, size, number, decoders, asked))
             for share, key in zip(args.loads, loads, strict=True):
                 largest = run.points[f"run 0, batch {max(sizes)}"]["ar"]
                 done = [Batch.from_dict(one) for one in largest]
                 per_s = share * len(answers([done])) / sum(one.seconds for one in done)
                 at_s = arrivals(args.prompts, per_s, args.seed)
-                run.point(key, partial(arrive, items[: args.prompts], at_s, decoders))
+                run.point(key, partial(arrive, items[: args.prompts], at_s, decoders, asked))
     run.need_all()
     parts = build(job, items, sizes, args.runs, run.points)
     models = {"d2f": args.d2f, "ar": args.ar}

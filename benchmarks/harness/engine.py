@@ -91,6 +91,12 @@ class Answer:
     first_s: float  # from handing in the batch to the request's first tokens
     last_s: float  # the same to its last ones
     text: str = ""
+    ended: bool = True  # by itself
+
+    @property
+    def complete(self) -> str:
+        """The text as it is scored: nothing where it was cut off."""
+        return self.text if self.ended else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +243,8 @@ class Engine:
         reset_peak()
         self.clock.start()
         cpu = time.process_time()
-        outputs = self.llm.generate([i.question for i in items], self.sampling, use_tqdm=False)
+        sampling = [self._sampling(item) for item in items]
+        outputs = self.llm.generate([i.question for i in items], sampling, use_tqdm=False)
         return self._collect(items, outputs, offset, self.clock.stop(), time.process_time() - cpu)
 
     def arrive(self, items: Sequence[Item], at_s: Sequence[float]) -> list[Batch]:
@@ -253,7 +260,8 @@ class Engine:
         while len(outputs) < len(items):
             late = [t for t in at_s[coming:] if t <= time.perf_counter() - self.clock.began]
             for _ in late:
-                engine.add_request(str(coming), items[coming].question, self.sampling)
+                item = items[coming]
+                engine.add_request(str(coming), item.question, self._sampling(item))
                 coming += 1
             if engine.has_unfinished_requests():
                 outputs |= {int(one.request_id): one for one in engine.step() if one.finished}
@@ -263,6 +271,16 @@ class Engine:
         seconds, cpu_s = self.clock.stop(), time.process_time() - cpu
         ordered = [outputs[index] for index in range(len(items))]
         return [self._collect(items, ordered, 0, seconds, cpu_s, at_s)]
+
+    def _sampling(self, item: Item) -> Any:
+        """The engine's own sampling, under the schema of an item that has one."""
+        if item.schema is None:
+            return self.sampling
+        from vllm.sampling_params import StructuredOutputsParams
+
+        own = self.sampling.clone()
+        own.structured_outputs = StructuredOutputsParams(json=dict(item.schema))
+        return own
 
     def _collect(
         self,
@@ -296,13 +314,14 @@ class Engine:
         completion = output.outputs[0]
         tokens = len(completion.token_ids)
         counters = completion.spec_decode_metrics
-        graded = grade(item, completion.text, completion.finish_reason == "stop")
+        ended = completion.finish_reason == "stop"
+        graded = grade(item, completion.text, ended)
         return Answer(
             item=index, final=graded.final, exact=graded.exact, useful=tokens, raw=tokens,
             forwards=tokens if counters is None else denoising_forwards(completion),
             computed=tokens if counters is None else counters.num_draft_tokens,
             prompt=len(output.prompt_token_ids),
-            first_s=first_s, last_s=last_s, text=completion.text,
+            first_s=first_s, last_s=last_s, text=completion.text, ended=ended,
         )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ class Vanilla:
             raw=setting.length, forwards=forwards, computed=forwards * setting.length,
             prompt=len(prompt),
             first_s=seconds, last_s=seconds,  # the whole canvas is there at once
-            text=text,
+            text=text, ended=ended,
         )  # fmt: skip
         return Batch(seconds, cpu_s, forwards, (answer,), peak_mib())
 

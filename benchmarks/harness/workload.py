@@ -7,7 +7,7 @@ What the command line names and is not there, or is something else, is a UsageEr
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,15 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question, the number its answer ends with, and the whole answer where one is expected."""
+    """A question, the number its answer ends with, and the whole answer where one is expected.
+
+    `schema` is a JSON schema that the request asks for.
+    """
 
     question: str
     final: float
     answer: str | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ an interval comes from drawing answers with replacement.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq, itemgetter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import UsageError
-from benchmarks.harness.workload import Item, load_items
+from benchmarks.harness.workload import Item, final_number, load_items
 from training import extract, restore
 
 Counts = Callable[[str, str], tuple[float, float]]
@@ -24,11 +25,24 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class Job:
-    """A job: the score's name, what counts for it, and other figures of all answers."""
+    """A job.
+
+    Attributes:
+        score: its name.
+        counts: what counts for it.
+        figures: other scores of all answers.
+        same: whether two answers say the same.
+        unseen: whether a right answer belongs to the questions that are scored apart as well,
+            since training has not seen what they ask for.
+        schema: what requests for JSON ask for.
+    """
 
     score: str
     counts: Counts
-    figures: Callable[[Sequence[tuple[str, str]]], dict[str, float]]
+    figures: Callable[[Sequence[tuple[str, str]]], dict[str, float]] = lambda pairs: {}
+    same: Callable[[str, str], bool] = eq
+    unseen: Callable[[str], bool] | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 def _exact(right: str, found: str) -> tuple[float, float]:
@@ -39,9 +53,25 @@ def _slots(right: str, found: str) -> tuple[float, float]:
     return extract.scores([(right, found)])["slots"], 1.0
 
 
+def _same_number(right: str, found: str) -> bool:
+    return final_number(right) is not None and final_number(right) == final_number(found)
+
+
+def _number(right: str, found: str) -> tuple[float, float]:
+    return float(_same_number(right, found)), 1.0
+
+
+SLOTS = {
+    "type": "object",
+    "properties": {key: {"type": ["string", "null"]} for key in extract.KEYS},
+    "required": list(extract.KEYS),
+    "additionalProperties": False,
+}
+
 JOBS = {
-    "exact": Job("exact", _exact, lambda pairs: {}),
-    "extract": Job("slots", _slots, extract.scores),
+    "exact": Job("exact", _exact),
+    "extract": Job("slots", _slots, extract.scores, unseen=extract.unseen, schema=SLOTS),
+    "number": Job("last_number", _number, same=_same_number),
     "restore": Job("word_error_rate", lambda *pair: restore.word_errors([pair]), restore.scores),
 }
 
@@ -49,8 +79,8 @@ JOBS = {
 def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[Item]:
     """`count` records of a JSONL file with "prompt" and "response", as a chat asks them.
 
-    They are drawn with the seed, for a file may be in an order. Without a file: generated problems,
-    asked as they are.
+    GSM8K's "question" and "answer" will do. Records are drawn with the seed, for a file may be in
+    an order. Without a file: generated problems, asked as they are.
 
     Raises:
         UsageError: the file cannot be read, or holds too few records.
@@ -61,7 +91,10 @@ def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[It
         lines = Path(data).read_text(encoding="utf-8").splitlines()
         random.Random(seed).shuffle(lines)
         lines = lines[:count]
-        rows = [(row["prompt"], row["response"]) for row in map(json.loads, lines)]
+        found = list(map(json.loads, lines))
+        ours = all("prompt" in row for row in found)
+        read = itemgetter(*(("prompt", "response") if ours else ("question", "answer")))
+        rows = [read(row) for row in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f'--data {data}: {error!r}; JSONL with "prompt" and "response" is needed, such as '
@@ -69,10 +102,13 @@ def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[It
         ) from None
     if len(rows) < count:
         raise UsageError(f"--data {data}: {len(rows)} records, {count} are needed")
-    return [Item(_asked(tokenizer, prompt), float("nan"), right) for prompt, right in rows]
+    return [Item(asked(tokenizer, prompt), float("nan"), right) for prompt, right in rows]
 
 
-def _asked(tokenizer: Any, prompt: str) -> str:
+def asked(tokenizer: Any, prompt: str) -> str:
+    """A prompt as a chat asks it; as it is where the tokenizer has no template."""
+    if tokenizer.chat_template is None:
+        return prompt
     turns = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 

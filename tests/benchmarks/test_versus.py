@@ -2,6 +2,7 @@
 """The comparison with what a user would pick instead: scores with intervals, ratios by run."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,12 +12,15 @@ from benchmarks.harness.record import UsageError
 from benchmarks.harness.workload import Item
 from benchmarks.tasks.jobs import JOBS, difference, interval, load_job
 
-RIGHT = json.dumps(dict.fromkeys(
+FACTS = dict.fromkeys(
     ("name", "type", "food", "price", "rating", "area", "family_friendly", "near")
-))  # fmt: skip
+)  # fmt: skip
+RIGHT = json.dumps(FACTS)
 
 
 class Tokenizer:
+    chat_template = "x"
+
     def apply_chat_template(self, turns, **options):
         assert options == {"tokenize": False, "add_generation_prompt": True}
         return f"[{turns[0]['content']}]"
@@ -34,6 +38,8 @@ def test_prompts_are_asked_as_a_chat_asks_them(tmp_path):
     assert (item.question, item.answer) == ("[a]", "b")
     with pytest.raises(UsageError, match="1 records, 2 are needed"):
         load_job(str(file), 2, 0, Tokenizer())
+    file.write_text(json.dumps({"question": "q", "answer": "#### 4"}) + "\n")  # GSM8K's
+    assert load_job(str(file), 1, 0, Tokenizer())[0].question == "[q]"
     file.write_text('{"question": 1}\n')
     with pytest.raises(UsageError, match=r"training\.extract"):
         load_job(str(file), 1, 0, Tokenizer())
@@ -60,8 +66,7 @@ def test_scores_and_ratios(tmp_path):
     broken = RIGHT[:-1]
     ar = [answer(0, RIGHT, 2.0, 12), answer(1, RIGHT, 2.0, 12)]
     d2f = [answer(0, RIGHT, 1.0, 3), answer(1, broken, 1.0, 3)]
-    both = json.loads(json.dumps({"d2f": d2f, "ar": ar}, default=lambda x: x.__dict__
-        if hasattr(x, "__dict__") else {k: getattr(x, k) for k in x.__slots__}))  # fmt: skip
+    both = {"d2f": [asdict(b) for b in d2f], "ar": [asdict(b) for b in ar]}
     points = {"scores": both, "run 0, batch 1": both}
     points["load 0.5"] = {name: of[:1] for name, of in both.items()}
     report = versus.build(JOBS["extract"], items, [1], 1, points)
@@ -81,6 +86,44 @@ def test_scores_and_ratios(tmp_path):
 
     versus.draw(report, tmp_path / "versus.png")
     assert (tmp_path / "versus.png").stat().st_size > 10_000
+
+
+def test_questions_about_what_training_has_not_seen_are_scored_apart():
+    rights = [json.dumps(FACTS | {"name": name}) for name in ("Zizzi", "The Mill")]
+    items = [Item("q", 0.0, right) for right in rights]
+    cut_off = replace(answer(1, rights[1], 1.0, 3).answers[0], ended=False)
+    batch = replace(answer(0, rights[0], 1.0, 3), answers=(cut_off,))
+    points = {"d2f": [asdict(answer(0, rights[0], 1.0, 3)), asdict(batch)]}
+    points["ar"] = [asdict(answer(0, RIGHT, 1.0, 3)), asdict(batch)]
+    d2f, ar = versus.scored(JOBS["extract"], items, points).values()
+    assert d2f["score"] == 0.5 and d2f["slots_unseen"] == 1.0 and d2f["answers_unseen"] == 1
+    assert ar["slots_unseen"] == 7 / 8 and ar["agreement"] == 1.0
+    assert d2f["agreement"] == 0.5 and d2f["agreement_interval"] == [0.0, 1.0]
+
+
+def test_numbers_are_scored_and_compared():
+    job = JOBS["number"]
+    assert job.counts("so 1,234\n#### 1,234", "It is 1234.") == (1.0, 1.0)
+    assert job.counts("#### 4", "four") == (0.0, 1.0) == job.counts("#### 4", "4 or 5")
+    assert job.same("so 5", "#### 5") and not job.same("", "")
+
+
+def test_a_schema_needs_a_job_that_has_one(capsys):
+    assert versus.parse(["--job", "extract", "--schema"]).schema
+    with pytest.raises(SystemExit):
+        versus.parse(["--schema"])
+    assert "the job exact has no JSON schema" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_item_with_a_schema_is_answered_under_it():
+    from benchmarks.harness.engine import Engine, shut_down
+
+    engine = Engine("d2f-tiny", mode="eager", max_batch=2, max_tokens=16, options={})
+    plain = Item("2 + 2", 4.0)
+    (batch,) = engine.measure([plain, replace(plain, schema={"const": "sale"})], 2)
+    assert [a.text == '"sale"' for a in batch.answers] == [False, True]
+    shut_down(engine.llm)
 
 
 def test_arrivals_come_at_the_rate_that_was_asked_for():

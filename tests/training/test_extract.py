@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from training.extract import KEYS, answer, exchange, main, scores, sentences, stated
+from training.extract import KEYS, answer, exchange, main, scores, sentences, stated, unseen
 
 LINE = (
     "name : The Mill | Type : pub | food : Indian | price : less than £ 20 | customer rating : low"
@@ -77,6 +77,12 @@ def test_scores(tmp_path):
     found = scores([(right, one_wrong), (right, right[:-1])])
     assert found == {"slots": 7 / 16, "records": 0, "valid": 0.5}
     assert scores([(right, "[]"), (right, "{}")]) == {"slots": 0, "records": 0, "valid": 0.5}
+
+
+def test_a_sentence_is_unseen_if_all_its_names_are(tmp_path):
+    _, facts = read(tmp_path, "x")
+    assert not unseen(answer(facts)) and unseen(answer(facts | {"name": "Zizzi", "near": None}))
+    assert not unseen(answer(facts | {"name": "Zizzi"}))
 
 
 def test_the_command_writes_copies(tmp_path):
