@@ -73,7 +73,7 @@ def frontier(
 
 
 def build(job: Job, points: Sequence[tuple[str, float, Any]], seed: int) -> dict[str, Any]:
-    """The report's parts. A point is a rule, its threshold and what `ask` gave."""
+    """Return the report's parts. A point is a rule, its threshold and what `ask` gave."""
     table_PN4 = np.array([one for _, _, one in points], dtype=float)
     prompts = table_PN4.shape[1]
     drawn_DN = np.random.default_rng(seed).integers(prompts, size=(DRAWS, prompts))
@@ -155,7 +155,7 @@ def draw(report: Mapping[str, Any], path: Any) -> None:
 
 
 def thresholds(given: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """The thresholds of each rule, from arguments such as `entropy=0.1,0.3`."""
+    """Return the thresholds of each rule, from arguments such as `entropy=0.1,0.3`."""
     found = {}
     for text in given:
         rule, _, values = text.partition("=")

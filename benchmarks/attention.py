@@ -114,14 +114,14 @@ class Problem:
         return self.case.context + self.case.window
 
     def mask_WL(self) -> Tensor:
-        """The attention rule for one request's window."""
+        """Return the attention rule for one request's window."""
         position_L = torch.arange(self.length, device=self.query_THD.device)
         context = self.case.context
         query_W1, key_1L = position_L[context:, None], position_L[None]
         return may_attend(query_W1, key_1L, context, self.case.block_size)
 
     def sequences(self) -> tuple[BlockSequences, Tensor]:
-        """The window's blocks as sequences, and the page table of each."""
+        """Return the window's blocks as sequences, and the page table of each."""
         start_R = np.full(self.case.requests, self.case.context)
         size_R = np.full(self.case.requests, self.case.block_size)
         found = block_sequences(start_R, start_R + self.case.window, start_R, size_R)
@@ -177,7 +177,7 @@ class Problem:
 
 
 def cpu_isa(layer: Layer, dtype: torch.dtype) -> str:
-    """The instruction set vLLM picks for its CPU kernel."""
+    """Return the instruction set vLLM picks for its CPU kernel."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     return _get_attn_isa(dtype, PAGE, layer.head_dim)
@@ -190,7 +190,7 @@ Run = Callable[[], Tensor]
 
 
 def virtual(problem: Problem) -> Run:
-    """What the engine runs: one non-causal sequence per block on a paged kernel."""
+    """Return what the engine runs: one non-causal sequence per block on a paged kernel."""
     on_cpu = problem.query_THD.device.type == "cpu"
     return _block_sequences_cpu(problem) if on_cpu else _block_sequences_cuda(problem)
 
@@ -279,7 +279,7 @@ VARIANTS["sdpa_paged"] = partial(sdpa, paged=True)
 
 
 def bounds(problem: Problem, machine: Mapping[str, float]) -> dict[str, Any]:
-    """The least bytes and flops of a case, and the time they take on this machine."""
+    """Return the least bytes and flops of a case, and the time they take on this machine."""
     case, layer = problem.case, problem.layer
     size = problem.query_THD.element_size()
     keys = case.requests * (case.context + case.window) * layer.kv_heads * layer.head_dim
@@ -336,7 +336,7 @@ def measure(
 
 
 def timed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The variants of a row that have a time."""
+    """Return the variants of a row that have a time."""
     return {name: found for name, found in row["variants"].items() if "ms" in found}
 
 
@@ -357,13 +357,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def best(row: Mapping[str, Any]) -> str | None:
-    """The fastest variant that reads pages, as a server must."""
+    """Return the fastest variant that reads pages, as a server must."""
     have = {name: found for name, found in timed(row).items() if name not in UNPAGED}
     return min(have, key=lambda name: have[name]["ms"], default=None)
 
 
 def worst_ratio(rows: Sequence[Mapping[str, Any]], requests: int) -> float | None:
-    """The best variant's time over the floor, in the worst case of so many requests."""
+    """Return the best variant's time over the floor, in the worst case of so many requests."""
     ratios = [
         row["variants"][name]["times_floor"]
         for row in rows
@@ -373,7 +373,7 @@ def worst_ratio(rows: Sequence[Mapping[str, Any]], requests: int) -> float | Non
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The report as tables."""
+    """Return the report as tables."""
     names, rows, machine = list(report["summary"]), report["rows"], report["floor"]
     return [
         *record.head("Block-causal attention, one layer", report),

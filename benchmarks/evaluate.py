@@ -37,21 +37,21 @@ UNITS = {
 
 
 def task_name(task: str, preset: str | None) -> str:
-    """The task file for a preset; without one the published Dream form."""
+    """Return the task file for a preset; without one the published Dream form."""
     if task == "arithmetic":
         return "d2f_arithmetic"
     return f"d2f_{task}_{'llada' if preset and preset.startswith('llada') else 'dream'}"
 
 
 def max_tokens(task: str, preset: str | None) -> int:
-    """The published length of an answer (the `max_gen_toks` of the task file)."""
+    """Return the published length of an answer (the `max_gen_toks` of the task file)."""
     if task == "arithmetic":
         return 64
     return 512 if preset and preset.startswith("llada") else 256
 
 
 def d2f_section(task: str, preset: str | None) -> dict[str, Any]:
-    """The preset with a window for the whole answer, as the paper decodes; {} without one."""
+    """Return the preset with a window for the whole answer, as in the paper; {} without one."""
     if preset is None:
         return {}
     section = PRESETS[preset]
@@ -59,7 +59,7 @@ def d2f_section(task: str, preset: str | None) -> dict[str, Any]:
 
 
 def model_call(args: argparse.Namespace) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` needs to reach the model."""
+    """Return what `lm_eval.simple_evaluate` needs to reach the model."""
     from transformers import AutoTokenizer
 
     model = resolve_model("--model", args.model)
@@ -192,7 +192,7 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The report as a short text."""
+    """Render the report as a short text."""
     scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in report["score"].items())
     lines = [
         *record.head(f"{report['model']} on {report['task']}", report),

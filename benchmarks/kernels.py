@@ -47,7 +47,7 @@ def found(device: torch.device) -> dict[str, Any]:
 
 
 def confidence(size: int, rows: int, rule: str, machine: Mapping[str, float]) -> dict[str, Any]:
-    """The kernel's time against reading the logits once."""
+    """Return the kernel's time against reading the logits once."""
     if not torch.cuda.is_available():
         raise Skip("Triton needs a CUDA device; see tests/sampling")
     from vllm_d2f.sampling import confidence_kernel
@@ -82,7 +82,7 @@ def tests(folder: str) -> dict[str, Any]:
 
 
 def device_tests(folder: str) -> list[str]:
-    """The files with tests that need a device.
+    """Return the files with tests that need a device.
 
     Others are not even collected: a bundle lacks what some of them read when they are imported.
     """
@@ -91,7 +91,7 @@ def device_tests(folder: str) -> list[str]:
 
 
 def counts_of(output: str, code: int) -> dict[str, Any]:
-    """Counts from pytest's last line; an AssertionError names what failed."""
+    """Return counts from pytest's last line; an AssertionError names what failed."""
     if not output.strip():
         raise Skip("pytest is not installed on the host")
     kinds = r"(\d+) (passed|failed|skipped|deselected|error)"

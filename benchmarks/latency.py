@@ -119,7 +119,7 @@ def decoder(
     budget: int,
     knots: bool = False,
 ) -> dict[str, Any]:
-    """The fit of one decoder and its check against `speeds`, tokens per second by batch size."""
+    """Fit one decoder, and check it against `speeds`, tokens per second by batch size."""
     fitted = cost.fit(steps, knots)
     checks = []
     for size, runs in speeds.items():
@@ -178,7 +178,7 @@ def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
 
 
 def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
-    """The report's parts: predictions by batch size and where they cross."""
+    """Return the report's parts: predictions by batch size and where they cross."""
     speeds = {}
     given = {k: (Cost.from_dict(d["cost"]), Trace(**d["trace"])) for k, d in decoders.items()}
     for kind, one in decoders.items():
@@ -219,7 +219,7 @@ def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The tables of `benchmarks/results/latency_model.md`."""
+    """Return the tables of `benchmarks/results/latency_model.md`."""
     lines = [*record.head("Step cost and what follows from it", report), CLOCKS[report["clock"]]]
     lines.append("")
     for kind, d in report["decoders"].items():

@@ -50,7 +50,7 @@ def ask(loaded: Any, job: Job, params: D2FParams, items: Sequence[Item], **how: 
 
 
 def build(job: Job, points: Sequence[tuple[int, float, float, Any]]) -> dict[str, Any]:
-    """The report's parts. A point is lookaheads, margin, tau_conf and what `ask` gave."""
+    """Return the report's parts. A point is lookaheads, margin, tau_conf and what `ask` gave."""
     plain = {tau: [one[:2] for one in rows] for looks, _, tau, rows in points if not looks}
     table = []
     for looks, margin, tau, found in points:

@@ -53,7 +53,7 @@ def distinct(ids: Sequence[int], n: int) -> tuple[float, float]:
 
 
 def surprises(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
-    """The negative log-likelihood of each token of an answer behind its prompt, in nats."""
+    """Return the negative log-likelihood of each token of an answer behind its prompt, in nats."""
     import torch
 
     if not answer:
@@ -66,7 +66,7 @@ def surprises(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[
 
 
 def compare(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, Any]:
-    """The figures of our answers and of the twin's, each pair cut to the shorter one.
+    """Return the figures of our answers and of the twin's, each pair cut to the shorter one.
 
     An answer has token `ids` of the original's tokenizer and their `nats`.
     """
@@ -94,7 +94,7 @@ def compare(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, Any]:
 
 
 def build(prompts: Sequence[str], answers: Mapping[str, Any], nats: Mapping[str, Any]) -> Any:
-    """The report's parts, from each decoder's answers and what the original says of them."""
+    """Return the report's parts, from each decoder's answers and what the original says of them."""
     rows = [
         {
             "decoder": name, "answers": len(of),
@@ -147,7 +147,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_prompts(data: str | None, count: int) -> list[str]:
-    """The first lines of a file."""
+    """Return the first lines of a file."""
     try:
         lines = Path(data or PROMPTS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -158,7 +158,7 @@ def load_prompts(data: str | None, count: int) -> list[str]:
 
 
 def original_of(name: str) -> str:
-    """The folder or Hub id of the original; a base that came from the package index is there."""
+    """Return the folder or Hub id of the original; one from the package index is in its place."""
     from vllm_d2f.hub.wheel import folder_of_base
 
     kept = folder_of_base(name)

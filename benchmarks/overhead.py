@@ -106,7 +106,7 @@ def instrument(llm: Any) -> Meter:
 
 
 def _wrap_kernels(meter: Meter, cpu_kernels: Any, p03: Any) -> None:
-    """The registered overrides hold our functions; time them where they are launched."""
+    """Time our functions where they are launched, since the registered overrides hold them."""
     from vllm_d2f.patches.patch import find
 
     for target in p03.KERNELS:

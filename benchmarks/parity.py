@@ -89,7 +89,7 @@ def make_cases(
 def reference_answers(
     model: str, cases: Sequence[Case], max_model_len: int, prompt_block: int | None = None
 ) -> list[Expected]:
-    """The reference loop on transformers' model with the same weights."""
+    """Return the reference loop on transformers' model with the same weights."""
     from tqdm import tqdm
 
     forward, config = load_forward(model)
@@ -108,7 +108,7 @@ def reference_answers(
 
 
 def load_forward(model: str) -> tuple[Forward, Any]:
-    """A Dream or LLaDA folder as the reference's forward, and its config."""
+    """Return a Dream or LLaDA folder as the reference's forward, and its config."""
     from vllm_d2f.models.hf import load_hf
 
     hf_model, config = load_hf(model)
@@ -116,7 +116,7 @@ def load_forward(model: str) -> tuple[Forward, Any]:
 
 
 def sampling_params(case: Case) -> Any:
-    """The request of a case."""
+    """Return the request of a case."""
     return greedy(case.max_tokens, case.params, detokenize=False)
 
 
@@ -165,7 +165,7 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
 def differences(
     cases: Sequence[Case], expected: Sequence[Expected], got: Sequence[Answer]
 ) -> Iterator[dict[str, Any]]:
-    """What is not equal, with everything needed to look at it alone."""
+    """Return what is not equal, with everything needed to look at it alone."""
     for index, (case, known, have) in enumerate(zip(cases, expected, got, strict=True)):
         want = known.answer
         if want != have:

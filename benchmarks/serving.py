@@ -137,7 +137,7 @@ def _score(grades: Sequence[Any]) -> dict[str, float]:
 
 
 def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dict[str, Any]:
-    """What we report of vLLM's result, and the score of its answers."""
+    """Return what we report of vLLM's result, and the score of its answers."""
     lengths, texts = found["output_lens"], found["generated_texts"]
     grades = [
         grade(item, text, 0 < length < max_tokens)
@@ -184,7 +184,7 @@ def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The report as a table, one line per model and rate, or per way of streaming."""
+    """Return the report as a table, one line per model and rate, or per way of streaming."""
     if "at_once" in report:
         rows = (
             {"at_once": at_once, "stream": way, **figures}
@@ -315,11 +315,11 @@ class Timeline:
     outputs: Pieces = field(default_factory=list)
 
     def prefix(self) -> Pieces:
-        """What happened."""
+        """Return what happened."""
         return _pieces(self.outputs)
 
     def block(self, steps: Sequence[float]) -> Pieces:
-        """What block-wise streaming would have sent; `steps` are the ends of all forwards.
+        """Return what block-wise streaming would have sent; `steps` are the ends of all forwards.
 
         A forward commits the blocks that were full before it; the last one ends the request.
         """

@@ -60,7 +60,7 @@ UNITS = {
 
 
 def start(engine: DummyEngine, shape: str) -> dict[str, Any]:
-    """What the engine is, and how long it took to start."""
+    """Return what the engine is, and how long it took to start."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
@@ -81,7 +81,7 @@ def width_of(engine: DummyEngine, blocks: int = 4) -> int:
 
 
 def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[str, Any]:
-    """The time of a step in which every window is full."""
+    """Return the time of a step in which every window is full."""
     width = width_of(engine, blocks)
     answer = width + LASTING
     engine.fit(requests, context + answer, width)
@@ -197,8 +197,9 @@ def profile(engine: DummyEngine, requests: int, context: int) -> dict[str, Any]:
 
 
 def spans_of(events: Iterable[Any]) -> list[Span]:
-    """A trace's events, without named ranges: the host's appear on the device too, over its
-    kernels and gaps.
+    """Return a trace's events, without named ranges.
+
+    The host's ranges appear on the device too, over its kernels and gaps.
     """
     cuda = torch.autograd.DeviceType.CUDA
     return [
@@ -349,7 +350,7 @@ def steps(run: Record) -> None:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """Steps with their floor, speeds with their ratio to AR, profiles, and the bars."""
+    """Return steps with their floor, speeds with their ratio to AR, profiles, and the bars."""
     found, machine = report["points"], report["floor"]
 
     def rows(what: str) -> list[tuple[str, list[str], Any]]:
@@ -357,7 +358,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         return [(key[0], key[2:], value) for key, value in split if key[1] == what]
 
     def beside(shape: str, key: str, field: str) -> float | None:
-        """The same figure of the autoregressive shape."""
+        """Return the same figure of the autoregressive shape."""
         return found.get(f"{shapes.D2F.get(shape)}/{key}", {}).get(field)
 
     lines = [

@@ -26,7 +26,7 @@ MAX_TOKENS = 128
 
 
 def an_object(**properties: Any) -> dict[str, Any]:
-    """A schema in which all of these are required and nothing else is allowed."""
+    """Return a schema in which all of these are required and nothing else is allowed."""
     return {
         "type": "object",
         "properties": properties,
@@ -55,7 +55,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 def cases(prompts: Sequence[str], rounds: int = ROUNDS) -> list[tuple[str, str, int]]:
-    """Schema name, prompt and seed: every schema once a round, prompts of many lengths."""
+    """Return schema name, prompt and seed: every schema once a round, prompts of many lengths."""
     return [
         (name, f"{'So: ' * (i % 3)}{prompts[i % len(prompts)]}"[: 200 - i], i)
         for i in range(rounds)

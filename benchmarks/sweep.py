@@ -51,7 +51,7 @@ MAX_BLOCKS = (1, 2, 4)
 
 
 def paper_grid(base: D2FParams) -> list[D2FParams]:
-    """The paper's figure 2 and tables 3 and 4 around the model's own settings, and the blocks."""
+    """Return the points of the paper's figure 2 and tables 3 and 4, around the model's settings."""
     figure_2 = [
         replace(base, tau_add=0.1, tau_act=act, tau_conf=conf)
         for conf, act in itertools.product((*BEYOND, *TAU_CONF), TAU_ACT)
@@ -74,7 +74,7 @@ def full_grid(base: D2FParams) -> list[D2FParams]:
 
 
 def quick_grid(base: D2FParams) -> list[D2FParams]:
-    """The model's own settings, a cautious and a bold point, and one block at a time."""
+    """Return the model's own settings, a cautious and a bold point, and one block at a time."""
     cautious = replace(base, tau_add=0.9, tau_act=0.99, tau_conf=0.99)
     bold = replace(base, tau_add=0.05, tau_act=0.7, tau_conf=0.1)
     return _unique([base, cautious, bold, replace(base, block_size=4, max_blocks=1)])
@@ -144,7 +144,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report's parts: one row per point, the frontier marked, and whether it is flat."""
+    """Return the report's parts: one row per point, the frontier marked, and whether it is flat."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for one in measurements:
         groups.setdefault(tuple(one["params"][name] for name in NAMES), []).append(one)
@@ -185,7 +185,7 @@ def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """What the frontier looks like, in one sentence."""
+    """Return what the frontier looks like, in one sentence."""
     low, high = (100 * report["score"][k] for k in ("lowest", "highest"))
     if report["flat"]:
         return (
@@ -200,7 +200,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The report as tables; points on a frontier first."""
+    """Return the report as tables; points on a frontier first."""
     base = report["base"]
 
     def others_as_base(row: Mapping[str, Any], *free: str) -> bool:

@@ -86,7 +86,7 @@ class Plan:
         return self.items[: needed([batch_size], self.prompts)]
 
     def asked_vanilla(self, setting: "Setting", run: int) -> tuple[int, tuple[Item, ...]]:
-        """The first prompt's number and the prompts of a run."""
+        """Return the first prompt's number and the prompts of a run."""
         count = max(1, min(self.prompts, self.vanilla_forwards // setting.steps))
         start = run * count % (self.prompts - self.prompts % count)
         return start, self.items[start : start + count]
@@ -121,7 +121,7 @@ def measure(plan: Plan, decoders: Mapping[str, Worker], run: int, size: int) -> 
 
 
 def runs_of(plan: Plan, points: Mapping[str, Any]) -> Runs:
-    """The complete runs of a record."""
+    """Return the complete runs of a record."""
     runs: Runs = {}
     for run in range(plan.runs):
         keys = [(size, f"run {run}, batch {size}") for size in plan.batch_sizes]
@@ -139,7 +139,7 @@ def runs_of(plan: Plan, points: Mapping[str, Any]) -> Runs:
 
 
 def point(runs: Done, has_text: bool) -> dict[str, Any]:
-    """The figures of one decoder at one batch size. `has_text`: whole answers are expected."""
+    """Return the figures of a decoder at one batch size. `has_text`: whole answers are expected."""
     every = answers(runs)
     useful = sum(a.useful for a in every)
     return {
@@ -187,7 +187,7 @@ def build(
     has_text: bool,
     simulated: float | None = None,
 ) -> dict[str, Any]:
-    """The report's parts. What a reader looks for first stands at its top.
+    """Return the report's parts. What a reader looks for first stands at its top.
 
     `simulated`: tokens per forward that were made up, None where the models decided.
     """
@@ -226,7 +226,7 @@ def build(
 
 
 def best(runs: Runs, kind: str, batch_size: int) -> Key | None:
-    """The mode (eager or compiled) in which a decoder was faster at this batch size."""
+    """Return the mode (eager or compiled) in which a decoder was faster at this batch size."""
     keys = [key for key in runs if key.kind == kind and key.batch_size == batch_size]
     return max(keys, key=lambda key: spread(map(rate, runs[key]))["median"], default=None)
 
@@ -249,7 +249,7 @@ def _against_ar(runs: Runs) -> list[dict[str, Any]]:
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
-    """The tables of `benchmarks/results/throughput.md`."""
+    """Return the tables of `benchmarks/results/throughput.md`."""
     figures = "useful_tokens_per_s requests_per_s.median tokens_per_forward computed_per_committed"
     times = "time_to_first_token_ms time_per_token_ms peak_mib score problems exact"
     return [
@@ -270,7 +270,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Useful tokens per second against batch size, lowest to highest run shaded."""
+    """Draw useful tokens per second against batch size, lowest to highest run shaded."""
     drawing, axes = figure.new_figure(height=5.2)
     points = report["points"]
     styles = {"eager": "-", "compiled": "--"}

@@ -41,7 +41,7 @@ Variants = Mapping[str, Mapping[str, Any] | None]
 
 
 def under(schema: Mapping[str, Any] | None, items: Sequence[Item]) -> list[Item]:
-    """The items, asked under a schema."""
+    """Return the items, asked under a schema."""
     return [replace(item, schema=schema) for item in items]
 
 
@@ -76,7 +76,7 @@ def arrivals(count: int, per_s: float, seed: int) -> list[float]:
 
 
 def cell(job: Job, items: Sequence[Item], every: Sequence[Answer], of_ar: Sequence[Answer]) -> Any:
-    """The score of the answers of one cell of the table, and whether it leaves the control's."""
+    """Score the answers of one cell of the table, and tell whether they leave the control's."""
     ours, theirs = (
         [job.counts(items[a.item].answer or "", a.complete) for a in answers]
         for answers in (every, of_ar)
@@ -129,7 +129,7 @@ def _with_interval(name: str, value: tuple[float, float, float]) -> dict[str, An
 def build(
     job: Job, items: Sequence[Item], sizes: Sequence[int], runs: int, points: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The report's parts."""
+    """Return the report's parts."""
     table = []
     for size in sizes:
         done: dict[str, list[list[Batch]]] = {}

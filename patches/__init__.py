@@ -74,7 +74,7 @@ def applied() -> dict[str, str]:
 
 
 def table() -> str:
-    """The ledger of all patches as a Markdown table."""
+    """Return the ledger of all patches as a Markdown table."""
     head = "| patch | functions of vLLM | why | how | applied in | upstream | remove when |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for patch in PATCHES:

@@ -10,7 +10,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "patches.md"
 
 
 def page() -> str:
-    """The text of docs/patches.md: what stands above its table, and the table of today."""
+    """Return the text of docs/patches.md: what stands above its table, and the table of today."""
     above, _, _ = PAGE.read_text(encoding="utf-8").partition("| patch |")
     return above + table() + "\n"
 

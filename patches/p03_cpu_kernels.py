@@ -40,7 +40,7 @@ LAUNCHED = {
 
 
 def replacement(target: str) -> Callable[..., Any]:
-    """The function of `cpu_kernels` for a kernel `_NAME_kernel`, or for a method `NAME`."""
+    """Return the function of `cpu_kernels` for a kernel `_NAME_kernel`, or for a method `NAME`."""
     from vllm_d2f.patches import cpu_kernels
 
     name = target.replace(":", ".").rpartition(".")[2]

@@ -121,7 +121,7 @@ def is_d2f(model_config: Any) -> bool:
 
 
 def gone(patch: str, target: str, problem: str) -> RuntimeError:
-    """The error for a function of vLLM with which a patch cannot work."""
+    """Return the error for a function of vLLM with which a patch cannot work."""
     return RuntimeError(
         f"vllm-d2f patch {patch}: {target} {problem}. This release of vllm-d2f supports vLLM "
         f"{SUPPORTED_VLLM}; install one of those, or a newer vllm-d2f."
@@ -153,7 +153,7 @@ def find(patch: str, target: str) -> tuple[Any, str, Any]:
 
 
 def source_hash(attribute: Any) -> str:
-    """The first 16 digits of the sha256 of vLLM's source text, whether or not it is replaced."""
+    """Return 16 digits of the sha256 of vLLM's source text, whether or not it is replaced."""
     return hashlib.sha256(inspect.getsource(function_of(attribute)).encode()).hexdigest()[:16]
 
 
@@ -194,7 +194,7 @@ def check_parameters(patch: str, target: str, original: Any, new: Any) -> None:
 
 
 def _positional(function: Any) -> dict[str, inspect.Parameter]:
-    """The parameters that are not keyword-only, by name."""
+    """Return the parameters that are not keyword-only, by name."""
     parameters = inspect.signature(function).parameters
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {name: p for name, p in parameters.items() if p.kind in kinds}

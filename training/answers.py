@@ -31,7 +31,7 @@ def greedy_answers(
     file: Path,
     accelerator: Accelerator,
 ) -> Records:
-    """The records with the model's answers instead of their own.
+    """Return the records with the model's answers instead of their own.
 
     They are kept in `file`, which an interrupted run goes on with. Answers that are longer than
     `max_length` with their prompt, or much longer than the record's own, are left out.

@@ -58,14 +58,14 @@ def words() -> tuple[str, ...]:
 
 
 def split_of(start: int, steps: tuple[int, ...]) -> str:
-    """The split these numbers belong to: 90 % train, 5 % validation, 5 % test."""
+    """Return the split these numbers belong to: 90 % train, 5 % validation, 5 % test."""
     digest = hashlib.blake2b(f"{start}:{steps}".encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "little") % 100
     return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
 
 
 def worked_answer(start: int, steps: tuple[int, ...]) -> str:
-    """The running total, e.g. "34+25=59-18=41"."""
+    """Return the running total, e.g. "34+25=59-18=41"."""
     total, text = start, f"{start}"
     for step in steps:
         total += step
@@ -74,7 +74,7 @@ def worked_answer(start: int, steps: tuple[int, ...]) -> str:
 
 
 def final_of(answer: str) -> int | float | None:
-    """The number that an answer ends in, or None where it does not end in one.
+    """Return the number that an answer ends in, or None where it does not end in one.
 
     "1,200", "-3" and "0.5" are one number each; of "59-18=41" it is the part behind the sign.
     """

@@ -65,7 +65,7 @@ def as_argument(allowed_BQK: Tensor, attention: str, dtype: torch.dtype) -> Any:
 
 
 def chosen_attention(name: str, device: torch.device) -> str:
-    """The implementation behind `auto`, or `name` after a check that it can train here.
+    """Return the implementation behind `auto`, or `name` after a check that it can train here.
 
     Raises:
         RuntimeError: saying what is missing.

@@ -58,7 +58,7 @@ def save(accelerator: Accelerator, directory: Path, progress: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `directory`, as a whole or not at all.
+    """Yield an empty folder, which takes the place of `directory` as a whole or not at all.
 
     Args:
         accelerator: of processes that fill it together.
@@ -90,7 +90,7 @@ def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Ite
 
 
 def find(directory: Path) -> Path | None:
-    """The newest whole checkpoint."""
+    """Return the newest whole checkpoint."""
     # Between two renames only the old one is there.
     for name in ("checkpoint", ".checkpoint.old"):
         if (directory / name / "progress.json").exists():

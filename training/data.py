@@ -81,7 +81,7 @@ class Batch:
         return (self.document_BT >= 0) & (self.position_BT > self.end_BT)
 
     def begin_BT(self, block_size: int, block_origin: str = "prompt_end") -> Tensor:
-        """The position at which the first block of the answer begins.
+        """Return the position at which the first block of the answer begins.
 
         Blocks that are counted from position 0 may begin inside the prompt.
         """
@@ -106,10 +106,10 @@ class Source(Protocol):
     """Where batches come from."""
 
     def examples(self, index: int, size: int, seed: int) -> list[Example]:
-        """The examples of batch number `index`."""
+        """Return the examples of batch number `index`."""
 
     def report(self) -> dict[str, int]:
-        """What became of the records."""
+        """Return what became of the records."""
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Records:
         return chosen
 
     def order(self, epoch: str) -> list[int]:
-        """The records in the order of an epoch; the last one is remembered."""
+        """Return the records in the order of an epoch; the last one is remembered."""
         if self._last[0] != epoch:
             order = list(range(len(self.all)))
             random.Random(epoch).shuffle(order)
@@ -181,7 +181,7 @@ def encode_problems(items: Sequence[Any], tokenizer: Any) -> list[Example]:
 
 
 def make_source(data: DataSection, tokenizer: Any, block_size: int) -> Source:
-    """The training examples that a config names."""
+    """Return the training examples that a config names."""
     if data.source == "arithmetic":
         return Arithmetic(tokenizer, data.step_counts)
     return read_records(data, data.source, data.split, tokenizer, block_size)
@@ -237,7 +237,7 @@ def read_records(
     block_size: int,
     option: str = "data.source",
 ) -> Records:
-    """Records of a JSONL file or a Hugging Face dataset as examples.
+    """Return records of a JSONL file or a Hugging Face dataset as examples.
 
     Args:
         option: which one named it, for messages.
@@ -278,7 +278,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def check_tokenizer(data: DataSection, tokenizer: Any) -> None:
-    """The tokenizer has what `data` asks of it.
+    """Check that the tokenizer has what data asks of it.
 
     Raises:
         ValueError: naming the option.

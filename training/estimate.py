@@ -84,7 +84,7 @@ def estimate(config: Config, stage: StageSection) -> Estimate:
 
 
 def dry_run(config: Config) -> str:
-    """A few lines per stage."""
+    """Return a few lines per stage."""
     lines = [f"{config.name}: {config.model.base or 'a new model'} ({config.model.family})"]
     for name, stage in config.stages.items():
         e = estimate(config, stage)

@@ -62,7 +62,7 @@ def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def by_length(examples: Sequence[Example], most: int = 64) -> list[list[Example]]:
-    """Groups of equal prompt length."""
+    """Return groups of equal prompt length."""
     groups: dict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[len(example.prompt)].append(example)
@@ -102,7 +102,7 @@ def vanilla(
     mask_id: int,
     canvas: int,
 ) -> Score:
-    """A bidirectional model: every forward decides the surest of the canvas's masked positions."""
+    """Decode with a bidirectional model: each forward decides the surest masked positions."""
     outputs, order, forwards = [], [], []
     for group in by_length(examples):
         prompt = len(group[0].prompt)
@@ -138,7 +138,7 @@ def d2f(
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
 ) -> Score:
-    """The reference loop, problem by problem: what the engine is held to."""
+    """Decode with the reference loop, problem by problem: what the engine is held to."""
     params = D2FParams(**decoding.model_dump(exclude={"max_tokens"}))
 
     @torch.inference_mode()

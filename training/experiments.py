@@ -197,7 +197,7 @@ def write(
 
 
 def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
-    """A table per group, under the group's own words."""
+    """Return a table per group, under the group's own words."""
     made = ", ".join(f"{n} {v}" for n, v in report["versions"].items())
     lines = [
         f"# {plan.title}\n",

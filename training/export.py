@@ -108,7 +108,7 @@ def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -
 
 
 def d2f_section(family: str, stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
-    """What `vllm_d2f.settings` reads."""
+    """Return what `vllm_d2f.settings` reads."""
     section = decoding.model_dump(exclude={"max_tokens"})
     if "block_causal" in (stage.loss.prompt_attention, BY_NAME[family].prompt_attention):
         section["prompt_attention"] = stage.loss.prompt_attention
@@ -233,7 +233,7 @@ def _write_tokenizer(part: Path, loaded: Loaded) -> None:
 
 
 def save_weights(net: Any, path: Path) -> None:
-    """The trained weights of a finished stage: all of them, or an adapter's."""
+    """Return the trained weights of a finished stage: all of them, or an adapter's."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,13 +121,13 @@ def sentences(path: Path) -> Iterator[tuple[str, Facts]]:
 
 
 def _joined(text: str) -> str:
-    """A text whose marks stand where people write them, not apart as in the data."""
+    """Return a text whose marks stand where people write them, not apart as in the data."""
     text = re.sub(r" ([,.;:!?')%]|n't)", r"\1", " ".join(text.split()))
     return text.replace(" - ", "-").replace("£ ", "£").replace("( ", "(")
 
 
 def stated(text: str, facts: Facts) -> Facts:
-    """The facts that a sentence states."""
+    """Return the facts that a sentence states."""
     found, said = dict(facts), text.lower()
     if facts["near"] and facts["near"].lower() not in said:
         found["near"] = None
@@ -143,7 +143,7 @@ def stated(text: str, facts: Facts) -> Facts:
 
 
 def exchange(text: str, facts: Facts, seed: str) -> tuple[str, Facts]:
-    """A sentence and its facts with other names and, where the words are its own, other values."""
+    """Return a sentence and its facts with other names, and other values where it says them."""
     rng = random.Random(f"extract:{seed}")
     facts = dict(facts)
     for key in ("name", "near", "food", "type", "rating", "area"):
@@ -158,7 +158,7 @@ def exchange(text: str, facts: Facts, seed: str) -> tuple[str, Facts]:
 
 
 def _name(rng: random.Random) -> str:
-    """A name of one to six words, the longer half of several tokens that nothing foretells."""
+    """Make up a name of one to six words, in half of them tokens that nothing foretells."""
 
     def word() -> str:
         kind = rng.random()
@@ -189,7 +189,7 @@ def _name(rng: random.Random) -> str:
 
 
 def answer(facts: Facts) -> str:
-    """The response of a record: JSON with the eight keys in their order."""
+    """Return the response of a record: JSON with the eight keys in their order."""
     return json.dumps({key: facts[key] for key in KEYS}, ensure_ascii=False)
 
 

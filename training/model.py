@@ -114,7 +114,7 @@ def open_base(section: ModelSection) -> Base:
 
 
 def load(section: ModelSection, attention: str, seed: int = 0) -> Loaded:
-    """The base of a run, or a new model.
+    """Return the base of a run, or a new model.
 
     Raises:
         ValueError: the base is not what the config says, or has no mask token.
@@ -194,7 +194,7 @@ def choose_mask(section: ModelSection, config: Any, tokenizer: Any) -> None:
 
 
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """The tensor with rows added up to `rows`, each the mean of those there are."""
+    """Return the tensor with rows added up to `rows`, each the mean of those there are."""
     missing = rows - len(tensor)
     return torch.cat((tensor, tensor.mean(0, keepdim=True).expand(missing, -1)))
 
@@ -242,7 +242,7 @@ def prepare(loaded: Loaded, section: ModelSection) -> None:
 
 
 def check_base(section: ModelSection, config: Any) -> None:
-    """A base of another family or size is a mix-up.
+    """Refuse a base of another family or size, which is a mix-up.
 
     Raises:
         ValueError: naming the field.
@@ -309,7 +309,7 @@ class Predictor(nn.Module):
 
 
 def add_lora(loaded: Loaded, section: LoraSection, seed: int, masks: bool = True) -> Any:
-    """The model with adapters, whose weights alone are trained; in float32, whatever the base is.
+    """Return the model with adapters, the only weights to train; they are in float32.
 
     Args:
         masks: whether it will be shown masks.
@@ -353,7 +353,7 @@ def train_mask_row(embedding: Any, mask_id: int) -> None:
 
 
 def adapter_state(net: Any) -> dict[str, Tensor]:
-    """What is trained beside a frozen base: adapters, and the mask token's embedding."""
+    """Return what is trained beside a frozen base: adapters, and the mask token's embedding."""
     names = (".lora_", f".{MASK_ROW}")
     return {k: v for k, v in net.state_dict().items() if any(name in k for name in names)}
 

@@ -216,7 +216,7 @@ def d2f_loss(
     mask_id: int,
     generator: Generator,
 ) -> Loss:
-    """The loss of one batch; the noise is drawn from `generator` alone."""
+    """Return the loss of one batch; the noise is drawn from `generator` alone."""
     prompt_block = options.block_size if options.prompt_attention == "block_causal" else None
     clean = batch
     if options.windows:
@@ -274,7 +274,7 @@ def d2f_loss(
 
 
 def next_token_logits(teacher: Logits, clean: Batch, batch: Batch, masked_BT: Tensor) -> Tensor:
-    """What the autoregressive teacher predicts at the masked positions from the clean text, (M, V).
+    """Return what the autoregressive teacher predicts at masked positions of clean text, (M, V).
 
     It runs once over `clean`, however many windows of `batch` show a position.
     """

@@ -25,7 +25,7 @@ DECODED = {
 
 
 def card(config: Config, name: str, figures: str = "") -> str:
-    """A short model card, generated from the run."""
+    """Return a short model card, generated from the run."""
     stage = config.stages[name]
     # A base has a licence of its own; a folder or name of this machine is no name for it.
     own = config.model.base
@@ -62,7 +62,7 @@ def _lora(stage: StageSection) -> str:
 
 
 def summary(stage: StageSection, figures: dict[str, float]) -> str:
-    """A sentence for the model card."""
+    """Return a sentence for the model card."""
     return (
         f"On {figures['problems']:.0f} held-out problems ({DECODED[stage.objective]}): "
         f"{100 * figures['exact']:.1f} % of the answers right to the last token, "
@@ -87,7 +87,7 @@ def read_log(directory: Path) -> list[dict[str, float]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The entries of a JSONL file, without one that a kill has cut off."""
+    """Return the entries of a JSONL file, without one that a kill has cut off."""
     entries = []
     for line in file.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -130,7 +130,7 @@ def write_report(
 
 
 def _some(log: list[dict[str, float]], count: int = 12) -> list[dict[str, float]]:
-    """A dozen lines of a log, those with scores and the last among them."""
+    """Return a dozen lines of a log, those with scores and the last among them."""
     stride = max(len(log) // count, 1)
     return [e for i, e in enumerate(log) if i % stride == stride - 1 or "exact" in e]
 

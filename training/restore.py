@@ -54,13 +54,13 @@ SPOKEN = re.compile(
 
 
 def written(text: str) -> str:
-    """A text with plain quotes, dashes and single spaces: the form that is restored."""
+    """Return a text with plain quotes, dashes and single spaces: the form that is restored."""
     return " ".join(text.translate(PLAIN).split())
 
 
 @lru_cache(maxsize=100_000)
 def _say(number: str, to: str = "cardinal") -> str:
-    """A number of digits in words: no commas, no hyphens, no "and"."""
+    """Return a number of digits in words: no commas, no hyphens, no "and"."""
     from num2words import num2words
 
     plain = number.replace(",", "").rstrip(".")
@@ -124,7 +124,7 @@ def _said(match: re.Match[str]) -> str:
 
 
 def spoken(text: str) -> list[str]:
-    """The words of a text as they are said: lower case, no punctuation, numbers spelled out."""
+    """Return the words of a text as they are said: lower case, no punctuation, numbers in words."""
     said = SPOKEN.sub(_said, written(text)).lower()
     words = re.findall(r"[a-z]+(?:'[a-z]+)*", said)
     # "one hundred and five" and "one hundred five" are the same number.
@@ -145,7 +145,7 @@ def _joins(before: str, after: str) -> bool:
 
 
 def degrade(text: str, seed: int | str, capitals: bool = True, slips: bool = True) -> str:
-    """What a recogniser would have written of `text`.
+    """Return what a recogniser would have written of `text`.
 
     Args:
         slips: half of the texts get fillers, repeated words and mixed-up homophones, about one of
@@ -222,7 +222,7 @@ def scores(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def _mark(units: list[str], at: int) -> str:
-    """The mark behind a word."""
+    """Return the mark behind a word."""
     behind = units[at + 1] if at + 1 < len(units) else ""
     return "" if re.match(r"\w|[$']", behind) else behind
 
@@ -254,7 +254,7 @@ def usable(text: str) -> bool:
 
 
 def plain_sentences(answer: str) -> str | None:
-    """The sentences of a worked GSM8K answer that hold no calculation, as one text."""
+    """Return the sentences of a worked GSM8K answer that hold no calculation, as one text."""
     text = re.sub(r"<<[^>]*>>", "", answer.partition("####")[0])
     lines = [written(line) for line in text.splitlines()]
     kept = [line for line in lines if line and not re.search(r"[-+*/=x×]\s*\$?\d|=", line)]

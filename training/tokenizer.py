@@ -64,5 +64,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The vocabulary size for a model's config: a multiple of 64."""
+    """Return the vocabulary size for a model's config: a multiple of 64."""
     return -(-len(tokenizer) // 64) * 64

@@ -85,7 +85,7 @@ def train(
 
 
 def check_trackers(config: Config) -> None:
-    """A tracker that is not installed is no reason to train without.
+    """Refuse a tracker that is not installed, rather than train without it.
 
     Raises:
         ConfigError: naming the package.
@@ -96,7 +96,7 @@ def check_trackers(config: Config) -> None:
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings under dotted names, as trackers take them."""
+    """Return settings under dotted names, as trackers take them."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def finish(run: Run, out: Path) -> None:
 
 
 def exported(config: Config, name: str, out: Path) -> Path | None:
-    """The folder that the stage's model is written to, if any; an earlier export may be there.
+    """Return the folder that the stage's model is written to, if any; it may hold an earlier one.
 
     Raises:
         OutputError: something else is there. The card of an export says that it is one.

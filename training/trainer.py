@@ -159,14 +159,14 @@ def set_up(
 
 
 def trainable(loaded: Loaded, stage: StageSection) -> Any:
-    """What the stage trains: the whole model, or adapters on it."""
+    """Return what the stage trains: the whole model, or adapters on it."""
     if stage.lora is None:
         return loaded.model
     return add_lora(loaded, stage.lora, stage.seed, stage.objective != "next_token")
 
 
 def same_settings(directory: Path, config: Config, name: str) -> None:
-    """A directory holds one stage of one set of settings.
+    """Refuse a directory that holds another stage or other settings.
 
     Raises:
         ValueError: its training was begun with others.
@@ -225,7 +225,7 @@ def fingerprint_files(files: Sequence[Path]) -> str:
 
 
 def same_inputs(directory: Path, values: dict[str, str]) -> None:
-    """What was begun goes on with the same data and weights.
+    """Refuse to go on with other data or weights than the run began with.
 
     Raises:
         ValueError: their content has changed; the fields are named.
@@ -241,7 +241,7 @@ def same_inputs(directory: Path, values: dict[str, str]) -> None:
 
 
 def fit(run: Run, stop_after: int | None = None) -> None:
-    """The training loop, from the last checkpoint where there is one."""
+    """Train, from the last checkpoint where there is one."""
     stage, accelerator = run.stage, run.accelerator
     torch.manual_seed(stage.seed + accelerator.process_index)  # for dropout
     optimizers = make_optimizers(run.predictor, stage.optimizer)
@@ -306,7 +306,7 @@ def divide_gradients(run: Run, whole: Tensor) -> None:
 
 
 def loss_of(run: Run, index: int) -> Loss:
-    """The loss of batch number `index`; everything random about it comes from that number."""
+    """Return the loss of batch number `index`; all that is random comes from that number."""
     stage, accelerator = run.stage, run.accelerator
     index = index * accelerator.num_processes + accelerator.process_index
     batch = batch_of(run, index).to(accelerator.device)
@@ -330,7 +330,7 @@ def batch_of(run: Run, index: int) -> Batch:
 
 
 def adapter_off(run: Run):
-    """The LoRA student's teacher: the same weights without the adapter, or with the teacher's."""
+    """Return the LoRA student's teacher: the same weights with no adapter, or the teacher's."""
     if run.adapter is not None:
         device = run.accelerator.device
         run.adapter = {name: tensor.to(device) for name, tensor in run.adapter.items()}
@@ -343,7 +343,7 @@ def adapter_off(run: Run):
 
 
 def look(run: Run) -> None:
-    """What to know before hours of training: sizes, data, the first batch as the model sees it."""
+    """Print what to know before hours of training: sizes, data, the first batch."""
     if not run.accelerator.is_main_process:
         return
     parameters = list(run.predictor.parameters())
@@ -436,7 +436,7 @@ def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
     device = next(predictor.parameters()).device
 
     def logits(*tensors: Tensor) -> Tensor:
-        """The decoders' tensors are on the CPU."""
+        """Say that the decoders' tensors are on the CPU."""
         return predictor(*(tensor.to(device) for tensor in tensors)).cpu()
 
     predictor.eval()

@@ -26,7 +26,7 @@ MAX_END_TOKENS = 8
 
 
 def end_tokens(params: "SamplingParams") -> list[int]:
-    """The tokens that end a request: the model's end tokens unless ignored, and its stop tokens."""
+    """Return the tokens that end a request: its stop tokens, and the model's unless ignored."""
     stops: Sequence[int] = params.stop_token_ids or ()
     eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
     return list(dict.fromkeys([*eos, *stops]))[:MAX_END_TOKENS]
@@ -172,7 +172,7 @@ def stuck_rules(grammar: "Grammar") -> list[str]:
 
 @functools.cache
 def _byte_compiler() -> "GrammarCompiler":
-    """A compiler whose tokens are the 256 bytes: whether a rule gets stuck needs no real ones."""
+    """Return a compiler of byte tokens: whether a rule gets stuck needs no others."""
     import xgrammar
 
     tokens = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)], stop_token_ids=[])

@@ -35,7 +35,7 @@ def diagnose(names: Sequence[str]) -> Iterator[Finding]:
 
 
 def _packages() -> Finding:
-    """The packages that this one requires, without those of its extras."""
+    """Return the packages that this one requires, without those of its extras."""
     from packaging.requirements import Requirement
 
     fit: list[str] = []
@@ -57,7 +57,7 @@ def _packages() -> Finding:
 
 
 def _vllm() -> Iterator[Any]:
-    """The device's memory in bytes, then the findings of what needs vLLM."""
+    """Yield the device's memory in bytes, then the findings of what needs vLLM."""
     import vllm_d2f
 
     vllm_d2f.register()  # refuses other versions of vLLM with the remedy

@@ -112,7 +112,7 @@ def _open_no_more(window: Window, committed: Sequence[int], ends: Sequence[int])
 def _logits(
     forward: Forward, before: list[int], window: Window, row: int, origin: int, shift: bool
 ) -> Tensor:
-    """The logits of a branch's open window, float32 [W, V]."""
+    """Return the logits of a branch's open window, float32 [W, V]."""
     open_ = int(window.open_R[row])
     tokens_T = torch.cat([torch.tensor(before), window.tokens_RW[row, :open_]])
     position_T = torch.arange(len(tokens_T))
@@ -127,7 +127,7 @@ def _negative_entropy(logits_WV: Tensor) -> Tensor:
 
 
 def _score(window: Window, row: int, sure_W: Tensor) -> float:
-    """The mean over the masked positions of a branch; 1, which beats all others, without any."""
+    """Return the mean over a branch's masked positions; 1, which beats all, without any."""
     masked_W = window.masked_RW[row, : len(sure_W)]
     return float(sure_W[masked_W].mean()) if masked_W.any() else 1.0
 
@@ -140,7 +140,7 @@ def _padded(values_W: Tensor, width: int) -> Tensor:
 def _branches(
     anchor: Window, token_W: Tensor, sure_W: Tensor, lookaheads: int, ends: Sequence[int]
 ) -> Window:
-    """Copies of the anchor with one more token each, the surest first, and the anchor."""
+    """Return copies of the anchor with one more token each, the surest first, and the anchor."""
     masked_W = anchor.masked_RW[0]
     surest_W = sure_W.masked_fill(~masked_W, -torch.inf).sort(descending=True, stable=True).indices
     columns = surest_W[: min(lookaheads, int(masked_W.sum()))].tolist()

@@ -48,7 +48,7 @@ def check_output(
 
 
 def output_file(text: str) -> Path:
-    """A file to write, as an argument of a command: a `type` of argparse.
+    """Return the path of a file to write: a `type` of argparse.
 
     Raises:
         ArgumentTypeError: as `check_output`.

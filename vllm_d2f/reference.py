@@ -66,7 +66,7 @@ class Frame:
 
 
 def hf_forward(model: torch.nn.Module) -> Forward:
-    """A transformers causal LM (see `vllm_d2f.models.hf`) as a `Forward`."""
+    """Return a transformers causal LM (see `vllm_d2f.models.hf`) as a `Forward`."""
     device = next(model.parameters()).device
 
     @torch.inference_mode()

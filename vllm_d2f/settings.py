@@ -69,7 +69,7 @@ class Settings:
     adaptive_window: bool | None = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as a `d2f` section of which `settings_from_dict` makes them again."""
+        """Return the settings as a `d2f` section of which `settings_from_dict` makes them again."""
         section = asdict(self)
         del section["family"]
         return section.pop("params") | section
@@ -167,7 +167,7 @@ def _override(weaker: dict[str, Any], stronger: dict[str, Any], prefix: str = ""
 
 
 def _with_preset(section: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the preset of a `d2f` section means, and what stands beside it, which is stronger."""
+    """Return what the preset of a `d2f` section means, and the stronger rest beside it."""
     if not isinstance(section, Mapping):
         raise ValueError(f"the d2f section must be an object, got {section!r:.80}")
     if unknown := sorted(set(map(str, section)) - _KNOWN):
@@ -182,12 +182,12 @@ def _with_preset(section: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _written_out(preset: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset with its acceptance rule, because its `tau_conf` is for no other."""
+    """Return a preset with its acceptance rule, because its `tau_conf` is for no other."""
     return {"accept": D2FParams().accept, **preset} if "tau_conf" in preset else dict(preset)
 
 
 def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> D2FParams:
-    """The decoding parameters of a request: the served ones, its `d2f_preset`, its other options.
+    """Return a request's decoding parameters: the served ones, its `d2f_preset`, its options.
 
     A request with larger blocks and without a `d2f_max_blocks` gets as many blocks as the served
     window holds. `extra_args` are its `d2f_*` options, as vLLM keeps its `vllm_xargs`.
@@ -234,7 +234,7 @@ def request_params(settings: Settings, extra_args: Mapping[str, Any] | None) -> 
 
 
 def _preset(settings: Settings, name: Any) -> dict[str, Any]:
-    """A preset by its full name, or by its name without the served model's family in front."""
+    """Return a preset by its full name, or by its name without the served family in front."""
     known = PRESETS.get(f"{settings.family}-{name}") or PRESETS.get(str(name))
     if known is None:
         start = f"{settings.family}-"
@@ -283,7 +283,7 @@ def _yes_or_no(extra_args: Mapping[str, Any] | None, name: str, default: bool) -
 
 
 def _number(name: str, value: Any) -> int | float:
-    """A number given as one or as a string: vLLM passes strings in `vllm_xargs` through."""
+    """Parse a number given as one or as a string: vLLM passes strings in `vllm_xargs` through."""
     # Python's int() and float() accept more than JSON does: other digits, "1_000", "nan".
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value) if any(c in value for c in ".eE") else int(value)
@@ -298,6 +298,6 @@ def is_d2f(model_config: "ModelConfig") -> bool:
 
 
 def served_settings(model_config: "ModelConfig") -> Settings:
-    """The settings that `vllm_d2f.startup` resolved and left in the model's config."""
+    """Return the settings that `vllm_d2f.startup` resolved and left in the model's config."""
     config = model_config.hf_config
     return settings_from_dict(config.d2f, family=config.family)

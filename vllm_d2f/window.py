@@ -96,7 +96,7 @@ class Beginning:
     tail: Sequence[int] = ()
 
     def counters(self, width: int, room: int) -> list[int]:
-        """The request's row of `Window.counters`.
+        """Return the request's row of `Window.counters`.
 
         Args:
             width: W.
@@ -261,7 +261,7 @@ class Window:
         self.sub_blocks |= any(one.params.sub_block_size > 0 for one in beginnings)
 
     def rows(self, index_R: Tensor) -> "Window":
-        """A copy of the given rows."""
+        """Return a copy of the given rows."""
         return Window(
             self.tokens_RW.index_select(0, index_R),
             self.decoded_RW.index_select(0, index_R),
@@ -303,7 +303,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _fewest(fraction: float, size: int) -> int:
-    """The smallest count with count / size >= fraction."""
+    """Return the smallest count with count / size >= fraction."""
     count = math.ceil(fraction * size)
     # The product may be off by a rounding error; the quotient is what the rule compares.
     return count - 1 if count and (count - 1) / size >= fraction else count

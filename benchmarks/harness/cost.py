@@ -44,7 +44,7 @@ class Cost:
         return cls(**{**values, "points": tuple((t, ms) for t, ms in points)})
 
     def ms(self, tokens: float, context: float, new: float = 0) -> float:
-        """The cost of one step in which `new` requests enter."""
+        """Return the cost of one step in which `new` requests enter."""
         beside = self.c_ms_per_context_token * context + self.d_ms_per_request * new
         return self._tokens_ms(tokens) + beside
 
@@ -109,8 +109,9 @@ def traces_of(batches: "Sequence[Batch]") -> list[Trace]:
 
 
 def floor(bytes_: float, flops: float, machine: Mapping[str, float]) -> tuple[float, str]:
-    """The least milliseconds for so many bytes and operations on a machine of `timing.machine`,
-    and which of the two decides.
+    """Return the least milliseconds for so many bytes and operations, and which of them decides.
+
+    The machine is one of `timing.machine`.
     """
     by_bytes, by_flops = bytes_ / machine["copy_gb_per_s"], flops / machine["matmul_gflop_per_s"]
     return max((by_bytes / 1e6, "bytes"), (by_flops / 1e6, "flops"))
@@ -168,7 +169,7 @@ def _positive_least_squares(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 
 def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
-    """Useful tokens per second while there are always `requests` of them, all alike.
+    """Return useful tokens per second while there are always `requests` of them, all alike.
 
     Their prompts come in one by one, so each step carries its share of them.
     """
@@ -179,7 +180,7 @@ def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
 
 
 def predict_batch(cost: Cost, traces: Sequence[Trace], size: int, budget: int) -> float:
-    """Useful tokens per second of batches that begin together and end with their last request.
+    """Return useful tokens per second of batches that begin together and end with the last request.
 
     `traces` are dealt out in batches, and repeated to fill a batch larger than all of them. What is
     beyond the `budget` of a step's tokens goes into further steps.
@@ -203,7 +204,7 @@ def predict_batch(cost: Cost, traces: Sequence[Trace], size: int, budget: int) -
 
 
 def crossing(d2f: Cost, d2f_trace: Trace, ar: Cost, ar_trace: Trace) -> int | None:
-    """The fewest concurrent requests at which the autoregressive model is faster, if any."""
+    """Return the fewest concurrent requests at which the autoregressive model is faster, if any."""
     for requests in range(1, MOST_REQUESTS + 1):
         if predict_steady(ar, ar_trace, requests) > predict_steady(d2f, d2f_trace, requests):
             return requests

@@ -56,12 +56,12 @@ def greedy(max_tokens: int, params: Any = None, **more: Any) -> Any:
 
 
 def core_of(llm: Any) -> Any:
-    """The engine core, where it runs in this process."""
+    """Return the engine core, where it runs in this process."""
     return getattr(llm.llm_engine.engine_core, "engine_core", None)
 
 
 def runner_of(llm: Any) -> Any:
-    """The model runner of an engine of this process."""
+    """Return the model runner of an engine of this process."""
     return core_of(llm).model_executor.driver_worker.worker.model_runner
 
 
@@ -232,7 +232,7 @@ class Engine:
         return [self._batch(items[at : at + batch_size], offset + at) for at in starts]
 
     def steps(self, items: Sequence[Item], batch_size: int) -> list[StepCost]:
-        """The cost of every step of `measure`."""
+        """Return the cost of every step of `measure`."""
         costs: list[StepCost] = []
         for at in range(0, len(items), batch_size):
             self._batch(items[at : at + batch_size], at)
@@ -273,7 +273,7 @@ class Engine:
         return [self._collect(items, ordered, 0, seconds, cpu_s, at_s)]
 
     def _sampling(self, item: Item) -> Any:
-        """The engine's own sampling, under the schema of an item that has one."""
+        """Return the engine's own sampling, under the schema of an item that has one."""
         if item.schema is None:
             return self.sampling
         from vllm.sampling_params import StructuredOutputsParams
@@ -450,7 +450,7 @@ class DummyEngine:
     def running(
         self, requests: int, prompt: int, blocks: int, answer: int
     ) -> Iterator[Callable[[], Any]]:
-        """Requests that are under way; gives what runs one step. Aborted at the end."""
+        """Start requests and yield what runs one step. They are aborted at the end."""
         engine = self.llm.llm_engine
         names = [f"run-{requests}-{i}" for i in range(requests)]
         sampling = self.sampling(answer, blocks)

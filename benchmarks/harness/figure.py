@@ -10,7 +10,7 @@ NAMES = {"d2f": "D2F", "ar": "autoregressive", "vanilla": "vanilla diffusion"}
 
 
 def new_figure(height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
-    """A figure 1600 pixels wide: sharp at 800 on a display with double resolution."""
+    """Return a figure 1600 pixels wide: sharp at 800 on a display with double resolution."""
     import matplotlib
 
     matplotlib.use("Agg")

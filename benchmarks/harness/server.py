@@ -48,7 +48,7 @@ class Launched:
 def serve(
     model: str, options: Sequence[str], base_url: str | None, timeout: float
 ) -> Iterator[str]:
-    """The address of a server with this model: a new one, or the one that was named."""
+    """Return the address of a server with this model: a new one, or the one that was named."""
     if base_url:
         yield base_url.rstrip("/")
         return
@@ -58,7 +58,7 @@ def serve(
 
 @contextlib.contextmanager
 def launch(model: str, options: Sequence[str], timeout: float) -> Iterator[Launched]:
-    """A new server, ready; it ends with the block."""
+    """Start a server and wait until it is ready; it ends with the block."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(VLLM), "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
@@ -82,7 +82,7 @@ def launch(model: str, options: Sequence[str], timeout: float) -> Iterator[Launc
 
 
 def _environment() -> dict[str, str]:
-    """A server's engine has a process of its own, whatever this one has chosen for its engines."""
+    """Give a server's engine a process of its own, whatever this one has chosen for its engines."""
     return {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
 
@@ -145,13 +145,13 @@ def complete(
 
 
 def metrics(url: str) -> str:
-    """The text of /metrics."""
+    """Return the text of /metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
         return response.read().decode()
 
 
 def parse_counters(text: str) -> dict[str, float]:
-    """The counters of interest, summed over engines; absent ones are left out."""
+    """Return the counters of interest, summed over engines; absent ones are left out."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         if name := COUNTERS.get(line.split("{")[0].split(" ")[0]):
@@ -160,13 +160,13 @@ def parse_counters(text: str) -> dict[str, float]:
 
 
 def parse_simulated(text: str) -> float | None:
-    """The tokens per forward that the server makes up, None where its model decides."""
+    """Return the tokens per forward that the server makes up, None where its model decides."""
     lines = [line for line in text.splitlines() if line.startswith(SIMULATED)]
     return float(lines[0].rsplit(" ", 1)[1]) if lines else None
 
 
 def d2f_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-    """What happened between two readings. No D2F figures where the model is not one."""
+    """Return what happened between two readings. No D2F figures where the model is not one."""
     delta = {name: after[name] - before.get(name, 0.0) for name in after}
     figures: dict[str, Any] = {"counters": {name: int(value) for name, value in delta.items()}}
     if forwards := delta.get("denoising_forwards"):

@@ -39,7 +39,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float]:
-    """The 50th and 99th percentile (nearest rank)."""
+    """Return the 50th and 99th percentile (nearest rank)."""
     ordered = sorted(values)
     at = {f"p{percent}": math.ceil(percent / 100 * len(ordered)) - 1 for percent in (50, 99)}
     return {name: rounded(ordered[index]) for name, index in at.items()}
@@ -79,7 +79,7 @@ def measure(
     warm_up: int = 3,
     clock: str = "wall",
 ) -> dict[str, dict[str, float]]:
-    """Times of one call of each, by name: `ms` the median, `ms_min`, `host_us` to queue it.
+    """Return times of one call of each, by name: `ms` the median, `ms_min`, `host_us` to queue it.
 
     Of a name there are several calls on different inputs, which take turns. All are interleaved, so
     that what else runs on the machine hits them alike.

@@ -82,7 +82,7 @@ class Worker:
         return self._call("arrive", *arguments)
 
     def warm_up(self, items: "Sequence[Item]", sizes: Sequence[int]) -> None:
-        """What comes first pays for memory and code that are touched for the first time."""
+        """Answer a few items: the first ones pay for memory and code that nothing has touched."""
         for size in sizes:
             self.measure(items[: max(size, 2)], size)
 
@@ -156,7 +156,7 @@ def device_share(decoders: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
-    """The worker's process: load, then answer until the parent closes the pipe or is gone."""
+    """Load, then answer until the parent closes the pipe or is gone."""
     try:
         module = importlib.import_module(f"benchmarks.harness.{'vanilla' if vanilla else 'engine'}")
         decoder = (module.Vanilla if vanilla else module.Engine)(**arguments)

@@ -38,7 +38,7 @@ class Grade:
 
 
 def final_number(text: str) -> float | None:
-    """The last number of a text, None if it has none. The digits of `1-23` are 1 and 23.
+    """Return the last number of a text, None if it has none. The digits of `1-23` are 1 and 23.
 
     On answers to generated problems this is `training.arithmetic.final_of`, the rule by which the
     models were trained; questions from a file also end in 1,234 or in 2.5 and a full stop.
@@ -127,7 +127,7 @@ def parse_options(option: str, text: str) -> dict[str, Any]:
 
 
 def resolve_model(option: str, name: str) -> str:
-    """The folder or Hub id of a model; a folder that is not there is an error."""
+    """Return the folder or Hub id of a model; a folder that is not there is an error."""
     from vllm_d2f.hub.names import UnknownModelError, resolve
 
     names = "an embedded name (d2f-tiny, ar-tiny, dream-tiny)"
@@ -143,7 +143,7 @@ def resolve_model(option: str, name: str) -> str:
 
 
 def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
-    """The folder of a D2F model, its config, and its own settings."""
+    """Return the folder of a D2F model, its config, and its own settings."""
     from transformers import AutoConfig
 
     from vllm_d2f import register
@@ -158,7 +158,7 @@ def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
 
 
 def simulated(hf_config: Any) -> float | None:
-    """The tokens per forward that a D2F model's config makes up, None for a real acceptance."""
+    """Return the tokens per forward that a D2F model's config makes up, None if it does not."""
     return (getattr(hf_config, "d2f", None) or {}).get("simulate_tokens_per_forward")
 
 

@@ -100,7 +100,7 @@ def wanted(package: str, name: str) -> bool:
 
 
 def wheel_files(wheel: Path) -> Iterator[Source]:
-    """The wanted files of a wheel as they lie when it is installed, without scripts."""
+    """Return the wanted files of a wheel as they lie when it is installed, without scripts."""
     package = wheel.name.split("-")[0]
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
@@ -117,7 +117,7 @@ def wheel_files(wheel: Path) -> Iterator[Source]:
 
 
 def repository_files(root: Path) -> Iterator[Source]:
-    """What git tracks of the sources that the host runs; results and pictures stay here."""
+    """Return what git tracks of the sources that the host runs; results and pictures stay here."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard",
@@ -166,7 +166,7 @@ def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset:
 
 
 def download(wheels: Path, root: Path, python: str) -> list[Path]:
-    """The wheels of the host's packages and of this one, from pip's index unless they are here."""
+    """Return the wheels of the host's packages and of this one; pip downloads what is missing."""
     wheels.mkdir(parents=True, exist_ok=True)
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     abis = (f"cp{python.replace('.', '')}", "abi3", "none")

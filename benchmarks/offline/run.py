@@ -78,7 +78,7 @@ class Plan:
     copy_to: Path | None = None
 
     def words(self, step: Step, seconds: float) -> list[str]:
-        """The process of a step. It begins no point in the last quarter of its life."""
+        """Run a step in its own process, which begins no point in the last quarter of its life."""
         given = step.command.format(out=self.out).split()
         given += step.rehearsal.split() if self.rehearse else []
         words = [sys.executable, "-m", f"benchmarks.{given[0]}", *given[1:]]
@@ -86,7 +86,7 @@ class Plan:
         return [*words, "--json", str(self.out / f"{step.name}.json"), "--minutes", minutes]
 
     def result(self, step: Step) -> dict[str, Any]:
-        """The report of a step, empty if there is none."""
+        """Return the report of a step, empty if there is none."""
         path = self.out / f"{step.name}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 

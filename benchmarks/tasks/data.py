@@ -47,7 +47,7 @@ class DataMissing(Exception):
 
 
 def load(name: str, data: str | None = None, splits: Sequence[str] = ("test",), **_: Any) -> dict:
-    """The splits of a task as data sets."""
+    """Return the splits of a task as data sets."""
     from datasets import Dataset
 
     if name == "arithmetic":  # the embedded models' own domain, generated

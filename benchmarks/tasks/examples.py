@@ -21,7 +21,7 @@ NUMBERS = "[25, 35, 22, 85, 14, 65, 75, 22, 58]"
 
 
 def gsm8k() -> list[dict]:
-    """The eight questions of lm-eval's `gsm8k_cot`, out of its own file."""
+    """Return the eight questions of lm-eval's `gsm8k_cot`, out of its own file."""
     import lm_eval
     import yaml
 

@@ -106,7 +106,7 @@ def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[It
 
 
 def asked(tokenizer: Any, prompt: str) -> str:
-    """A prompt as a chat asks it; as it is where the tokenizer has no template."""
+    """Return a prompt as a chat asks it; as it is where the tokenizer has no template."""
     if tokenizer.chat_template is None:
         return prompt
     turns = [{"role": "user", "content": prompt}]
@@ -114,7 +114,7 @@ def asked(tokenizer: Any, prompt: str) -> str:
 
 
 def interval(counts: Sequence[tuple[float, float]], seed: int = 0) -> tuple[float, float, float]:
-    """A score, and the 2.5th and 97.5th percentile of scores of answers drawn with replacement."""
+    """Return a score, and its 2.5th and 97.5th percentile, drawing answers with replacement."""
     draws = _draws([counts], seed)
     score = sum(top for top, _ in counts) / sum(whole for _, whole in counts)
     return score, *_ends([of[0] for of in draws])

@@ -17,7 +17,7 @@ def say(message: str) -> None:
 
 
 def human(size: int) -> str:
-    """A size in bytes, in the unit that fits."""
+    """Return a size in bytes, in the unit that fits."""
     for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= divisor:
             return f"{size / divisor:.1f} {unit}"
@@ -25,6 +25,6 @@ def human(size: int) -> str:
 
 
 def own_name(name: str) -> str:
-    """The last part of a path or a Hub id, or the repository in a path of the Hub's cache."""
+    """Return the last part of a path or Hub id, or the repository in a path of the Hub's cache."""
     cached = re.search(r"models--([^/\\]+)", name)
     return (cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]).lower()

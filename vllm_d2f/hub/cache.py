@@ -55,7 +55,7 @@ def root() -> Path:
 
 
 def folder_of(name: str) -> Path:
-    """The place of the model called `name`."""
+    """Return the place of the model called `name`."""
     return root() / name
 
 
@@ -76,7 +76,7 @@ def inspect(folder: Path) -> State:
 
 
 def _checked_record(folder: Path) -> dict[str, Any]:
-    """The record of a folder that agrees with it.
+    """Return the record of a folder that agrees with it.
 
     Raises:
         HubError: with what is wrong with the folder.
@@ -104,7 +104,7 @@ def _checked_record(folder: Path) -> dict[str, Any]:
 
 
 def damaged_files(folder: Path, state: State) -> list[str]:
-    """The files of a ready folder whose content has changed. This reads every byte."""
+    """Return the files of a ready folder whose content has changed. This reads every byte."""
     files = state.record["files"].items()
     return [name for name, file in files if sha256_of(folder / name) != file.get("sha256")]
 
@@ -116,7 +116,7 @@ def sha256_of(path: Path) -> str:
 
 
 def elsewhere(folder: Path) -> str:
-    """The remedy where `folder` cannot hold a model: only a cache is moved by the environment."""
+    """Return the remedy where `folder` cannot hold a model; the environment moves only a cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if any(folder.is_relative_to(cache) for cache in (root(), Path(HF_HUB_CACHE).resolve())):

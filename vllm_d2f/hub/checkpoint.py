@@ -55,7 +55,7 @@ class Shard:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """The path of the file `name` directly in `folder`.
+    """Return the path of the file `name` directly in `folder`.
 
     A link may lead to another file of the folder or, as in the Hub's cache, to `../../blobs`.
 
@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def index_of(folder: Path) -> dict[str, str] | None:
-    """The index of a folder, tensor -> file; None without an index.
+    """Return the index of a folder, tensor -> file; None without an index.
 
     Raises:
         HubError: a malformed index, or a file name that is more than a name.
@@ -116,7 +116,7 @@ def index_of(folder: Path) -> dict[str, str] | None:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The weight files that belong to a folder: those of its index, else the single one."""
+    """Return the weight files that belong to a folder: those of its index, else the single one."""
     index = index_of(folder)
     return [SINGLE] if index is None else sorted(set(index.values()))
 

@@ -73,7 +73,7 @@ def add_command(
 
 
 def model_name(text: str) -> str:
-    """A model by name, from the command line."""
+    """Return a model by name, from the command line."""
     if text not in known_names():
         raise argparse.ArgumentTypeError(f"unknown; known are {', '.join(known_names())}")
     return text
@@ -101,7 +101,7 @@ def _add_sources(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _sources(args: argparse.Namespace) -> dict[str, Any]:
-    """What `_add_sources` parsed, as arguments of `MergePlan` and `plan_of`."""
+    """Return what `_add_sources` parsed, as arguments of `MergePlan` and `plan_of`."""
     names = ("base", "adapter", "base_revision", "adapter_revision", "check_variant")
     return {name: getattr(args, name) for name in names}
 

@@ -64,12 +64,12 @@ class Source:
 
 
 def at_revision(origin: object, revision: object) -> str:
-    """A source and its revision, if there is one, for messages."""
+    """Return a source and its revision, if there is one, for messages."""
     return f"{origin} at {revision}" if revision else str(origin)
 
 
 def local(folder: str | Path) -> Source:
-    """A folder of the user's. One in the Hub's cache knows its repository and commit."""
+    """Return a folder of the user's. One in the Hub's cache knows its repository and commit."""
     path = Path(folder).expanduser().resolve()
     repository = re.fullmatch(r"models--(.+?)--(.+)", path.parent.parent.name)
     if repository and path.parent.name == "snapshots":

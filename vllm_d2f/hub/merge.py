@@ -226,7 +226,7 @@ def _rows(shard: Shard, config: Mapping[str, Any], module: str, key: str) -> Row
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
+    """Return the value of the first pattern that matches the end of a module's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         # A pattern is a regular expression from a stranger: refuse what can take exponential time.
         if len(pattern) > 200 or re.search(r"[+*{(?]", pattern.replace(".*", "", 1)):
@@ -311,7 +311,7 @@ def _merge_file(
 
 
 def _add(raw: bytearray, info: TensorInfo, pair: Pair | Rows, weights: Any) -> memoryview:
-    """The bytes of W + scaling * B @ A, summed in float32 and rounded once, or of W with rows."""
+    """Return the bytes of W + scaling * B @ A, summed in float32, or of W with other rows."""
     keys = (pair.key,) if isinstance(pair, Rows) else (pair.key_a, pair.key_b)
     tensors = [weights.get_tensor(key).float() for key in keys]
     if not all(torch.isfinite(tensor).all() for tensor in tensors):

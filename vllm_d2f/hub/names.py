@@ -95,7 +95,7 @@ def tokenizer_of(name: str) -> str:
 
 
 def resolve_embedded(name: str) -> Path:
-    """The folder of an embedded model."""
+    """Return the folder of an embedded model."""
     folder = Path(str(resources.files("vllm_d2f").joinpath("embedded", name)))
     if not (folder / "config.json").is_file():
         raise UnknownModelError(

@@ -66,7 +66,7 @@ def plan_of(
     adapter_revision: str | None = None,
     check_variant: bool = True,
 ) -> MergePlan:
-    """The plan of the published model `name`, with other sources where they are given."""
+    """Return the plan of the published model `name`, with other sources where they are given."""
     published = PUBLISHED[name]
     (family,) = (family for family in FAMILIES.values() if name in family.published)
     shipped = _shipped_adapter(name)
@@ -85,7 +85,7 @@ def plan_of(
 
 
 def _shipped_adapter(name: str) -> Path | None:
-    """The folder of an adapter that ships with the package."""
+    """Return the folder of an adapter that ships with the package."""
     shipped = PUBLISHED[name].shipped
     # Not by `names`, which imports this module.
     return Path(str(resources.files("vllm_d2f"))) / "embedded" / shipped if shipped else None
@@ -241,7 +241,7 @@ def _source_record(source: Source, requested: str | None) -> dict[str, str | Non
 
 
 def _source(given: str, revision: str | None, what: str) -> Source:
-    """The folder of that name if there is one, else what the Hub has under that id."""
+    """Return the folder of that name if there is one, else what the Hub has under that id."""
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -266,7 +266,7 @@ def _base_source(plan: MergePlan) -> Source:
 
 
 def _own_config(adapter: Path) -> dict[str, Any]:
-    """The config.json that `training` writes beside an adapter of an autoregressive base.
+    """Return the config.json that `training` writes beside an adapter of an autoregressive base.
 
     It is what the merged model has: the adapter makes another architecture of its base.
     """
@@ -294,7 +294,7 @@ def _check_architecture(plan: MergePlan, config: Mapping[str, Any], own: Mapping
 
 
 def variant_of(name: str) -> str | None:
-    """ "base" or "instruct", from a model's name or path; None if it does not say.
+    """Return "base" or "instruct", from a model's name or path; None if it does not say.
 
     The name counts only if it names a family: a folder with the name `base` alone says nothing.
     """
@@ -362,7 +362,7 @@ def _check_variant(
 
 
 def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
-    """The base's config without remote code, with the decoding settings."""
+    """Return the base's config without remote code, with the decoding settings."""
     merged = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
     # Some say the `model_type` of their layers.
     if family := FAMILIES.get(config["architectures"][0]):  # else an autoregressive twin

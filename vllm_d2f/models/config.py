@@ -192,7 +192,7 @@ class D2FConfig:
                 ) from error
 
     def _name(self, field: str) -> str:
-        """The name under which the family's config.json carries `field`, for messages."""
+        """Return the name under which the family's config.json carries `field`, for messages."""
         return next((own for own, name in self.attribute_map.items() if name == field), field)
 
     def _check_sizes(self, extra: dict[str, Any]) -> None:

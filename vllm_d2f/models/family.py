@@ -133,11 +133,11 @@ class Family:
         return _patterns(self.tensor_names.items())
 
     def to_stack(self, name: str) -> str:
-        """The stack's name of a checkpoint's tensor or module; other names pass unchanged."""
+        """Return the stack's name of a checkpoint's tensor or module; others pass unchanged."""
         return _renamed(name, self.patterns)
 
     def to_checkpoint(self, name: str) -> str:
-        """The checkpoint's name of a stack's tensor or module; other names pass unchanged."""
+        """Return the checkpoint's name of a stack's tensor or module; others pass unchanged."""
         return _renamed(name, _patterns((stack, own) for own, stack in self.tensor_names.items()))
 
 

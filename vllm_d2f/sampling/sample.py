@@ -84,7 +84,7 @@ class Sampling:
         )
 
     def without_top_k_and_top_p(self) -> "Sampling":
-        """The same settings with no limit in these two."""
+        """Return the same settings with no limit in these two."""
         no_k_R, no_p_R = torch.zeros_like(self.top_k_R), torch.ones_like(self.top_p_R)
         return Sampling(self.temperature_R, no_k_R, no_p_R, self.min_p_R, self.seed_R)
 
@@ -146,7 +146,7 @@ def sample_greedy(
 
 
 def _by_entropy(entropy_N: Tensor, p_NV: Tensor, confidence_N: Tensor) -> Tensor:
-    """The confidences, replaced by exp(-entropy) of `p_NV` in the given rows."""
+    """Return the confidences, replaced by exp(-entropy) of `p_NV` in the given rows."""
     return torch.where(entropy_N, (-torch.special.entr(p_NV).sum(-1)).exp(), confidence_N)
 
 

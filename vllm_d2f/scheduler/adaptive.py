@@ -100,7 +100,7 @@ class StepCost:
 
 
 def _never_falling(value_S: Floats, weight_S: Floats) -> Floats:
-    """The values that never fall and are nearest to these (isotonic regression).
+    """Return the values that never fall and are nearest to these (isotonic regression).
 
     What falls with more positions is noise, or was measured while the machine was busy: it gets the
     mean of its neighbours, in which sizes that were served count most.
@@ -162,7 +162,7 @@ class Windows:
         return cls(np.array(start), block_R, size_RJ, masked_RJ)
 
     def place_RJ(self) -> Integers:
-        """The entry of `DecisionRates` for each block."""
+        """Return the entry of `DecisionRates` for each block."""
         decided_RJ = (self.size_RJ - self.masked_RJ) / self.block_R[:, None]
         before_RJ = np.ones_like(decided_RJ)
         before_RJ[:, 1:] = decided_RJ[:, :-1]

@@ -404,7 +404,7 @@ class D2FScheduler(Scheduler):
         return self._whole_blocks(request, num_computed_tokens, num_new_tokens)
 
     def _whole_blocks(self, request: Request, start: int, length: int) -> int:
-        """The longest part of a chunk that does not end inside a block, 0 if there is none."""
+        """Return the longest part of a chunk that ends with a block, 0 if there is none."""
         end = start + length
         if end >= request.num_tokens:
             return length

@@ -68,7 +68,7 @@ class Stream:
         return whole
 
     def _whole_blocks(self) -> int:
-        """Emitted positions in whole blocks that are not committed."""
+        """Return emitted positions in whole blocks that are not committed."""
         emitted = self.tail + len(self.uncommitted) - self.committed_in_flight
         return emitted // self.block_size * self.block_size
 

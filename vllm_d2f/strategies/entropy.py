@@ -18,5 +18,5 @@ MOST = 20.0
 
 
 def least_confidence(tau_conf: float) -> float:
-    """The confidence of a position whose entropy is the threshold."""
+    """Return the confidence of a position whose entropy is the threshold."""
     return math.exp(-tau_conf)

@@ -48,14 +48,14 @@ class D2FModel:
         return hidden_states
 
     def project(self, hidden_NH: Tensor) -> Tensor:
-        """The language-model head: hidden states of the wanted rows -> logits of the vocabulary.
+        """Apply the language-model head: hidden states of the wanted rows -> logits.
 
         With tensor parallelism every rank must call it on the same rows, as it gathers the shards.
         """
         return super().compute_logits(hidden_NH)  # type: ignore[misc]
 
     def project_shard(self, hidden_NH: Tensor) -> Tensor:
-        """The head's logits of this rank's part of the vocabulary, without its padding."""
+        """Return the head's logits of this rank's part of the vocabulary, without its padding."""
         processor, head = self.logits_processor, self.lm_head  # type: ignore[attr-defined]
         logits_NV = processor(head, hidden_NH, skip_gather=True)
         return logits_NV[:, : head.shard_indices.num_org_elements]
@@ -76,7 +76,7 @@ class D2FModel:
 
 
 def __getattr__(architecture: str) -> Any:
-    """The class of a family, kept in this module once it is made."""
+    """Return the class of a family, kept in this module once it is made."""
     family = FAMILIES.get(architecture)
     if family is None:
         raise AttributeError(f"module {__name__!r} has no attribute {architecture!r}")

@@ -245,7 +245,7 @@ class D2FSampler:
     def _counters(
         self, queries: Queries, result: Step, window: Window, nonfinite_D: Tensor
     ) -> Tensor:
-        """What goes to the scheduler in place of NaN counts: the packed `StepStats`, [D].
+        """Return what goes to the scheduler in place of NaN counts: the packed `StepStats`, [D].
 
         If a request has a trace, each row also has its window's start and tokens, [D, 2 + W].
         Synchronous scheduling gets these with the next query.
