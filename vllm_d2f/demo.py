@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 128
 REPEATS = 3
 WIDTH = 100
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 ENVIRONMENT = {
     # One process starts sooner, and no message passing is timed.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -81,10 +81,13 @@ def bundled_problems(name: str = "problems") -> list[Problem]:
     return [Problem(**problem) for problem in json.loads(file.read_text())]
 
 
-def final_number(text: str) -> int | None:
-    """Return the last number of an answer, or None if it has none."""
-    numbers = NUMBER.findall(text)
-    return int(numbers[-1]) if numbers else None
+def final_number(text: str) -> float | None:
+    """Return the last number of a text, None if it has none. The digits of `1-23` are 1 and 23.
+
+    A number may have thousands with commas or a fraction: 1,234 and 2.5.
+    """
+    numbers = NUMBER.findall(re.sub(r"(?<=\d)-", " ", text))
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def is_right(output: "RequestOutput", problem: Problem) -> bool:

@@ -6,16 +6,15 @@ What the command line names and is not there, or is something else, is a UsageEr
 
 import json
 import random
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import UsageError
+from vllm_d2f.demo import final_number
 
 HINT = 'pass a JSONL file with "question" and "answer" per line, such as GSM8K\'s test.jsonl'
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +34,6 @@ class Item:
 class Grade:
     final: bool  # ended by itself with the right number
     exact: bool  # is the expected text
-
-
-def final_number(text: str) -> float | None:
-    """Return the last number of a text, None if it has none. The digits of `1-23` are 1 and 23.
-
-    On answers to generated problems this is `training.arithmetic.final_of`, the rule by which the
-    models were trained; questions from a file also end in 1,234 or in 2.5 and a full stop.
-    """
-    numbers = NUMBER.findall(re.sub(r"(?<=\d)-", " ", text))
-    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def grade(item: Item, text: str, ended: bool) -> Grade:
