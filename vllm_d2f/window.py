@@ -9,7 +9,7 @@ Shape suffixes: R requests, W window positions, E end tokens; R1 is a column [R,
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -262,18 +262,8 @@ class Window:
 
     def rows(self, index_R: Tensor) -> "Window":
         """Return a copy of the given rows."""
-        return Window(
-            self.tokens_RW.index_select(0, index_R),
-            self.decoded_RW.index_select(0, index_R),
-            self.counters.index_select(0, index_R),
-            self.block_RW.index_select(0, index_R),
-            self.previous_RW.index_select(0, index_R),
-            self.tau_R1.index_select(0, index_R),
-            self.column_W,
-            self.num_ends,
-            self.rules,
-            self.sub_blocks,
-        )
+        rows = {name: getattr(self, name).index_select(0, index_R) for name in _BY_ROW}
+        return replace(self, **rows)
 
     def put(self, index_R: Tensor, rows: "Window") -> None:
         """Write back rows that the algorithm has changed. Settings stay."""
@@ -288,6 +278,7 @@ class Window:
 
 
 _STATE_END, _SETTINGS_END = 6, 13
+_BY_ROW = ("tokens_RW", "decoded_RW", "counters", "block_RW", "previous_RW", "tau_R1")
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -16,7 +16,7 @@ greedy, and token 0 if it is drawn.
 Shape suffixes: N rows (one masked position each), V vocabulary, R requests.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -56,32 +56,12 @@ class Sampling:
 
     def put(self, index_N: Tensor, rows: "Sampling") -> None:
         """Write the given rows."""
-        self.temperature_R.index_copy_(0, index_N, rows.temperature_R)
-        self.top_k_R.index_copy_(0, index_N, rows.top_k_R)
-        self.top_p_R.index_copy_(0, index_N, rows.top_p_R)
-        self.min_p_R.index_copy_(0, index_N, rows.min_p_R)
-        self.seed_R.index_copy_(0, index_N, rows.seed_R)
+        for field in fields(self):
+            getattr(self, field.name).index_copy_(0, index_N, getattr(rows, field.name))
 
-    def rows(self, index_N: Tensor) -> "Sampling":
-        """Copy the given rows, which may repeat."""
-        return Sampling(
-            self.temperature_R[index_N],
-            self.top_k_R[index_N],
-            self.top_p_R[index_N],
-            self.min_p_R[index_N],
-            self.seed_R[index_N],
-        )
-
-    def row(self, index: int) -> "Sampling":
-        """View one row."""
-        one = slice(index, index + 1)
-        return Sampling(
-            self.temperature_R[one],
-            self.top_k_R[one],
-            self.top_p_R[one],
-            self.min_p_R[one],
-            self.seed_R[one],
-        )
+    def rows(self, index_N: Tensor | slice) -> "Sampling":
+        """Copy the given rows, which may repeat; of a slice return a view."""
+        return Sampling(*(getattr(self, field.name)[index_N] for field in fields(self)))
 
     def without_top_k_and_top_p(self) -> "Sampling":
         """Return the same settings with no limit in these two."""

@@ -169,7 +169,7 @@ class RequestStates:
         for r, (slot, data, beginning, _, preempted) in enumerate(staged):
             self._set_rule(slot, beginning.params.accept)
             if preempted is None:
-                sampler = self._make_sampler(data, beginning.params, sampling.row(r))
+                sampler = self._make_sampler(data, beginning.params, sampling.rows(slice(r, r + 1)))
             else:
                 sampler = preempted.sampler
                 self.window.put(self.row(slot), preempted.window)
