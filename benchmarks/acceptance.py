@@ -36,6 +36,7 @@ THRESHOLDS = {
     "frechet": (0.25, 0.5, 0.75),
     "factor": (0.0, 0.25, 0.5),
     "entropy": (0.2, 0.4, 0.7),
+    "leftmost": (0.9, 0.95, 0.99),
 }
 """`tau_conf` of each rule; more of `threshold`, which the others are compared with."""
 

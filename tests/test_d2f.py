@@ -90,7 +90,10 @@ class Plain:
             ranked = sorted(masked, key=lambda p: (-confidences[p], p))
             take = ranked[: passing(self.params, [confidences[p] for p in ranked])]
             if active and len(take) < self.params.min_per_step:
-                take = ranked[: self.params.min_per_step]
+                left = ranked[len(take) :]
+                if self.params.accept == "leftmost":
+                    left.sort()
+                take += left[: self.params.min_per_step - len(take)]
             for p in take:
                 block[p - here.start] = tokens[p]
             self.accepted[not active] += len(take)
@@ -335,6 +338,27 @@ def test_rules_worked_out_by_hand(rule, tau, columns):
     more = D2FParams(4, 2, tau_act=1.0, tau_conf=1.0, accept=rule, min_per_step=3)
     assert decoded(more, PROFILE) == [1, 2, 3]
     assert decoded(more, PROFILE, active=False) == []
+
+
+@pytest.mark.parametrize(
+    ("tau", "fewest", "columns"),
+    [
+        (0.9, 1, [1, 3]),
+        (0.9375, 1, [3]),
+        (0.9375, 2, [0, 3]),  # one is above, and the first masked one comes with it
+        (0.9375, 3, [0, 1, 3]),
+        (1.0, 1, [0]),
+        (1.0, 3, [0, 1, 2]),  # SDAR's `sequential`
+        (1.0, 9, [0, 1, 2, 3]),
+    ],
+)
+def test_leftmost_worked_out_by_hand(tau, fewest, columns):
+    params = D2FParams(4, 2, tau_act=1.0, tau_conf=tau, accept="leftmost", min_per_step=fewest)
+    assert decoded(params, PROFILE) == columns
+    above = [column for column, confidence in enumerate(PROFILE) if confidence > tau]
+    assert decoded(params, PROFILE, active=False) == above
+    # A position that must wait, and one without a distribution.
+    assert decoded(params, [-1.0, 0.0, 0.5, -1.0]) == [1, 2][:fewest]
 
 
 @pytest.mark.parametrize("confidence", [0.6, 0.8, 0.91, 0.97])

@@ -46,7 +46,10 @@ def test_nothing_at_all_is_refused_with_the_remedy():
         ({"preset": "gsm"}, "unknown preset 'gsm'; known are dream-gsm8k"),
         ({"block_size": "16"}, "block_size must be an integer"),
         ({"tau_act": 7}, r"tau_act must be a number in \[0, 1\]"),
-        ({"accept": "bold"}, "d2f: accept must be one of threshold, frechet, factor, entropy, got"),
+        (
+            {"accept": "bold"},
+            "d2f: accept must be one of threshold, frechet, factor, entropy, leftmost, got",
+        ),
         ({"accept": "entropy"}, "accept entropy needs a tau_conf beside it, .* for threshold"),
         ({"preset": "dream-gsm8k", "accept": "factor"}, "accept factor needs a tau_conf"),
         ({"accept": "entropy", "tau_conf": 21}, r"tau_conf must be a number in \[0, 20\] nats"),
@@ -133,8 +136,14 @@ def test_request_options(options, expected):
         ({"d2f_tau_act": "much"}, "d2f_tau_act must be a number"),
         ({"d2f_min_per_step": 0}, "d2f_min_per_step must be an integer of at least 1, got 0"),
         ({"d2f_tau_act": True}, "d2f_tau_act must be a number"),
-        ({"d2f_accept": "bold"}, "d2f_accept must be one of threshold, frechet, factor, entropy"),
-        ({"d2f_accept": 1}, "d2f_accept must be one of threshold, frechet, factor, entropy, got 1"),
+        (
+            {"d2f_accept": "bold"},
+            "d2f_accept must be one of threshold, frechet, factor, entropy, leftmost",
+        ),
+        (
+            {"d2f_accept": 1},
+            "d2f_accept must be one of threshold, frechet, factor, entropy, leftmost, got 1",
+        ),
         ({"d2f_accept": ["x"]}, "d2f_accept must be one of"),
         ({"d2f_accept": "factor"}, "d2f_accept factor needs a d2f_tau_conf beside it"),
         ({"d2f_accept": "entropy", "d2f_tau_conf": -1}, r"must be a number in \[0, 20\] nats"),

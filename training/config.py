@@ -328,6 +328,7 @@ class DecodingSection(Section):
     tau_add: Share = 0.1
     tau_act: Share = 0.95
     tau_conf: Share = 0.9
+    accept: Literal["threshold", "frechet", "factor", "entropy", "leftmost"] = "threshold"
     max_tokens: Positive = 64
 
 

@@ -110,6 +110,8 @@ def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -
 def d2f_section(family: str, stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
     """Return what `vllm_d2f.settings` reads."""
     section = decoding.model_dump(exclude={"max_tokens"})
+    if section["accept"] == "threshold":
+        del section["accept"]  # the default
     if "block_causal" in (stage.loss.prompt_attention, BY_NAME[family].prompt_attention):
         section["prompt_attention"] = stage.loss.prompt_attention
     if "zero" in (stage.loss.block_origin, BY_NAME[family].block_origin):

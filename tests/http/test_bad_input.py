@@ -35,7 +35,7 @@ REFUSED = {
     "tau_act no number": (xargs(d2f_tau_act="high"), ["d2f_tau_act", "number"]),
     "unknown rule": (
         xargs(d2f_accept="bold"),
-        ["d2f_accept", "threshold, frechet, factor, entropy"],
+        ["d2f_accept", "threshold, frechet, factor, entropy, leftmost"],
     ),
     "rule without its threshold": (xargs(d2f_accept="factor"), ["d2f_accept", "d2f_tau_conf"]),
     "entropy above 20": (
@@ -49,7 +49,7 @@ REFUSED = {
                 "structured_outputs": {"regex": "a*"},
             }
         },
-        ["d2f_accept frechet", "threshold or entropy"],
+        ["d2f_accept frechet", "threshold or entropy or leftmost"],
     ),
     "block size 0": (xargs(d2f_block_size=0), ["d2f_block_size", "[1, "]),
     "block size negative": (xargs(d2f_block_size=-16), ["d2f_block_size", "[1, "]),

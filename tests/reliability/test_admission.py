@@ -45,12 +45,12 @@ def test_what_cannot_be_held_is_refused(model, options, message):
         check_sampling_params(SamplingParams(**options), model)
 
 
-@pytest.mark.parametrize("rule", ["threshold", "frechet", "factor", "entropy"])
+@pytest.mark.parametrize("rule", ["threshold", "frechet", "factor", "entropy", "leftmost"])
 def test_rules_of_a_whole_block_have_no_order_of_the_text(model, rule):
     options = {"d2f_accept": rule, "d2f_tau_conf": 0.5}
     check_sampling_params(SamplingParams(extra_args=options), model)
     params = SamplingParams(extra_args=options, bad_words=["pens left"])
-    if rule in ("threshold", "entropy"):
+    if rule in ("threshold", "entropy", "leftmost"):
         return check_sampling_params(params, model)
     with pytest.raises(VLLMValidationError, match=f"d2f_accept {rule} .*threshold or entropy"):
         check_sampling_params(params, model)

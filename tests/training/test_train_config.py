@@ -251,3 +251,19 @@ def test_dry_run_refuses_unknown_targets():
     )
     with pytest.raises(ValueError, match="lora.targets: the model has no 'attn_uot'"):
         dry_run(config)
+
+
+def test_every_acceptance_rule_may_be_exported():
+    from typing import get_args
+
+    from training.config import DecodingSection, StageSection
+    from training.export import d2f_section
+    from vllm_d2f.models import BY_NAME
+    from vllm_d2f.settings import settings_from_dict
+    from vllm_d2f.strategies import ACCEPT
+
+    assert set(get_args(DecodingSection.model_fields["accept"].annotation)) == set(ACCEPT)
+    stage = StageSection(objective="d2f", steps=1)
+    for rule in ACCEPT:
+        section = d2f_section("llama", stage, DecodingSection(accept=rule))
+        assert settings_from_dict(section, family=BY_NAME["llama"]).params.accept == rule
