@@ -258,7 +258,7 @@ def test_every_acceptance_rule_may_be_exported():
 
     from training.config import DecodingSection, StageSection
     from training.export import d2f_section
-    from vllm_d2f.models import BY_NAME
+    from training.model import BY_NAME
     from vllm_d2f.settings import settings_from_dict
     from vllm_d2f.strategies import ACCEPT
 
