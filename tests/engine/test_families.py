@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import rules
-from checkpoints import write_sdar_moe
+from checkpoints import write_dream_reasoner, write_sdar_moe
 from common import check
 from published_runs import DATA, END, published_runs
 from rules import Rule
@@ -37,11 +37,14 @@ PIPELINED = [params for params in GRID if params.max_blocks < 8]
         "fast_dllm_v2",
         "stable_diffcoder",
         pytest.param("sdar_moe", marks=pytest.mark.slow),
+        pytest.param("dream_reasoner", marks=pytest.mark.slow),
     ],
 )
 def model(request, tmp_path_factory):
     if request.param == "sdar_moe":
         return str(write_sdar_moe(tmp_path_factory.mktemp("sdar_moe"), tokenizer=False))
+    if request.param == "dream_reasoner":
+        return str(write_dream_reasoner(tmp_path_factory.mktemp("dream_reasoner")))
     return str(DATA / request.param)
 
 

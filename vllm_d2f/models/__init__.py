@@ -58,6 +58,7 @@ def family_config(config: Any) -> Any:
     fields = config.to_dict()
     for name in ("model_type", "logits_shift"):  # what is known by the other model_type
         fields.pop(name, None)
+    fields.setdefault("head_dim", config.hidden_size // config.num_attention_heads)
     return family.config.from_dict(fields)
 
 
