@@ -10,6 +10,7 @@ confidence 1 / vocab_size, and a decoder could be wrong without a test noticing.
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,6 +217,18 @@ def write_sdar_moe(path: str | Path, experts: int = 8, **options: Any) -> Path:
         "num_experts_per_tok": 2,
     }
     return _write_hf(path, "SDARMoeForCausalLM", "sdar_moe", head_dim=32, more=more, **options)
+
+
+def write_dream_reasoner(path: Path) -> Path:
+    """SDAR's tiny checkpoint with the names that DreamReasoner's config.json has."""
+    sdar = Path(__file__).parent / "data" / "sdar"
+    shutil.copy(sdar / "model.safetensors", path)
+    config = json.loads((sdar / "config.json").read_text())
+    config |= {"architectures": ["DreamForCausalLM"], "model_type": "Dream", "block_size": 32}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_dream.DreamForCausalLM"}
+    del config["head_dim"], config["sliding_window"]
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def _with_experts(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the authors' own code on tiny random weights (tests/data).
 
-They decode one block at a time. SDAR and LLaDA2.0 decode a block that holds an end token to its
-end; `generate` of Fast-dLLM v2 (transformers 4.53.3, mask logit -1e9) stops before that.
+They decode one block at a time. SDAR, LLaDA2.0 and Stable-DiffCoder (transformers 4.57.6, mask
+logit -1e9, its attention mask in float32) decode a block that holds an end token to its end;
+`generate` of Fast-dLLM v2 (transformers 4.53.3, mask logit -1e9) stops before that.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vllm_d2f.d2f import D2FParams
 
 DATA = Path(__file__).parent / "data"
 END = 198
+
+
+def next_below(tau: float) -> float:
+    """The float32 number before `tau`: what is greater than it is at least `tau`."""
+    return float(np.nextafter(np.float32(tau), np.float32(0)))
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Run:
 
 
 def published_runs(family: str) -> list[Run]:
-    """The runs of "sdar", "llada2" or "fast_dllm_v2"."""
+    """The runs of "sdar", "llada2", "fast_dllm_v2" or "stable_diffcoder"."""
     runs = []
     for run in json.loads((DATA / family / "runs.json").read_text()):
         size, length = run["block_size"], len(run["prompt"])
@@ -46,6 +54,17 @@ def published_runs(family: str) -> list[Run]:
             # the last block and gives one token more, unless there is an end token.
             forwards = run["forwards"] - run["prefill_forwards"] * (length % size > 0)
             runs.append(Run(tuple(run["prompt"]), params, answer, len(answer), forwards))
+            continue
+        if family == "stable_diffcoder":
+            # Without a threshold it takes one position per step. It counts no prefill, and commits
+            # every block but one with an end token.
+            answer, tau = tuple(run["answer"]), run["threshold"]
+            tau = 1.0 if tau is None else next_below(tau)
+            params = D2FParams(size, 1, tau_conf=tau, cut_last_block=1)
+            forwards = run["forwards"] - (END not in answer)
+            goal = -(-(length + len(answer)) // size) * size - length
+            goal = min(goal, run["gen_length"])
+            runs.append(Run(tuple(run["prompt"]), params, answer, goal, forwards))
             continue
         answer = run["answer"]
         answer = answer[: answer.index(END) + 1] if END in answer else answer

@@ -38,9 +38,11 @@ class Plain:
         return len(self.tail) + min(self.max_tokens, self.limit)
 
     def length(self, index: int) -> int:
-        """Positions of block `index`, the last of which may not fit."""
-        blocks = math.ceil((len(self.tail) + self.max_tokens) / self.params.block_size)
-        total = min(blocks * self.params.block_size, len(self.tail) + self.limit)
+        """Positions of block `index`, the last of which may not fit, or be cut."""
+        total = len(self.tail) + self.max_tokens
+        if not self.params.cut_last_block:
+            total = math.ceil(total / self.params.block_size) * self.params.block_size
+        total = min(total, len(self.tail) + self.limit)
         return min(self.params.block_size, total - index * self.params.block_size)
 
     def fraction(self, block: list[int | None]) -> float:
@@ -140,6 +142,7 @@ params_strategy = st.builds(
     tau_act=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     tau_conf=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     min_per_step=st.sampled_from([1, 1, 2, 3, 99]),
+    cut_last_block=st.sampled_from([0, 1]),
     accept=st.sampled_from(list(ACCEPT)),
 )
 request_strategy = st.tuples(
@@ -432,6 +435,7 @@ def test_only_the_rules_of_the_rows_are_computed(monkeypatch):
         ("tau_conf", float("nan")),
         ("min_per_step", 0),
         ("min_per_step", 2.0),
+        ("cut_last_block", 2),
         ("accept", "bold"),
         ("accept", None),
         ("accept", ["threshold"]),

@@ -130,7 +130,8 @@ def test_the_settings_of_the_readme_are_those_of_the_api_page():
 
 def test_the_table_of_presets_is_that_of_the_code():
     """The published settings of docs/decoding.md, in the order of the presets."""
-    published = [cells for cells in rows(page("decoding.md")) if len(cells) == 9][2:]
+    section = page("decoding.md").partition("## Published settings")[2].partition("\n### ")[0]
+    published = rows(section)[2:]
     papers = {k: v for k, v in PRESETS.items() if k.startswith(("dream-", "llada-"))}
     for cells, (name, preset) in zip(published, papers.items(), strict=True):
         task = name.split("-")[1]
@@ -141,10 +142,11 @@ def test_the_table_of_presets_is_that_of_the_code():
 
 def test_the_table_of_presets_of_block_diffusion_is_that_of_the_code():
     section = page("decoding.md").partition("### Block diffusion")[2].partition("\n## ")[0]
-    shown = {cells[0].strip("`"): cells[1:7] for cells in rows(section)[2:]}
+    shown = {cells[0].strip("`"): cells[1:8] for cells in rows(section)[2:]}
     others = {k: v for k, v in PRESETS.items() if not k.startswith(("dream-", "llada-"))}
     assert shown.keys() == {name for name in others if "_moe" not in name}
     names = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf", "sub_block_size")
+    names += ("cut_last_block",)
     for name, cells in shown.items():
         preset = {key: float(cell) for key, cell in zip(names, cells, strict=True) if cell}
         assert preset == others[name] == others.get(name.replace("sdar-", "sdar_moe-"), preset)

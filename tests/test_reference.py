@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_runs import DATA, published_runs
+from published_runs import DATA, next_below, published_runs
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vllm_d2f.d2f import D2FParams
+from vllm_d2f.models import PRESETS
 from vllm_d2f.models.hf import load_hf
 from vllm_d2f.reference import decode, generate, hf_forward
 
@@ -135,9 +136,9 @@ def test_no_shift_reads_the_row_of_the_position_itself():
     assert generate(forward, [1, 2], params, shift=True, **common) == ([11, 12, 13, 14], 1)
 
 
-@pytest.mark.parametrize("family", ["sdar", "llada2"])
+@pytest.mark.parametrize("family", ["sdar", "llada2", "stable_diffcoder"])
 def test_runs_of_block_diffusion_families(family):
-    """SDAR's and LLaDA2.0's own loops: the tokens, and the forwards to the end of each block."""
+    """The authors' own loops: the tokens, and the forwards to the end of each block."""
     model, config = load_hf(DATA / family)
     forward = hf_forward(model)
     how = dict(mask_id=config.mask_token_id, shift=config.logits_shift, block_origin="zero")
@@ -147,3 +148,11 @@ def test_runs_of_block_diffusion_families(family):
         )
         assert tuple(tokens[: len(run.answer)]) == run.answer
         assert run.forwards in (None, forwards)
+
+
+def test_stable_diffcoder_accepts_its_threshold_too():
+    """Greater than the preset's `tau_conf` is at least 0.95, in float32."""
+    preset = PRESETS["stable_diffcoder-default"]
+    assert preset == dict(block_size=4, max_blocks=1, tau_conf=0.9499999, cut_last_block=1)
+    assert torch.tensor(preset["tau_conf"]) == torch.tensor(next_below(0.95))
+    assert torch.tensor(0.95) > torch.tensor(next_below(0.95)) >= torch.tensor(0.95) - 1e-7

@@ -105,6 +105,7 @@ SERVED = Settings(D2FParams(16, 4), window=64)
         ({"d2f_tau_conf": "0.5", "d2f_block_size": "8"}, D2FParams(8, 4, tau_conf=0.5)),
         ({"d2f_tau_add": 0, "d2f_tau_act": 1}, D2FParams(16, 4, tau_add=0, tau_act=1)),
         ({"d2f_min_per_step": "2"}, D2FParams(16, 4, min_per_step=2)),
+        ({"d2f_cut_last_block": "1"}, D2FParams(16, 4, cut_last_block=1)),
         (
             {"d2f_accept": "entropy", "d2f_tau_conf": "1.5"},
             D2FParams(16, 4, tau_conf=1.5, accept="entropy"),
@@ -135,6 +136,7 @@ def test_request_options(options, expected):
         ({"d2f_tau_conf": float("nan")}, r"d2f_tau_conf must be a number in \[0, 1\]"),
         ({"d2f_tau_act": "much"}, "d2f_tau_act must be a number"),
         ({"d2f_min_per_step": 0}, "d2f_min_per_step must be an integer of at least 1, got 0"),
+        ({"d2f_cut_last_block": 2}, "d2f_cut_last_block must be 0 or 1, got 2"),
         ({"d2f_tau_act": True}, "d2f_tau_act must be a number"),
         (
             {"d2f_accept": "bold"},

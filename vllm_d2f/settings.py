@@ -82,9 +82,9 @@ def settings_from_dict(
 
     Args:
         sections: at least one is not None. Their keys are `block_size`, `max_blocks`, `tau_add`,
-            `tau_act`, `tau_conf`, `min_per_step`, `accept`, `window` (block_size * max_blocks where
-            no section gives it), `prompt_attention`, `block_origin`, `preset`, `adaptive_window`,
-            and `simulate_tokens_per_forward`.
+            `tau_act`, `tau_conf`, `min_per_step`, `accept`, `sub_block_size`, `cut_last_block`,
+            `window` (block_size * max_blocks where no section gives it), `prompt_attention`,
+            `block_origin`, `preset`, `adaptive_window`, and `simulate_tokens_per_forward`.
         family: the model's family, whose `prompt_attention` and `block_origin` are the defaults,
             and its preset `default` if it has one.
 

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_d2f.attention.selection import prepare as prepare_attention
 from vllm_d2f.engine_args import SCHEDULER, check_engine_args
 from vllm_d2f.hub.checkpoint import check_tokenizer_files, check_weight_files
-from vllm_d2f.models import FAMILIES
+from vllm_d2f.models import FAMILIES, family_config
 from vllm_d2f.settings import Settings, settings_from_dict
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ class D2FConfigHook(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        _check_model_type(vllm_config.model_config)
+        model_config = vllm_config.model_config
+        model_config.hf_config = family_config(model_config.hf_config)
+        model_config.hf_text_config = model_config.hf_config
+        _check_model_type(model_config)
         settings = _resolve(vllm_config)
         check_engine_args(vllm_config, settings)
         check_weight_files(vllm_config)
 
-        model_config = vllm_config.model_config
         tokenizer = Path(str(model_config.tokenizer))
         if tokenizer.is_dir() and not model_config.skip_tokenizer_init:
             check_tokenizer_files(tokenizer)

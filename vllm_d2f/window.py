@@ -35,6 +35,8 @@ class D2FParams:
         sub_block_size: decode the sub-blocks of a block one after the other, as Fast-dLLM v2
             (arXiv 2509.26328) does: its first position alone, then the others in sub-blocks of so
             many positions, counted from the block's begin. 0: all positions at once.
+        cut_last_block: 1: the last block of an answer ends where max_tokens ends, as with
+            Stable-DiffCoder (arXiv 2601.15892). 0: it is whole; what lies behind is dropped.
     """
 
     block_size: int = 32
@@ -45,12 +47,15 @@ class D2FParams:
     min_per_step: int = 1
     accept: str = "threshold"
     sub_block_size: int = 0
+    cut_last_block: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_blocks", "min_per_step", "sub_block_size"):
             value, least = getattr(self, name), int(name != "sub_block_size")
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.cut_last_block not in (0, 1):
+            raise ValueError(f"cut_last_block must be 0 or 1, got {self.cut_last_block!r:.80}")
         if self.accept not in tuple(ACCEPT):
             raise ValueError(f"accept must be one of {', '.join(ACCEPT)}, got {self.accept!r:.80}")
         nats = self.accept == "entropy"
@@ -65,6 +70,13 @@ class D2FParams:
     def window(self) -> int:
         """Widest window in positions."""
         return self.block_size * self.max_blocks
+
+    def answer_end(self, goal: int) -> int:
+        """Where the last block of an answer ends that the request wants up to `goal`.
+
+        Both are positions, counted from where a block begins.
+        """
+        return goal if self.cut_last_block else -(-goal // self.block_size) * self.block_size
 
     @property
     def tau(self) -> float:
@@ -109,8 +121,8 @@ class Beginning:
             raise ValueError(f"{len(self.ends)} end tokens, there is room for {room}")
         params, size, tail = self.params, self.params.block_size, len(self.tail)
         goal, limit = tail + self.max_tokens, tail + self.limit
-        whole_blocks = -(-goal // size) * size
-        values = [0, min(whole_blocks, limit), min(goal, limit), -tail, 0, tail]
+        rest = min(params.answer_end(goal), limit)
+        values = [0, rest, min(goal, limit), -tail, 0, tail]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
         values += [min(params.min_per_step, size), NUMBER[params.accept], params.sub_block_size]

@@ -136,11 +136,12 @@ def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
     from transformers import AutoConfig
 
     from vllm_d2f import register
+    from vllm_d2f.models import family_config
     from vllm_d2f.settings import settings_from_dict
 
     register()
     folder = resolve_model(option, name)
-    config = AutoConfig.from_pretrained(folder)
+    config = family_config(AutoConfig.from_pretrained(folder))
     if not hasattr(config, "d2f"):
         raise UsageError(f"{option} {name} is no D2F model: its config has no d2f section")
     return folder, config, settings_from_dict(config.d2f, family=config.family)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDAR, LLaDA2.0 and Fast-dLLM v2 in their official layouts, against their own code.
+"""Block-diffusion families in their official layouts, against the runs of their own code.
 
 One engine per family has few pages, a small budget of tokens and a prefix cache, so that prompts
 come in chunks, requests are preempted, and the second round finds pages.
@@ -7,10 +7,12 @@ come in chunks, requests are preempted, and the second round finds pages.
 
 import itertools
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import rules
-from checkpoints import write_sdar_moe
+from checkpoints import write_dream_reasoner, write_sdar_moe
 from common import check
 from published_runs import DATA, END, published_runs
 from rules import Rule
@@ -29,11 +31,20 @@ PIPELINED = [params for params in GRID if params.max_blocks < 8]
 
 @pytest.fixture(
     scope="module",
-    params=["sdar", "llada2", "fast_dllm_v2", pytest.param("sdar_moe", marks=pytest.mark.slow)],
+    params=[
+        "sdar",
+        "llada2",
+        "fast_dllm_v2",
+        "stable_diffcoder",
+        pytest.param("sdar_moe", marks=pytest.mark.slow),
+        pytest.param("dream_reasoner", marks=pytest.mark.slow),
+    ],
 )
 def model(request, tmp_path_factory):
     if request.param == "sdar_moe":
         return str(write_sdar_moe(tmp_path_factory.mktemp("sdar_moe"), tokenizer=False))
+    if request.param == "dream_reasoner":
+        return str(write_dream_reasoner(tmp_path_factory.mktemp("dream_reasoner")))
     return str(DATA / request.param)
 
 
@@ -51,6 +62,15 @@ def llm(model):
     )
     yield llm
     shut_down(llm)
+
+
+def as_published(model, params):
+    """With what the loop of the model's family has beside D2F's settings."""
+    if model.endswith("fast_dllm_v2"):
+        return replace(params, sub_block_size=params.block_size // 4)
+    if model.endswith("stable_diffcoder"):
+        return replace(params, cut_last_block=1)
+    return params
 
 
 def random_prompt(rng, length):
@@ -71,11 +91,11 @@ def compare(llm, model, cases, ways=("batch",)):
 
 def test_authors_runs(model, llm):
     """Tokens and forwards of the reference, and those of the published loop."""
-    if model.endswith("moe0"):
+    if Path(model).parent != DATA:
         pytest.skip("no runs of the authors' code")
     runs = published_runs(model.rpartition("/")[2])
     runs = [run for run in runs if len(run.prompt) + len(run.answer) <= MAX_LEN]
-    cases = [Case(run.prompt, run.params, len(run.answer)) for run in runs]
+    cases = [Case(run.prompt, run.params, run.goal) for run in runs]
     expected = compare(llm, model, cases, ("batch", "arrivals"))
     assert [known.answer.tokens for known in expected] == [run.answer for run in runs]
     to_the_end = [greedy(run.goal, run.params, ignore_eos=True) for run in runs]
@@ -86,8 +106,8 @@ def test_authors_runs(model, llm):
         assert tuple(completion.token_ids[: len(run.answer)]) == run.answer
         assert run.forwards in (None, denoising_forwards(completion))
     assert preemptions(llm) > 0
-    longest = max(cases, key=lambda case: len(case.prompt))
-    compare(llm, model, [longest, longest], ("single",))
+    long = Case(random_prompt(random.Random(7), 2 * PAGE + 5), cases[0].params, 16)
+    compare(llm, model, [long, long], ("single",))
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     assert metrics["vllm:prefix_cache_hits"].value > 0
 
@@ -97,6 +117,7 @@ def test_pipelined_window(model, llm):
     rng = random.Random(3)
     cases = []
     for index, params in enumerate(PIPELINED):
+        params = as_published(model, params) if index % 4 else params
         length = prompt_lengths(params.block_size)[index % 5]
         cases.append(Case(random_prompt(rng, length), params, rng.choice((1, 17, 40))))
     compare(llm, model, cases)
@@ -108,7 +129,8 @@ def test_edges(model, llm):
     for size, blocks, fewest in itertools.product((4, 16), (1, 4), (1, 3)):
         params = D2FParams(size, blocks, tau_conf=0.6, min_per_step=fewest)
         if model.endswith("fast_dllm_v2"):
-            params = D2FParams(size, blocks, tau_add=1 / fewest, tau_conf=0.6, sub_block_size=4)
+            params = D2FParams(size, blocks, tau_add=1 / fewest, tau_conf=0.6)
+        params = as_published(model, params)
         head = random_prompt(rng, size)
         for tail in ((MASK,), (END,), (MASK, END, MASK), (5, MASK)):
             for max_tokens in (1, size - len(tail), size + 1):
@@ -136,7 +158,8 @@ def test_sampling_parameters(model, llm):
 @pytest.mark.slow
 def test_every_setting_with_every_prompt_length(model, llm):
     rng, cases = random.Random(6), []
-    for params in PIPELINED:
+    both = [*PIPELINED, *(as_published(model, params) for params in PIPELINED)]
+    for params in dict.fromkeys(both):
         for length, max_tokens in itertools.product(prompt_lengths(params.block_size), (17, 40)):
             cases.append(Case(random_prompt(rng, length), params, max_tokens))
     compare(llm, model, cases, ("batch", "arrivals"))

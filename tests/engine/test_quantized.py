@@ -5,15 +5,17 @@ On CUDA the same options take other kernels of vLLM's; what needs those is marke
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from published_runs import DATA, published_runs
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 
-from benchmarks.parity import shut_down
+from benchmarks.parity import Case, engine_answers, shut_down, start_engine
 from training.arithmetic import problems
 from vllm_d2f.hub.names import resolve
 
@@ -57,13 +59,38 @@ def test_fp8_weights():
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_four_bit_checkpoint(tmp_path, method):
     """Its answers are those of the same weights written out, not just good ones."""
-    packed, plain = tmp_path / "packed", tmp_path / "plain"
-    for folder in (packed, plain):
-        shutil.copytree(MODEL, folder)
-    weights = load_file(MODEL / "model.safetensors")
+    plain, packed = four_bit(MODEL, tmp_path, method)
+    expected, got = answers(plain), answers(packed)
+    assert exact(expected) >= 16  # rounding to nearest costs a small model something
+    same = sum(a == b for a, b in zip(expected, got, strict=True))
+    assert same >= 30 and abs(exact(expected) - exact(got)) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("family", ["sdar", "llada2", "fast_dllm_v2", "stable_diffcoder"])
+def test_four_bit_checkpoint_of_a_family(tmp_path, family, method):
+    """The weights are random, so that rounding in bfloat16 decides some tokens otherwise."""
+    runs, tokens = published_runs(family), []
+    for folder in four_bit(DATA / family, tmp_path, method):
+        llm = start_engine(str(folder), window=64, max_model_len=144, dtype="bfloat16")
+        cases = [Case(run.prompt, run.params, 4) for run in runs]
+        tokens.append([token for a in engine_answers(llm, cases, "batch") for token in a.tokens])
+        shut_down(llm)
+    pairs = list(zip(*tokens, strict=False))
+    same = sum(a == b for a, b in pairs)
+    print(family, method, same, len(pairs), len(tokens[0]), len(tokens[1]))
+    assert same >= 0.8 * len(pairs)
+
+
+def four_bit(model: Path, parent: Path, method: str) -> tuple[Path, Path]:
+    """A checkpoint with the rounded weights written out, and one with them in four bits."""
+    plain, packed = parent / "plain", parent / "packed"
+    for folder in (plain, packed):
+        shutil.copytree(model, folder)
     small, written_out = {}, {}
-    for name, weight in weights.items():
-        if name.endswith("_proj.weight"):
+    for name, weight in load_file(model / "model.safetensors").items():
+        if LINEAR.search(name):
             parts, weight = quantise(weight, method)
             small |= {name.replace("weight", key): value for key, value in parts.items()}
         else:
@@ -74,13 +101,10 @@ def test_four_bit_checkpoint(tmp_path, method):
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = SECTIONS[method]
     (packed / "config.json").write_text(json.dumps(config))
-
-    expected, got = answers(plain), answers(packed)
-    assert exact(expected) >= 16  # rounding to nearest costs a small model something
-    same = sum(a == b for a, b in zip(expected, got, strict=True))
-    assert same >= 30 and abs(exact(expected) - exact(got)) <= 2
+    return plain, packed
 
 
+LINEAR = re.compile(r"(_proj|query_key_value|attention\.dense)\.weight$")
 SECTIONS = {
     "gptq": {
         "quant_method": "gptq",

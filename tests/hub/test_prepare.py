@@ -401,8 +401,8 @@ def test_a_whole_model_is_copied_without_an_adapter(tmp_path, cache_folder):
     assert all(torch.equal(weights[key], copied[key]) for key in weights | copied)
     served = engine_config(name, skip_tokenizer_init=True).model_config.hf_config
     assert served.family.name == "stable_diffcoder" and served.d2f["block_origin"] == "zero"
-    with pytest.raises(ValueError, match="with 'stable_diffcoder'"):
-        engine_config(base)
+    served = engine_config(base).model_config.hf_config  # the published folder itself
+    assert served.family.name == "stable_diffcoder" and served.d2f["cut_last_block"] == 1
 
 
 @pytest.mark.parametrize(

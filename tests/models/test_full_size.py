@@ -32,6 +32,11 @@ CONFIGS = {
         num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
         norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
     ),
+    "DreamReasoner-8B": QWEN3 | dict(
+        architectures=["DreamForCausalLM"], model_type="Dream", block_size=32,
+        hidden_size=4096, intermediate_size=12288, mask_token_id=151669, num_attention_heads=32,
+        num_hidden_layers=36, num_key_value_heads=8,
+    ),
     "LLaDA2.0-mini": dict(
         architectures=["LLaDA2MoeModelLM"], model_type="llada2_moe", dtype="bfloat16",
         first_k_dense_replace=1, head_dim=128, hidden_act="silu", hidden_size=2048,
@@ -55,7 +60,7 @@ CONFIGS = {
         vocab_size=152064,
     ),
     "Stable-DiffCoder-8B-Instruct": dict(
-        architectures=["StableDiffcoderForCausalLM"], model_type="stable_diffcoder",
+        architectures=["StableDiffcoderForCausalLM"], model_type="llama",
         attention_bias=False, attention_dropout=0.1, bos_token_id=0, eos_token_id=2,
         hidden_act="silu", hidden_size=4096, intermediate_size=14336, layer_norm_eps=None,
         max_position_embeddings=8192, mlp_bias=False, num_attention_heads=32,
@@ -66,6 +71,7 @@ CONFIGS = {
 PARAMETERS = {  # in billions, the embedding and the head included
     "SDAR-4B-Chat": 4.41,
     "SDAR-30B-A3B-Chat": 30.5,
+    "DreamReasoner-8B": 8.19,
     "LLaDA2.0-mini": 16.3,
     "Fast_dLLM_v2_7B": 7.62,
     "Stable-DiffCoder-8B-Instruct": 8.25,
@@ -103,7 +109,7 @@ def tensors(config):
                 if config["model_type"] == "Fast_dLLM_Qwen":
                     yield f"{layer}.self_attn.{name}_proj.bias", (rows,)
             yield f"{layer}.self_attn.o_proj.weight", (hidden, q)
-            if "sdar" in config["model_type"]:
+            if "head_dim" in config:
                 for norm in ("q_norm", "k_norm"):
                     yield f"{layer}.self_attn.{norm}.weight", (size,)
         experts = config.get("num_experts", 0)

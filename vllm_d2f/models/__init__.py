@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from vllm_d2f.models import adapted, dream, fast_dllm_v2, llada, llada2, sdar, stable_diffcoder
 from vllm_d2f.models.family import Family, Published
 
-__all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "register_configs"]
+__all__ = ["FAMILIES", "PRESETS", "PUBLISHED", "add_family", "family_config", "register_configs"]
 
 FAMILIES: dict[str, Family] = {}
 """The `architectures` entry of a checkpoint's config.json -> its family."""
@@ -42,6 +42,24 @@ def register_configs() -> None:
             AutoTokenizer.register(
                 family.config, fast_tokenizer_class=family.tokenizer, exist_ok=True
             )
+
+
+def family_config(config: Any) -> Any:
+    """Return the family's own config for a checkpoint that says another `model_type`.
+
+    A config of any other class or `model_type` is returned as it is.
+
+    Raises:
+        ValueError: a field that the family's layers do not implement.
+    """
+    family = FAMILIES.get((config.architectures or [""])[0])
+    if family is None or config.model_type not in family.other_model_types:
+        return config
+    fields = config.to_dict()
+    for name in ("model_type", "logits_shift"):  # what is known by the other model_type
+        fields.pop(name, None)
+    fields.setdefault("head_dim", config.hidden_size // config.num_attention_heads)
+    return family.config.from_dict(fields)
 
 
 _OURS = (dream.FAMILY, llada.FAMILY, *sdar.FAMILIES, llada2.FAMILY, fast_dllm_v2.FAMILY)

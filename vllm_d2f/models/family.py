@@ -81,6 +81,8 @@ class Family:
         hf: the class of transformers that runs it, for the reference and for training.
         tensor_names: the checkpoint's name of a module -> the name in `stack` and `hf`, where they
             differ. `*` stands for a number and occurs as often in both.
+        other_model_types: further values of `model_type` in published config.json files, which
+            are those of transformers or of another family.
         tokenizer: the class for a tokenizer that checkpoints name as remote code.
         mask_token_id: the published one, for a config.json that names none.
         extra_end_token_ids: end tokens that config.json does not list; one outside the vocabulary
@@ -102,6 +104,7 @@ class Family:
     stack: str
     hf: str
     tensor_names: Mapping[str, str] = field(default_factory=dict)
+    other_model_types: tuple[str, ...] = ()
     tokenizer: type[Any] | None = None
     mask_token_id: int | None = None
     extra_end_token_ids: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from vllm_d2f.models import register_configs
+from vllm_d2f.models import family_config, register_configs
 
 __all__ = ["load_hf"]
 
@@ -25,7 +25,7 @@ def load_hf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     """
     register_configs()
     path = Path(path)
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = family_config(transformers.AutoConfig.from_pretrained(path))
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         weights |= {config.family.to_stack(name): t for name, t in load_file(file).items()}

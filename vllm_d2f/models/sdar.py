@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SDAR (arXiv 2510.06303), dense and mixture of experts: Qwen3's layers, names and tokenizer.
 
-TraDo, DreamReasoner and MBD-SDAR (arXiv 2606.29215) are checkpoints of this layout.
+TraDo and MBD-SDAR (arXiv 2606.29215) are checkpoints of this layout. DreamReasoner (arXiv
+2606.19257) has it too, under names of its own.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from vllm_d2f.models.config import D2FConfig, check_experts
 from vllm_d2f.models.family import Family, Published
 
-__all__ = ["FAMILIES", "SDARConfig", "SDARMoeConfig"]
+__all__ = ["FAMILIES", "DreamReasonerConfig", "SDARConfig", "SDARMoeConfig"]
 
 
 @strict
@@ -37,10 +38,28 @@ class SDARMoeConfig(D2FConfig, Qwen3MoeConfig):
         check_experts(self, "num_experts")
 
 
-def _family(name: str, stack: str, config: type[D2FConfig], published: dict) -> Family:
+@strict
+class DreamReasonerConfig(SDARConfig):
+    """`model_type: "dream_reasoner"`; the published one is Dream's."""
+
+    model_type = "dream_reasoner"
+
+
+# The first two are `low_confidence_dynamic` of SDAR's generate.py, the others MBD's.
+_PRESETS = {
+    "default": dict(block_size=4, max_blocks=1, tau_conf=0.85),
+    "b32": dict(block_size=32, max_blocks=1, tau_conf=0.85),
+    "mbd": dict(block_size=32, max_blocks=4, tau_add=0.1, tau_act=0.9, tau_conf=0.95),
+    "mbd-b4": dict(block_size=4, max_blocks=4, tau_add=0.1, tau_act=0.25, tau_conf=0.95),
+}
+
+
+def _family(
+    name: str, architecture: str, stack: str, config: type[D2FConfig], **more: Any
+) -> Family:
     return Family(
         name=name,
-        architecture=f"SDAR{stack.removeprefix('Qwen3')}ForCausalLM",
+        architecture=architecture,
         config=config,
         stack=f"vllm.model_executor.models.{stack.replace('M', '_m').lower()}:{stack}ForCausalLM",
         hf=f"{stack}ForCausalLM",
@@ -49,14 +68,7 @@ def _family(name: str, stack: str, config: type[D2FConfig], published: dict) -> 
         extra_end_token_ids=(151645,),
         prompt_attention="block_causal",
         block_origin="zero",
-        # The first two are `low_confidence_dynamic` of SDAR's generate.py, the others MBD's.
-        presets={
-            "default": dict(block_size=4, max_blocks=1, tau_conf=0.85),
-            "b32": dict(block_size=32, max_blocks=1, tau_conf=0.85),
-            "mbd": dict(block_size=32, max_blocks=4, tau_add=0.1, tau_act=0.9, tau_conf=0.95),
-            "mbd-b4": dict(block_size=4, max_blocks=4, tau_add=0.1, tau_act=0.25, tau_conf=0.95),
-        },
-        published=published,
+        **{"presets": _PRESETS} | more,
     )
 
 
@@ -69,14 +81,25 @@ def _published(base: str, gigabytes: float, preset: str = "sdar-default") -> Pub
 FAMILIES = (
     _family(
         "sdar",
+        "SDARForCausalLM",
         "Qwen3",
         SDARConfig,
-        {
+        published={
             "sdar-1.7b": _published("JetLM/SDAR-1.7B-Chat", 4.1),
             "sdar-4b": _published("JetLM/SDAR-4B-Chat", 8.8),
             "sdar-8b": _published("JetLM/SDAR-8B-Chat", 16.4),
             "mbd-sdar-8b": _published("SJTU-DENG-Lab/MBD-Math-SDAR-8B-Chat-b32", 16.4, "sdar-mbd"),
         },
     ),
-    _family("sdar_moe", "Qwen3Moe", SDARMoeConfig, {}),
+    _family("sdar_moe", "SDARMoeForCausalLM", "Qwen3Moe", SDARMoeConfig),
+    _family(
+        "dream_reasoner",
+        "DreamForCausalLM",
+        "Qwen3",
+        DreamReasonerConfig,
+        other_model_types=("Dream",),
+        # The defaults of its own `block_diffusion_generate`. Its `force_accept` finds no more
+        # positions in a block's last step than `min_per_step` takes anyway.
+        presets={"default": dict(block_size=32, max_blocks=1, tau_conf=0.9)},
+    ),
 )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable-DiffCoder: Llama's layers, names and configuration, with a mask token.
 
-The published config.json says `model_type: "llama"`, which is transformers' own. A name's folder
-(`hub.prepare`) says "stable_diffcoder", so that the checks of a D2F config run.
+Its `generate_block` decodes one block at a time and cuts the last one where the answer ends.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -30,11 +29,15 @@ FAMILY = Family(
     config=StableDiffcoderConfig,
     stack="vllm.model_executor.models.llama:LlamaForCausalLM",
     hf="LlamaForCausalLM",
+    other_model_types=("llama",),
     mask_token_id=5,
     prompt_attention="block_causal",
     block_origin="zero",
-    # The defaults of its own `generate_block`.
-    presets={"default": dict(block_size=4, max_blocks=1, tau_conf=0.95)},
+    # The defaults of its own `generate_block`. It accepts a probability of 0.95, too, which is the
+    # next float32 after this threshold.
+    presets={
+        "default": dict(block_size=4, max_blocks=1, tau_conf=0.9499999, cut_last_block=1),
+    },
     published={
         "stable-diffcoder-8b": Published(
             about="Stable-DiffCoder-8B-Instruct",

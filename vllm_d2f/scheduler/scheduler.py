@@ -80,8 +80,8 @@ class D2FScheduler(Scheduler):
         super().add_request(request)
         size, prompt_len = params.block_size, request.num_prompt_tokens
         tail = prompt_len % size if self.settings.block_origin == "zero" else 0
-        whole_blocks = -(-(tail + sampling.max_tokens) // size) * size
-        limit = min(whole_blocks - tail, self.max_model_len - prompt_len)
+        end = params.answer_end(tail + sampling.max_tokens)
+        limit = min(end - tail, self.max_model_len - prompt_len)
         adaptive = wants_adaptive_window(self.settings, extra_args)
         self.streams[request.request_id] = Stream(params, limit, size, tail, adaptive)
         self.traces.pop(request.request_id, None)  # of an aborted request with the same id
@@ -431,7 +431,7 @@ class D2FScheduler(Scheduler):
         scheduled = data.num_computed_tokens + output.num_scheduled_tokens[request.request_id]
         if denoised or scheduled != request.num_tokens:
             return
-        width = min(stream.block_size - stream.tail, self.max_model_len - request.num_tokens)
+        width = min(stream.block_size - stream.tail, stream.limit)
         if output.total_num_scheduled_tokens + width > self.max_num_scheduled_tokens:
             return
         blocks = self.kv_cache_manager.allocate_slots(request, stream.tail + width)

@@ -26,7 +26,7 @@ class Stream:
     Attributes:
         params: how the request is decoded.
         limit: positions of the answer that may be decoded, in whole blocks unless the model's
-            length ends before.
+            length ends before, or the last one is cut.
         open: positions of the window after the last forward whose result is in.
         tail: tokens of the prompt with which the window begins, because they share a block with
             the answer; 0 once that block is committed.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_d2f.hub.names import resolve
-from vllm_d2f.models import FAMILIES, register_configs
+from vllm_d2f.models import FAMILIES, family_config, register_configs
 from vllm_d2f.models.hf import load_hf
 from vllm_d2f.reference import decode, hf_forward
 from vllm_d2f.settings import MAX_WINDOW, Settings, settings_from_dict
@@ -40,7 +40,7 @@ class _Decoder:
         if not (self.folder / "config.json").is_file():
             raise WatchError(f"{model}: no folder with a config.json; give a name or a folder")
         register_configs()
-        self.config = AutoConfig.from_pretrained(self.folder)
+        self.config = family_config(AutoConfig.from_pretrained(self.folder))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
         self.raw = raw
         self.ends: tuple[int, ...] = ()
