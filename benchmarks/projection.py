@@ -48,7 +48,7 @@ REDUCE = ((25.0, 250.0), (15.0, 370.0), (8.0, 480.0))
 ring) and 480 (in the switch) are what NCCL's maintainers name for eight H100s in
 github.com/NVIDIA/nccl-tests/issues/212; the rest is assumed."""
 
-ENGINES = ("PIECEWISE graphs, measured", "FULL graphs, two sizes measured", "no cost beside them")
+ENGINES = ("PIECEWISE graphs", "FULL graphs, measured at two sizes", "nothing")
 """What a D2F step takes beyond bytes and operations: low, middle, high."""
 
 DREAM_BLOCK = 32
@@ -88,15 +88,16 @@ PAGE = """\
 - A step takes its bytes or its operations, whichever lasts longer, at what the H200's steps
   reached. An H100 reaches the same share of its data sheet ({h100[0]:.0f} GB/s against
   {h200[0]:.0f}, both {tflops:.0f} TFLOP/s), and so does each of 8.
-- What a D2F step takes beyond that is the host's, and grows with the layers. Low: {engines[0]};
-  middle: {engines[1]}; high: {engines[2]}.
+- What a D2F step takes beyond that stays as it was on the H200's host, and grows with the layers.
+  Low: with {engines[0]}; middle: with {engines[1]}; high:
+  {engines[2]}, as if it were mended.
 - The widest window takes {rates[0]:g}, {rates[1]:g} or {rates[2]:g} tokens per forward, and
   narrower ones less, as in the profile. On GSM8K others measured 2.88 for D2F-LLaDA and 3.1 for
   D2F-Dream; no D2F model of 70B exists. Blocks of {dream} have the profile of those of
   {block_size} in {times:g} times the positions. Scores are not part of the prediction.
 - Adaptation takes the best number of leading blocks for each batch size, alike for all requests.
-- Two all-reduces a layer on 8 GPUs, low, middle and high: {reduce}. The two higher speeds are
-  from github.com/NVIDIA/nccl-tests/issues/212.
+- Two all-reduces a layer on 8 GPUs, low, middle and high: {reduce}.
+  The two higher speeds are from github.com/NVIDIA/nccl-tests/issues/212, the rest is a guess.
 
 ## Checked
 
@@ -264,10 +265,11 @@ def build(
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
     """What follows from the tables, in sentences."""
+    small, profile = report["block_size"], report["profile"]
     names = {
-        "dream_fixed": f"{report['profile'][-1]['blocks']} blocks of {DREAM_BLOCK}",
-        "dream_adaptive": f"adaptive blocks of {DREAM_BLOCK}",
-        "small_adaptive": f"adaptive blocks of {report['block_size']}",
+        "dream_fixed": f"{profile[-1]['blocks']} blocks of {DREAM_BLOCK}",
+        "dream_adaptive": f"adaptive, blocks of {DREAM_BLOCK}",
+        "small_adaptive": f"adaptive, blocks of {small}",
     }
     lines = []
     for target, rows in report["tables"].items():
@@ -277,24 +279,37 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
                 max((row["batch_size"] for row in rows if row[key][end] >= 1), default=0)
                 for end in ("median", "min", "max")
             ]
-            ahead.append("{} up to {} ({} to {})".format(name, *most))
+            ahead.append("{}: {} ({} to {})".format(name, *most))
         end = rows[-1]
         gain = end["dream_adaptive"]["median"] / end["dream_fixed"]["median"]
         lines.append(
-            f"- {target}, D2F not slower than AR: {', '.join(ahead)} requests at once. At "
-            f"{end['batch_size']}, blocks of {DREAM_BLOCK} are {gain:.2f} times as fast with "
-            f"adaptation as without, and blocks of {report['block_size']} with it make "
+            f"- {target}: the most requests at once at which D2F is not slower than AR are, "
+            f"{'; '.join(ahead)}. At {end['batch_size']} adaptation makes blocks of {DREAM_BLOCK} "
+            f"{gain:.2g} times as fast, and blocks of {small} with it reach "
             f"{record.show(end['small_adaptive'])} of AR."
         )
+    least = min(row["window_tokens"] / row["tokens_per_forward"] for row in profile)
+    lines.append(
+        "- Where arithmetic is the limit, D2F loses: with blocks of "
+        f"{small} even the window that wastes least computes {least:.1f} positions for each token "
+        "that it keeps, AR one. Adaptation narrows the gap, and smaller blocks narrow it more."
+    )
     at = {row["batch_size"]: row for row in report["tables"]["7B, H100"]}
     for size, ratio in PUBLISHED["EAGLE-3"].items():
-        for key, name in names.items() if size in at else ():
-            cell = at[size][key]
-            where = "below" if cell["max"] < ratio else "above" if cell["min"] > ratio else "in"
-            place = "inside the range" if where == "in" else f"D2F {where} it in the whole range"
-            what = f"{name} {record.show(cell)}, EAGLE-3's published {ratio:g}: {place}."
-            lines.append(f"- {size} at once on an H100: {what}")
+        cells = {name: at[size][key] for key, name in names.items() if size in at}
+        said = [
+            f"{name} {record.show(cell)}, {beside(cell, ratio)}" for name, cell in cells.items()
+        ]
+        if said:
+            lines.append(f"- {size} at once on an H100, EAGLE-3 {ratio:g}: {'; '.join(said)}.")
     return lines
+
+
+def beside(cell: Mapping[str, float], ratio: float) -> str:
+    """Where a published ratio lies."""
+    if cell["max"] < ratio:
+        return "below it in every case"
+    return "above it in every case" if cell["min"] > ratio else "which has it in its range"
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
