@@ -13,7 +13,6 @@ the fit has seen.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -143,35 +142,25 @@ def decoder(
 
 def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
     """Costs and traces from what `benchmarks.steps` measured on dummy weights."""
-    try:
-        points = json.loads(Path(path).read_text(encoding="utf-8"))["points"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--steps {path}: {error!r}; pass a result of benchmarks.steps") from None
+    points = cost.read_steps("--steps", path)["points"]
     out = {}
-    for kind, shape, speed in (("d2f", d2f, rate), ("ar", shapes.D2F[d2f], 1.0)):
+    for kind, shape, per in (("d2f", d2f, rate), ("ar", shapes.D2F[d2f], 1.0)):
         found = [
             tuple(row)
-            for key, point in points.items()
-            if key.startswith(f"{shape}/steps/")
+            for point in cost.steps_of(points, shape)
             for row in [*point["entering"], *point["steps"]]
         ]
-        prefix = f"{shape}/speed/{speed:g}/"
-        speeds = {
-            int(key.removeprefix(prefix)): point
-            for key, point in sorted(points.items())
-            if key.startswith(prefix)
-        }
+        speeds = cost.speeds_of(points, shape, per)
         if len({row[2] for row in found}) < 2 or 1 not in speeds:
             raise UsageError(
-                f"--steps {path}: {shape} needs steps of at least two sizes and {prefix}1; run "
-                f"benchmarks.steps --shapes {shape}"
+                f"--steps {path}: {shape} needs steps of at least two sizes and "
+                f"{shape}/speed/{per:g}/1; run benchmarks.steps --shapes {shape}"
             )
         # A step that enters twice in the file counts once.
         steps = [StepCost(*row) for row in sorted(set(found))]
-        one = {"tokens_per_forward": 1.0, "window_tokens": 1.0, **speeds[1]}
-        trace = Trace(**{name: one[name] for name in Trace.__slots__})
-        by_size = {size: [speeds[size]["tokens_per_s"]] for size in sorted(speeds)}
-        out[kind] = decoder(steps, [trace], by_size, one.get("token_budget", 32768), knots=True)
+        trace, budget = cost.simulated_trace(speeds[1]), speeds[1].get("token_budget", 32768)
+        by_size = {size: [speed["tokens_per_s"]] for size, speed in speeds.items()}
+        out[kind] = decoder(steps, [trace], by_size, budget, knots=True)
         out[kind] |= {"shape": shape, "simulated_tokens_per_forward": None}
     out["d2f"]["simulated_tokens_per_forward"] = rate
     return out

@@ -2,24 +2,36 @@
 """The cost model: what a step costs, what a request asks of the engine, and the speed that follows.
 
 Pure functions. `floor` bounds a step from below by the bytes and operations that it cannot avoid,
-at the bandwidth and speed measured on the machine; `Cost` is fitted to measured steps.
+at the bandwidth and speed measured on the machine; `Cost` is fitted to measured steps; `Projected`
+carries measured steps over to another machine or shape.
 """
 
 import itertools
+import json
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from benchmarks.harness import shapes
+from benchmarks.harness.record import UsageError
 
 if TYPE_CHECKING:
     from benchmarks.harness.engine import Batch, StepCost
 
 MOST_REQUESTS = 4096
 """How far `crossing` looks."""
+
+
+class StepTime(Protocol):
+    """What says how many milliseconds a step takes."""
+
+    def ms(self, tokens: float, context: float, new: float = 0) -> float:
+        """Return the cost of one step in which `new` requests enter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +138,96 @@ def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[st
     return floor(bytes_, weights * tokens, machine)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Milliseconds of a step of a shape on GPUs that share it by tensor parallelism.
+
+    That is its floor at what steps `reached`, what measured steps took `beyond` (pairs of tokens
+    and milliseconds), and two all-reduces in each layer, of `reduce_us` and their bytes.
+    """
+
+    shape: str
+    reached: Mapping[str, float]
+    beyond: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
+    gpus: int = 1
+    reduce_us: float = 0.0
+    reduce_gb_per_s: float = math.inf
+
+    def ms(self, tokens: float, context: float, new: float = 0) -> float:
+        """Return the cost of one step; requests that enter cost no more than their tokens."""
+        step = step_floor_ms(self.shape, tokens, context, self.reached) / self.gpus
+        step += float(np.interp(tokens, *np.array(self.beyond).T))
+        if self.gpus == 1:
+            return step
+        of = shapes.sizes(self.shape)
+        # A ring sends each byte twice, but for the share that is at home.
+        sent = 2 * (1 - 1 / self.gpus) * tokens * 2 * of.hidden
+        return step + 2 * of.layers * (self.reduce_us / 1e3 + sent / self.reduce_gb_per_s / 1e6)
+
+
+def reached(
+    ar: Iterable[Mapping[str, Any]],
+    d2f: Iterable[Mapping[str, Any]],
+    shape: str,
+    machine: Mapping[str, float],
+) -> dict[str, float]:
+    """Find the bandwidth and arithmetic at which steps would take what was measured.
+
+    The first is that of autoregressive steps, which read weights; the second that of the D2F step
+    with the most tokens, which multiplies.
+    """
+
+    def times_floor(point: Mapping[str, Any]) -> float:
+        floor_ms = step_floor_ms(shape, point["tokens"], point["context_tokens"], machine)
+        return float(point["ms"]) / floor_ms
+
+    return {
+        "copy_gb_per_s": machine["copy_gb_per_s"] / statistics.median(map(times_floor, ar)),
+        "matmul_gflop_per_s": machine["matmul_gflop_per_s"]
+        / times_floor(max(d2f, key=lambda point: point["tokens"])),
+    }
+
+
+def beyond(
+    points: Iterable[Mapping[str, Any]], shape: str, reached: Mapping[str, float]
+) -> tuple[tuple[float, float], ...]:
+    """By tokens, the milliseconds that measured steps take longer than their floor at `reached`."""
+    found: dict[float, float] = {}
+    for p in points:
+        floor_ms = step_floor_ms(shape, p["tokens"], p["context_tokens"], reached)
+        found[float(p["tokens"])] = p["ms"] - floor_ms
+    return tuple((tokens, max(0.0, ms)) for tokens, ms in sorted(found.items()))
+
+
+def read_steps(option: str, path: str) -> dict[str, Any]:
+    """Read a result of `benchmarks.steps`."""
+    try:
+        report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        report["points"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{option} {path}: {error!r}; pass a result of benchmarks.steps") from None
+    return report
+
+
+def steps_of(points: Mapping[str, Any], shape: str) -> list[dict[str, Any]]:
+    """Its measured steps of a shape."""
+    return [point for key, point in points.items() if key.startswith(f"{shape}/steps/")]
+
+
+def speeds_of(points: Mapping[str, Any], shape: str, rate: float) -> dict[int, dict[str, Any]]:
+    """Its measured batches of a shape at a simulated number of tokens per forward, by size."""
+    prefix = f"{shape}/speed/{rate:g}/"
+    keys = (key for key in points if key.startswith(prefix))
+    found = {int(key.removeprefix(prefix)): points[key] for key in keys}
+    return dict(sorted(found.items()))
+
+
+def simulated_trace(speed: Mapping[str, Any]) -> Trace:
+    """Return what each request of such a batch asked of the engine."""
+    one = {"tokens_per_forward": 1.0, "window_tokens": 1.0, **speed}
+    return Trace(**{name: one[name] for name in Trace.__slots__})
+
+
 def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
     """Least squares of relative errors, outliers weighed down: a busy machine has slow steps.
 
@@ -168,7 +270,7 @@ def _positive_least_squares(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
         keep &= ~negative
 
 
-def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
+def predict_steady(cost: StepTime, trace: Trace, requests: int) -> float:
     """Return useful tokens per second while there are always `requests` of them, all alike.
 
     Their prompts come in one by one, so each step carries its share of them.
@@ -179,8 +281,8 @@ def predict_steady(cost: Cost, trace: Trace, requests: int) -> float:
     return 1e3 * requests * trace.tokens_per_forward / cost.ms(tokens, context, new)
 
 
-def predict_batch(cost: Cost, traces: Sequence[Trace], size: int, budget: int) -> float:
-    """Return useful tokens per second of batches that begin together and end with the last request.
+def predict_batch(cost: StepTime, traces: Sequence[Trace], size: int, budget: int) -> float:
+    """Return useful tokens per second of batches that begin together and end with the last one.
 
     `traces` are dealt out in batches, and repeated to fill a batch larger than all of them. What is
     beyond the `budget` of a step's tokens goes into further steps.

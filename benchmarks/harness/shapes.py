@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of 7B and 8B models in their official layouts, to be filled with dummy weights.
+"""Configs of 7B, 8B and 70B models in their official layouts, to be filled with dummy weights.
 
 `shapes.json` has the sizes of the published config.json files. Without a tokenizer and weights:
 `load_format="dummy"`, `skip_tokenizer_init=True`.
@@ -7,13 +7,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SHAPES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("shapes.json").read_text(encoding="utf-8")
 )
-"""dream: Dream-v0-Base-7B; llada: LLaDA-8B-Instruct; qwen: Qwen2.5-7B; llama: Llama-3-8B."""
+"""dream: Dream-v0-Base-7B; llada: LLaDA-8B-Instruct; qwen: Qwen2.5-7B; llama: Llama-3-8B; llama70b:
+Llama-3-70B."""
 SHAPES["qwen"] = SHAPES["dream"] | SHAPES["qwen"]
+SHAPES["llama70b"] = SHAPES["llama"] | SHAPES["llama70b"]
 for only_dream in ("mask_token_id", "pad_token_id", "rope_scaling"):
     del SHAPES["qwen"][only_dream]
 
@@ -43,12 +45,22 @@ def write(folder: Path, name: str, small: bool = False) -> Path:
     return target
 
 
-def _sizes(name: str) -> tuple[int, ...]:
-    """Hidden size, heads, key heads, layers, inner size of the MLP."""
+class Sizes(NamedTuple):
+    """The sizes of a shape that decide what a step costs."""
+
+    hidden: int
+    heads: int
+    key_heads: int
+    layers: int
+    mlp: int
+
+
+def sizes(name: str) -> Sizes:
+    """Read the sizes off a shape's config, whatever its family calls them."""
     llada = "d_model n_heads n_kv_heads n_layers mlp_hidden_size"
     others = "hidden_size num_attention_heads num_key_value_heads num_hidden_layers"
     keys = llada if name == "llada" else f"{others} intermediate_size"
-    return tuple(SHAPES[name][key] for key in keys.split())
+    return Sizes(*(SHAPES[name][key] for key in keys.split()))
 
 
 def weight_bytes(name: str) -> dict[str, int]:
@@ -56,7 +68,7 @@ def weight_bytes(name: str) -> dict[str, int]:
 
     The embedding is looked up, not read; norms are left out.
     """
-    hidden, heads, kv, layers, mlp = _sizes(name)
+    hidden, heads, kv, layers, mlp = sizes(name)
     attention = hidden * hidden * 2 + 2 * hidden * hidden * kv // heads
     head = hidden * SHAPES[name]["vocab_size"]
     return {"step": 2 * (layers * (attention + 3 * hidden * mlp) + head), "head": 2 * head}
@@ -64,5 +76,5 @@ def weight_bytes(name: str) -> dict[str, int]:
 
 def kv_bytes_per_token(name: str) -> int:
     """Of a bfloat16 cache, all layers."""
-    hidden, heads, kv, layers, _ = _sizes(name)
+    hidden, heads, kv, layers, _ = sizes(name)
     return 2 * 2 * layers * hidden * kv // heads

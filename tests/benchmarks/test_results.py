@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import acceptance, attention, latency, lookahead, serving, sweep, throughput
+from benchmarks import (
+    acceptance,
+    attention,
+    latency,
+    lookahead,
+    projection,
+    serving,
+    sweep,
+    throughput,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,6 +31,7 @@ EXPERIMENTS = {
     "attention": attention,
     "acceptance": acceptance,
     "lookahead": lookahead,
+    "projection": projection,
 }
 # Modules of results that an idle machine has to measure again, and what took their place.
 # docs/benchmarks.md says so.
