@@ -2,6 +2,7 @@
 """`--quick` of the two benchmarks that hold the engine to the reference and to its time."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import overhead, parity, serving
+from training.arithmetic import problems
 
 ROOT = Path(__file__).resolve().parents[2]
 ABOUT = {"command", "seed", "versions", "hardware"}
@@ -55,6 +57,23 @@ def test_parity_quick(tmp_path):
     assert all(way["equal"] + way["ties"] == way["of"] == 6 for way in report["ways"].values())
     assert report["tokens_per_forward"] > 1
     assert status == 0
+
+
+@pytest.mark.slow
+def test_parity_of_block_causal_prompts_asked_as_a_chat(tmp_path):
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    shutil.copytree(ROOT / "vllm_d2f" / "embedded" / "d2f-tiny", model)
+    config = json.loads((model / "config.json").read_text())
+    config["d2f"]["prompt_attention"] = "block_causal"
+    (model / "config.json").write_text(json.dumps(config))
+    rows = [{"prompt": p.question, "response": p.answer} for p in problems("test", 6, 0)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", str(model), "--chat", "--data", str(data)]
+    ways = ["--ways", "batch", "arrivals", "bfloat16"]
+    report, status = run("parity", tmp_path / "parity.json", *given, *ways)
+    assert report["ways"].keys() == {"batch", "arrivals"} and status == 0
+    assert all(way["equal"] + way["ties"] == way["of"] == 6 for way in report["ways"].values())
+    assert report["bfloat16"]["of"] == 6 and report["bfloat16"]["equal_tokens"] > 0.5
 
 
 @pytest.mark.slow
