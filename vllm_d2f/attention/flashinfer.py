@@ -29,7 +29,6 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.utils import get_flashinfer_layout_string
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
@@ -60,7 +59,6 @@ WORKSPACE_BYTES_PER_CHANNEL = 16
 class BlockCausalBackend(AttentionBackend):
     """Block-causal attention as one non-causal FlashInfer sequence per block."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
         "auto",
         "float16",
@@ -75,14 +73,6 @@ class BlockCausalBackend(AttentionBackend):
     def get_name() -> str:
         # The member of vLLM's enumeration that it is registered as.
         return "CUSTOM"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(1)]
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return default_block_size
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
