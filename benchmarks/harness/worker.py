@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.record import Failure, on_gpu
+from vllm_d2f.demo import ENVIRONMENT
 
 if TYPE_CHECKING:
     from benchmarks.harness.engine import Batch, StepCost
@@ -41,13 +42,11 @@ class WorkerError(Failure):
 
 
 def prepare_process() -> None:
-    """Environment for the workers, before they import torch. The user's own comes first."""
+    """Set the environment of the workers before they import torch. The user's own comes first."""
     # Step times are read inside the engine, so it has to run in the worker itself.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # With more threads than idle cores every operator waits for the scheduler.
-    quiet = dict(OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR", TORCH_CPP_LOG_LEVEL="ERROR")
-    quiet |= dict(PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    for name, value in quiet.items():
+    quiet = dict(PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    for name, value in {**ENVIRONMENT, **quiet}.items():
         os.environ.setdefault(name, value)
 
 
