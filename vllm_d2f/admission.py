@@ -140,7 +140,7 @@ def check_grammar(structured: "StructuredOutputsParams") -> None:
 
 
 def stuck_rules(grammar: "Grammar") -> list[str]:
-    """Names of a grammar's rules that match no text and allow no next character.
+    """Return the names of a grammar's rules that match no text and allow no next character.
 
     Every rule is tried once with xgrammar's own matcher: behind a probe rule `"0;" first | "1;"
     second | ...` the matcher accepts a rule's label and then shows which characters may follow.
@@ -182,7 +182,7 @@ def _byte_compiler() -> "GrammarCompiler":
 def _unsupported(
     params: "SamplingParams", model_config: "ModelConfig"
 ) -> dict[str, tuple[bool, str]]:
-    """For each parameter whether D2F decoding cannot honour what is given, and the reason."""
+    """Return for each parameter whether D2F cannot honour its value, and the reason."""
     removed = "not supported for D2F models; remove it."
     no_prompt = (
         "not supported for D2F models. A prompt is one bidirectional block, so its tokens have no "

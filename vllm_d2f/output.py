@@ -68,14 +68,14 @@ def write_at_once(file: Path, text: str) -> None:
 
 
 def _is_empty(place: Path) -> bool:
-    """Whether writing destroys nothing: an empty folder or file, or a device."""
+    """Return whether writing destroys nothing: an empty folder or file, or a device."""
     if place.is_dir():
         return not any(place.iterdir())
     return place.exists() and not (place.is_file() and place.stat().st_size)
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space, whichever library says so."""
+    """Return whether a write failed for want of space, whichever library says so."""
     said = str(error)
     return getattr(error, "errno", None) in _FULL or any(words in said for words in _FULL_WORDS)
 

@@ -144,13 +144,13 @@ class RequestFields:
 
 
 def _is_json(scope: "Scope") -> bool:
-    """Whether a request brings JSON. vLLM reads a body without a content type as JSON too."""
+    """Return whether a body is JSON. vLLM also takes one without a content type for JSON."""
     types = [value for name, value in scope["headers"] if name == b"content-type"]
     return scope["method"] == "POST" and (not types or b"json" in types[0].lower())
 
 
 def _refusal(error: Exception) -> "ASGIApp":
-    """HTTP 400 in the form in which vLLM answers errors."""
+    """Return the response HTTP 400, in vLLM's form of errors."""
     from starlette.responses import JSONResponse
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.exceptions import VLLMValidationError

@@ -90,7 +90,7 @@ def register_hook() -> None:
 
 
 def widest_query(settings: Settings, scheduler_config: "SchedulerConfig") -> int:
-    """Positions of a request's widest query without its prompt.
+    """Return the positions of a request's widest query without its prompt.
 
     With asynchronous scheduling a query holds a window and what the forward before it committed:
     at most another window.
@@ -115,7 +115,9 @@ def _set_async(scheduler_config: "SchedulerConfig") -> None:
 
 
 def _without_adaptive_window(settings: Settings, scheduler_config: "SchedulerConfig") -> Settings:
-    """Asynchronous scheduling knows no window in time to choose how much of it to compute.
+    """Return the settings without adaptive windows where scheduling is asynchronous.
+
+    The scheduler then does not know a window in time to choose how much of it to compute.
 
     Raises:
         ValueError: the user asked for both.

@@ -318,7 +318,7 @@ class BlockCausalImpl(AttentionImpl[BlockCausalMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the step's queries over the cache, which holds their keys already.
+        """Compute the attention of the step's queries over the cache, which has their keys already.
 
         Args:
             query: [T, H, D], rows from `num_tokens` on are padding.

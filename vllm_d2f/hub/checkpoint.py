@@ -73,7 +73,7 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter alone, without a base."""
+    """Return whether the folder holds an adapter alone, without a base."""
     weights = any((folder / name).exists() for name in (INDEX, SINGLE))
     return (folder / "adapter_config.json").is_file() and not weights
 

@@ -183,7 +183,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         except ValueError as error:
             raise HubError(str(error)) from None
 
-    # What can be refused is refused before the weights are downloaded.
+    # Everything that can be checked is checked before the weights are downloaded.
     adapter = adapter_source = None
     if plan.adapter is not None:
         adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
@@ -376,7 +376,7 @@ def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]
 
 
 def _write_small_files(source: Path, part: Path) -> None:
-    """Tokenizer, generation settings and index. Never code."""
+    """Copy tokenizer, generation settings and index, and no code."""
     for name in ("generation_config.json", checkpoint.INDEX, *download.TOKENIZER_FILES):
         if not (source / name).exists():
             continue

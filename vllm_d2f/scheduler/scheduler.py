@@ -139,7 +139,7 @@ class D2FScheduler(Scheduler):
         request.num_computed_tokens += stream.commit_to(request)
 
     def _width(self, request: Request) -> int:
-        """Positions of the next window of a request whose last result may not be in."""
+        """Return the positions of the next window of a request whose last result may be missing."""
         stream = self.streams[request.request_id]
         width = min(stream.width() - stream.tail, stream.limit - request.num_output_tokens)
         if width <= 0:
@@ -395,7 +395,7 @@ class D2FScheduler(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """vLLM's hook for where a chunk of a prompt may end: only where an attention block ends.
+        """Let a chunk of a prompt end only where an attention block ends (a hook of vLLM).
 
         vLLM also asks it about requests that are held back, whose tail it would compute alone.
         """
