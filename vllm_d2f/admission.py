@@ -192,7 +192,7 @@ def _unsupported(
     mode, modes = model_config.logprobs_mode, " or ".join(LOGPROB_MODES)
     simulated = served_settings(model_config).simulate_tokens_per_forward is not None
     vocabulary, config = model_config.get_vocab_size(), model_config.hf_config
-    # What is left to sample at the positions with the fewest tokens.
+    # The tokens that may be sampled at the positions with the most restrictions.
     left = set(params.allowed_token_ids or ()) - {config.mask_token_id}
     if params.min_tokens:
         left -= {*config.end_token_ids, *(params.stop_token_ids or ())}

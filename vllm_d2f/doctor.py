@@ -13,7 +13,7 @@ from vllm_d2f.hub.download import check_space
 from vllm_d2f.models import PUBLISHED
 
 Finding = tuple[str, bool, str]
-"""What was looked at, whether it is as it must be, and what is there or what to do."""
+"""What was checked, whether it is right, and what was found or what to do."""
 
 
 def diagnose(names: Sequence[str]) -> Iterator[Finding]:

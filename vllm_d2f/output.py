@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where commands write: they keep what they find there, unless this package wrote it."""
+"""The places that commands write to. A command replaces only what this package wrote."""
 
 import errno
 import os
@@ -87,6 +87,6 @@ def ends_with_its_pipe() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python writes what is left at its exit.
+        # Python flushes the rest at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell reports SIGPIPE

@@ -129,7 +129,7 @@ class RequestFields:
             half = "the request holds half of a character (a lone surrogate, such as \\ud83d)"
             raise ValueError(f"{half}; send the whole character") from None
         except ValueError:
-            fields = None  # the endpoint answers what it answers to broken JSON
+            fields = None  # leave broken JSON to the endpoint
         if not isinstance(fields, dict):
             return {}
         # `/inference/v1/generate` takes sampling parameters as an object of their own.

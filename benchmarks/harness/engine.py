@@ -221,7 +221,8 @@ class Engine:
         self.llm = start_llm(model, **(dict(settings, enforce_eager=mode == "eager") | options))
         # None, or the tokens per forward that are accepted whatever the model says.
         self.simulated = simulated(self.llm.llm_engine.model_config.hf_config)
-        # Random weights and made-up acceptance end their answers anywhere: all get to the same end.
+        # With random weights or simulated acceptance an end token may come anywhere, so answers
+        # are decoded to their last token.
         endless = self.simulated is not None or options.get("load_format") == "dummy"
         self.sampling = greedy(max_tokens, ignore_eos=endless)
         self.clock = Clock().attach(self.llm)

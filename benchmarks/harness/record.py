@@ -161,7 +161,7 @@ class Record:
             )
         for line in lines:
             self._read(line)
-        # A line that was cut off is gone before the next one is appended.
+        # Drop a line that was cut off before the next one is appended.
         path.write_text("".join(json.dumps(line) + "\n" for line in (known, *lines)), "utf-8")
 
     def settled(self, key: str) -> bool:
@@ -323,7 +323,7 @@ def _as_dict(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into a record")
 
 
-# What every result says first.
+# The head of every result.
 
 
 def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
             q_data_type=self.query_type,
             kv_data_type=self.cache_type,
             seq_lens=paged.kv_len_S,
-            # Else it looks for the largest in Python, sequence by sequence.
+            # Otherwise FlashInfer searches for the largest in Python, sequence by sequence.
             max_token_per_sequence=common.max_query_len,
         )
         return BlockCausalMetadata(

@@ -128,7 +128,7 @@ def elsewhere(folder: Path) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a place: one process prepares it, others wait.
 
-    The lock is a file beside the place. It ends with its process, however that ends.
+    The lock is a file beside the place. The system releases it when its process ends.
     """
     path = folder.with_name(f".{folder.name}.d2f-lock")
     try:
@@ -173,7 +173,7 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     try:
         part.mkdir(parents=True)
         write_json(part / RECORD, write(part) | {"format": FORMAT})
-        # Everything is on the disk before the new name is.
+        # All files are on the disk before the folder gets its name.
         for path in (*part.iterdir(), part):
             sync(path)
         remove_folder(folder)

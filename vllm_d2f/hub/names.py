@@ -32,7 +32,7 @@ _REFUSED = {
 
 
 class UnknownModelError(ValueError):
-    """A name like those of this package that no model can be served under."""
+    """A name that looks like one of this package's, but under which no model can be served."""
 
 
 def known_names() -> list[str]:

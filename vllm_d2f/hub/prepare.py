@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name, or a base and an adapter, to a merged folder that vLLM serves."""
+"""Makes a merged folder that vLLM serves, of a name or of a base and an adapter."""
 
 import logging
 import re
@@ -364,7 +364,7 @@ def _check_variant(
 def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config without remote code, with the decoding settings."""
     merged = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
-    # Some say the `model_type` of their layers.
+    # Some checkpoints name the `model_type` of their layers.
     if family := FAMILIES.get(config["architectures"][0]):  # else an autoregressive twin
         merged["model_type"] = family.model_type
     if plan.d2f is not None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class D2FModelState(ModelState):
-    """The seam of vLLM's V2 runner for what differs between models."""
+    """The interface of vLLM's V2 runner to what differs between models."""
 
     # A step commits window tokens and nothing beside them.
     num_new_sampled_tokens_per_step = 0
