@@ -13,7 +13,7 @@ from benchmarks.harness.record import UsageError
 
 
 def judged(ids, *odds):
-    """An answer whose tokens the original gives these odds."""
+    """Return an answer whose tokens the original gives these odds."""
     return {"ids": ids, "nats": [math.log(one) for one in odds]}
 
 

@@ -215,7 +215,7 @@ def check_logprobs(want, got, busy, rules):
 
 
 def finished(output, run, busy):
-    """Whether nothing is left to decide for each request."""
+    """Return whether nothing is left to decide for each request."""
     window = run.states.window
     return [
         bool(window.open_R[s] == 0)
