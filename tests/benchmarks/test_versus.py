@@ -116,9 +116,10 @@ def test_a_schema_needs_a_job_that_has_one(capsys):
 
 
 @pytest.mark.slow
-def test_an_item_with_a_schema_is_answered_under_it():
+def test_an_item_with_a_schema_is_answered_under_it(monkeypatch):
     from benchmarks.harness.engine import Engine, shut_down
 
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     engine = Engine("d2f-tiny", mode="eager", max_batch=2, max_tokens=16, options={})
     plain = Item("2 + 2", 4.0)
     (batch,) = engine.measure([plain, replace(plain, schema={"const": "sale"})], 2)
