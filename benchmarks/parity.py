@@ -279,7 +279,7 @@ def parity(run: Record) -> int:
         }  # fmt: skip
 
     for options, ways in engines(args.ways, cases, max_model_len):
-        if all(run.settled(way) for way in ways):
+        if run.late or all(run.settled(way) for way in ways):
             continue
         try:
             llm = start_engine(model, window=window, max_model_len=max_model_len, **given | options)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import open_text
 from benchmarks.harness.record import UsageError
+from training.arithmetic import problems
 
 
 def judged(ids, *odds):
@@ -80,7 +81,10 @@ def test_prompts_come_from_a_file(tmp_path):
 
 @pytest.mark.slow
 def test_quick(tmp_path):
-    assert open_text.main(["--quick", "--json", str(tmp_path / "o.json")]) == 0
+    data = tmp_path / "prompts.txt"  # d2f-tiny knows no English
+    data.write_text("".join(f"{p.question}\n" for p in problems("test", 4, 0)))
+    given = ["--quick", "--data", str(data), "--json", str(tmp_path / "o.json")]
+    assert open_text.main(given) == 0
     report = json.loads((tmp_path / "o.json").read_text())
     assert [row["decoder"] for row in report["rows"]] == ["ar", "d2f 0.5", "d2f 0.7", "d2f 0.9"]
     assert all(row["answers"] == 4 for row in report["rows"])
