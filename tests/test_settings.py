@@ -11,6 +11,7 @@ from vllm_d2f.settings import (
     MAX_WINDOW,
     PRESETS,
     Settings,
+    checkpoint_settings,
     request_params,
     settings_from_dict,
     wants_trace,
@@ -88,6 +89,19 @@ def test_defaults_of_a_family_are_the_weakest():
         settings_from_dict({"prompt_attention": "bidirectional"}, family=family)
     with pytest.raises(ValueError, match="no D2F settings"):
         settings_from_dict(None, family=family)
+
+
+def test_settings_of_a_checkpoint_come_from_its_files_and_the_user():
+    rule = dict(name="toy", block_origin="zero", prompt_attention="block_causal")
+    family = SimpleNamespace(**rule, presets={"default": {"block_size": 4, "max_blocks": 1}})
+    config = SimpleNamespace(family=family, d2f={"tau_conf": 0.8}, block_size=32)
+    assert checkpoint_settings(config, {}).params == D2FParams(32, 1, tau_conf=0.8)
+    generation, given = {"d2f": {"tau_conf": 0.7, "max_blocks": 2}}, {"tau_add": 0.5}
+    settings = checkpoint_settings(config, generation, given)
+    assert settings.params == D2FParams(32, 2, tau_add=0.5, tau_conf=0.8)
+    # Only a family with a preset `default` has a `block_size` that means this one.
+    config.family = SimpleNamespace(**rule, presets={})
+    assert checkpoint_settings(config, {}).params == D2FParams(tau_conf=0.8)
 
 
 SERVED = Settings(D2FParams(16, 4), window=64)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,3 +309,16 @@ def test_a_model_without_settings_asks_for_them(tmp_path):
     with pytest.raises(WatchError, match="--preset NAME or --block-size N"):
         D2FDecoder(str(folder), {})
     assert D2FDecoder(str(folder), {"block_size": 8}).settings.params.block_size == 8
+
+
+def test_settings_are_those_that_a_server_takes(tmp_path):
+    """A checkpoint of a family with a preset `default` needs no section, as for a server."""
+    decoder = object.__new__(D2FDecoder)
+    rule = dict(name="toy", block_origin="zero", prompt_attention="block_causal")
+    family = SimpleNamespace(**rule, presets={"default": {"block_size": 4, "max_blocks": 1}})
+    decoder.name, decoder.folder = "toy", tmp_path
+    decoder.config = SimpleNamespace(family=family, d2f=None, block_size=8)
+    settings = decoder._settings({})
+    assert (settings.params.block_size, settings.params.max_blocks) == (8, 1)
+    (tmp_path / "generation_config.json").write_text('{"d2f": {"max_blocks": 2}}')
+    assert decoder._settings({"tau_conf": 0.5}).params.max_blocks == 2

@@ -150,6 +150,25 @@ def settings_from_dict(
     )
 
 
+def checkpoint_settings(
+    config: Any, generation: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> Settings:
+    """Make the settings of a checkpoint, over which those that a user gives are put.
+
+    Args:
+        config: its config, of a D2F family.
+        generation: the content of its generation_config.json. The file is read for this, because
+            transformers' class drops sections that it does not know.
+
+    Raises:
+        ValueError: as `settings_from_dict`.
+    """
+    sections = [generation.get("d2f"), config.d2f, given]
+    if "default" in config.family.presets and hasattr(config, "block_size"):  # some SDAR models
+        sections.insert(0, {"block_size": config.block_size})
+    return settings_from_dict(*sections, family=config.family)
+
+
 def _override(weaker: dict[str, Any], stronger: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Put the stronger settings over the weaker ones.
 

@@ -18,7 +18,7 @@ from vllm_d2f.attention.selection import prepare as prepare_attention
 from vllm_d2f.engine_args import SCHEDULER, check_engine_args
 from vllm_d2f.hub.checkpoint import check_tokenizer_files, check_weight_files
 from vllm_d2f.models import FAMILIES, family_config
-from vllm_d2f.settings import Settings, settings_from_dict
+from vllm_d2f.settings import Settings, checkpoint_settings
 
 if TYPE_CHECKING:
     import torch
@@ -223,13 +223,8 @@ def _resolve(vllm_config: "VllmConfig") -> Settings:
     model_config = vllm_config.model_config
     additional = vllm_config.additional_config
     given = additional.get("d2f") if isinstance(additional, dict) else None
-    # transformers' class drops sections that it does not know, so the file is read.
-    name, config = "generation_config.json", model_config.hf_config
-    generation = get_hf_file_to_dict(name, model_config.model, model_config.revision) or {}
-    sections = [generation.get("d2f"), config.d2f, given]
-    if "default" in config.family.presets and hasattr(config, "block_size"):  # some SDAR models
-        sections.insert(0, {"block_size": config.block_size})
+    file = get_hf_file_to_dict("generation_config.json", model_config.model, model_config.revision)
     try:
-        return settings_from_dict(*sections, family=config.family)
+        return checkpoint_settings(model_config.hf_config, file or {}, given)
     except ValueError as error:
         raise ValueError(f"{model_config.model}: {error}") from None

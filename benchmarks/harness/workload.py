@@ -137,14 +137,16 @@ def d2f_model(option: str, name: str) -> tuple[str, Any, Any]:
 
     from vllm_d2f import register
     from vllm_d2f.models import family_config
-    from vllm_d2f.settings import settings_from_dict
+    from vllm_d2f.settings import checkpoint_settings
 
     register()
     folder = resolve_model(option, name)
     config = family_config(AutoConfig.from_pretrained(folder))
     if not hasattr(config, "d2f"):
         raise UsageError(f"{option} {name} is no D2F model: its config has no d2f section")
-    return folder, config, settings_from_dict(config.d2f, family=config.family)
+    file = Path(folder, "generation_config.json")
+    generation = json.loads(file.read_text()) if file.is_file() else {}
+    return folder, config, checkpoint_settings(config, generation)
 
 
 def simulated(hf_config: Any) -> float | None:

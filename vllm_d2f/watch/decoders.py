@@ -16,7 +16,7 @@ from vllm_d2f.hub.names import resolve
 from vllm_d2f.models import FAMILIES, family_config, register_configs
 from vllm_d2f.models.hf import load_hf
 from vllm_d2f.reference import decode, hf_forward
-from vllm_d2f.settings import MAX_WINDOW, Settings, settings_from_dict
+from vllm_d2f.settings import MAX_WINDOW, Settings, checkpoint_settings
 from vllm_d2f.watch.picture import Picture, autoregressive, pictures
 
 
@@ -102,15 +102,15 @@ class D2FDecoder(_Decoder):
         self.ends = self.config.end_token_ids
 
     def _settings(self, given: Mapping[str, Any]) -> Settings:
-        file = self.folder / "generation_config.json"
-        generation = json.loads(file.read_text()).get("d2f") if file.is_file() else None
-        if generation is None and self.config.d2f is None and not given:
+        file, config = self.folder / "generation_config.json", self.config
+        generation = json.loads(file.read_text()) if file.is_file() else {}
+        own = generation.get("d2f"), config.d2f, config.family.presets.get("default")
+        if not given and own == (None, None, None):
             raise WatchError(
                 f"{self.name} does not say how it decodes; add --preset NAME or --block-size N"
             )
         # There is no engine here, and no window that the blocks must fit into.
-        sections = (generation, self.config.d2f, {**given, "window": MAX_WINDOW})
-        return settings_from_dict(*sections, family=self.config.family)
+        return checkpoint_settings(config, generation, {**given, "window": MAX_WINDOW})
 
     def run(self, question: str, max_tokens: int) -> Iterator[Picture]:
         """Yield one picture per forward."""
