@@ -3,21 +3,21 @@
 
 One request alone is decoded fastest with a wide window, because a step costs nearly the same
 whatever its width. On a busy machine every position costs, and a position far behind the first mask
-is decided seldom. So before each step the scheduler chooses, for all requests together, how many
+is decoded seldom. So before each step the scheduler chooses, for all requests together, how many
 leading blocks of each window go into the forward: those with which
 
-    expected positions decided in the step / expected duration of the step
+    expected positions decoded in the step / expected duration of the step
 
 is greatest. Attention is causal between blocks, so what is left out changes nothing before it, and
 every choice is a valid D2F decode: a block that sits out a step waits as it is.
 
-Two tables stand behind the choice. `StepCost` holds what a step costs by its positions; it is
+The choice uses two tables. `StepCost` holds what a step costs by its positions; it is
 measured when the engine starts (`worker.step_cost`) and corrected with every served step.
-`DecisionRates` holds how often a masked position is decided, by its block's place in the window and
-by how far the block before it is decided; it is learned while serving.
+`DecisionRates` holds how often a masked position is decoded, by its block's place in the window and
+by how far the block before it is decoded; it is learned while serving.
 
 Shape suffixes: R requests, J blocks of a window, W positions of a window, S measured sizes, M
-prices, F levels of how far a block is decided.
+prices, F levels of how far a block is decoded.
 """
 
 import itertools
@@ -34,13 +34,13 @@ BLOCKS = 8
 """Places in the window that the rates tell apart; blocks behind share the last one's."""
 
 LEVELS = 5
-"""Levels of a block: below a quarter, a half, three quarters, all of it decided; all of it."""
+"""Levels of a block: below a quarter, a half, three quarters, all of it decoded; all of it."""
 
 MEMORY = 0.995
 """What one step leaves of earlier counts: the rates follow the text within a few hundred steps."""
 
 PRIOR = 4.0, 0.5
-"""Masked positions, and the share of them that is decided, with which every rate begins. It is
+"""Masked positions, and the share of them that is decoded, with which every rate begins. It is
 high, so that a place that was never computed is tried."""
 
 NEAR, FAR = 0.2, 0.05
@@ -176,7 +176,7 @@ class Windows:
 
 
 class DecisionRates:
-    """How often a masked position is decided in a step, [BLOCKS * LEVELS]."""
+    """How often a masked position is decoded in a step, [BLOCKS * LEVELS]."""
 
     def __init__(self) -> None:
         masked, rate = PRIOR
@@ -203,7 +203,7 @@ def choose(
     price with the best ratio of gain to duration wins.
 
     Args:
-        gain_RJ: expected decided positions of each block.
+        gain_RJ: positions that are expected to be decoded in each block.
         size_RJ: positions of each block, 0 where none is open.
         least_R: fewest blocks.
         others: positions in the step beside these windows.
