@@ -310,7 +310,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clock", choices=("wall", "cpu"), default="wall", help=help)
     add("--data", help='JSONL with "question" and "answer" (default: generated problems)')
     add("--steps", metavar="FILE", help="a result of benchmarks.steps; nothing is measured")
-    add("--shape", choices=list(shapes.D2F), default="dream", help="with --steps")
+    add("--shape", choices=list(shapes.D2F), default="dream", help="with --steps: model shape")
     add("--rate", type=float, default=2.9, help="with --steps: tokens per forward")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both vLLM engines")
     return parser.finish(argv, QUICK, ("batch_sizes", "runs", "prompts", "max_tokens"))

@@ -140,7 +140,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16)
     add("--max-tokens", type=int, default=200)
     add("--max-model-len", type=int, default=512)
-    add("--dtype", default="float32", help="of all models")
+    add("--dtype", default="float32", help="data type of all models")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for both engines")
     quick = {"prompts": 4, "max_tokens": 32}
     return parser.finish(argv, quick, ("prompts", "batch_size", "max_tokens"))

@@ -169,7 +169,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="d2f-tiny", help="embedded name or folder")
     add("--requests", type=int, nargs="+", default=[1, 8, 64])
-    add("--steps", type=int, default=24, help="steps measured")
+    add("--steps", type=int, default=24, help="steps to measure")
     args = parser.finish(argv, {"requests": [1, 8], "steps": 6}, ("requests", "steps"))
     if args.steps > MOST_STEPS:
         parser.error(f"--steps must be 1 to {MOST_STEPS}")

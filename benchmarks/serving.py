@@ -252,8 +252,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", default=["d2f-tiny", "ar-tiny"])
     add("--base-url", help="a server that runs already, with --models ITS_MODEL")
-    add("--rates", type=float, nargs="+", default=list(RATES), help="requests/s")
-    add("--runs", type=int, default=5, help="at each rate")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="requests per second")
+    add("--runs", type=int, default=5, help="runs at each rate")
     add("--prompts", type=int, default=100)
     add("--data", help='JSONL with "question" and "answer" per line')
     add("--max-tokens", type=int, default=64)
@@ -264,7 +264,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpu", action=argparse.BooleanOptionalAction, help=help)
     add("--timeout", type=int, default=900, help="seconds for each command")
     add("--streaming", action="store_true", help="time streaming, without a server")
-    add("--at-once", type=int, nargs="+", default=[1, 8], help="requests, with --streaming")
+    add("--at-once", type=int, nargs="+", default=[1, 8], help="with --streaming: requests")
     positive = ("runs", "prompts", "max_tokens", "max_num_seqs", "at_once")
     args = parser.finish(argv, {"prompts": 8, "runs": 1, "at_once": [2]}, positive)
     if args.quick or args.streaming:

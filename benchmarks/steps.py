@@ -298,9 +298,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add, what = parser.add_argument, ["steps", "speed", "profile"]
     add("--shapes", nargs="+", choices=list(shapes.SHAPES), default=["dream", "qwen"])
     add("--what", nargs="+", choices=what, default=what)
-    add("--variant", choices=list(VARIANTS), default="plain", help="graphs or scheduling")
+    add("--variant", choices=list(VARIANTS), default="plain", help="engine arguments")
     add("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-    add("--blocks", type=int, nargs="+", default=[4, 1, 2, 8], help="of 32, open in each window")
+    add("--blocks", type=int, nargs="+", default=[4, 1, 2, 8], help="open blocks of 32 per window")
     add("--contexts", type=int, nargs="+", default=[512, 2048])
     add("--rates", type=float, nargs="+", default=[2.0, RATE, 4.0], help="tokens per forward")
     add("--gpu-memory-utilization", type=float, default=0.92, help="share of the device's memory")

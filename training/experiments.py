@@ -282,8 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="working folder")
     parser.add_argument("--results", type=Path, required=True, help="report, without suffix")
-    parser.add_argument("--variants", help="some of them, by commas")
-    parser.add_argument("--note", default="", help="a sentence for the report, on the teacher say")
+    parser.add_argument("--variants", help="names of variants, separated by commas")
+    parser.add_argument("--note", default="", help="a sentence for the report")
     parser.add_argument("--report-only", action="store_true", help="write the report again")
     args = parser.parse_args(argv)
     try:

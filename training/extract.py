@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("texts", type=Path, help="lines of `facts||sentence`")
     parser.add_argument("--out", type=output_file, required=True)
-    parser.add_argument("--copies", type=int, default=1, help="the first has the texts as they are")
+    parser.add_argument("--copies", type=int, default=1, help="copies; the first is unchanged")
     parser.add_argument("--facts", choices=["stated", "given"], default="stated")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)

@@ -65,8 +65,8 @@ def train(
     accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(out))
     if accelerator.distributed_type.value == "DEEPSPEED":
         raise RuntimeError(
-            "DeepSpeed keeps gradients to itself, and an update here divides them by what all "
-            "forwards counted; shard with --config_file training/configs/accelerate-fsdp.yaml"
+            "DeepSpeed gives no access to gradients, which an update here divides by a sum over all "
+            "forwards; shard with --config_file training/configs/accelerate-fsdp.yaml"
         )
     attention = chosen_attention(attention or config.model.attention, accelerator.device)
     base = open_base(config.model)
@@ -188,9 +188,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="default: build/NAME")
     parser.add_argument("--variant", help="a section under `variants` of the file")
     parser.add_argument("--smoke", action="store_true", help="the same as --variant smoke")
-    parser.add_argument("--stages", help="some of the stages, by commas")
+    parser.add_argument("--stages", help="names of stages, separated by commas")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--print-config", action="store_true", help="print and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration and stop"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="sizes, LoRA targets and memory, without weights"
     )

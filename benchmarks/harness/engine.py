@@ -420,7 +420,7 @@ class DummyEngine:
         if not self.diffusion:
             return
         if not hasattr(self.runner.sampler.proposals, "simulate"):
-            raise RuntimeError("Proposals.simulate is gone: how is acceptance simulated now?")
+            raise RuntimeError("Proposals has no `simulate` any more; change DummyEngine.simulate")
         self.runner.sampler.proposals.simulate = tokens_per_forward
 
     def prompts(self, requests: int, length: int) -> list[Any]:

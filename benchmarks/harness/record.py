@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         `positive` must be at least 1, and `rehearse` offers tiny shapes on a CPU.
         """
         add = self.add_argument
-        add("--seed", type=int, default=0, help="of everything that is drawn")
+        add("--seed", type=int, default=0, help="seed of all random choices")
         add("--quick", action="store_true", help="few points, under a minute on an idle machine")
         add("--json", help="write .json, .md and pictures under this name")
         add("--minutes", type=float, help="begin no point later; the same command continues")

@@ -167,10 +167,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(known)}")
     add("--out", type=Path, default=Path("gpu-results"), help="folder of results")
-    add("--minutes", type=float, default=1e4, help="end after so many; the next call continues")
+    add("--minutes", type=float, default=1e4, help="end then; the next call continues")
     add("--copy-to", type=Path, help="copy the results here after every process")
     add("--rehearse", action="store_true", help="tiny shapes on a CPU: does it run at all?")
-    add("--retry", action="store_true", help="measure again what has failed points")
+    add("--retry", action="store_true", help="measure steps with failed points again")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.steps if name not in known]:
         parser.error(f"no step {unknown[0]!r}; there are {', '.join(known)}")

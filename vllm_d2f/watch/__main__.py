@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     ar = "the autoregressive model (default: the twin of a model by name, where there is one)"
     made.add_argument("--ar", metavar="MODEL", help=ar)
     made.add_argument("--no-ar", action="store_true", help="the D2F model alone")
-    made.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="of the answer")
+    made.add_argument(
+        "--max-tokens", type=_positive, default=64, metavar="N", help="longest answer"
+    )
     pause = "seconds between forwards"
     made.add_argument("--delay", type=_seconds, default=0.3, metavar="S", help=pause)
     made.add_argument("--raw", action="store_true", help="ask without the chat template")
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__[0].upper(), help=about)
     group.add_argument("--accept", metavar="RULE", help="the acceptance rule; needs --tau-conf")
-    group.add_argument("--preset", metavar="NAME", help="published settings, as dream-gsm8k")
+    group.add_argument("--preset", metavar="NAME", help="published settings, such as dream-gsm8k")
     return made
 
 
