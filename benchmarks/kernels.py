@@ -118,13 +118,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = record.Parser("kernels", __doc__)
     add = parser.add_argument
-    add(
-        "--rows",
-        type=int,
-        nargs="+",
-        default=[1, 32, 128, 1024],
-        help="numbers of masked positions",
-    )
+    add("--rows", type=int, nargs="+", default=[1, 32, 128, 1024], help="masked positions")
     add("--tests", nargs="*", default=["attention", "sampling", "worker"], help="folders of tests/")
     args = parser.finish(argv, {"rows": [32]}, ("rows",), rehearse=True)
     if not (args.rehearse or torch.cuda.is_available()):

@@ -267,9 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("texts", type=Path, help="JSONL file with question and answer")
     parser.add_argument("--out", type=output_file, required=True)
     parser.add_argument("--copies", type=int, default=1, help="transcripts per text")
-    parser.add_argument(
-        "--capitals", type=float, default=1.0, help="share of transcripts in capitals"
-    )
+    parser.add_argument("--capitals", type=float, default=1.0, help="share of them in capitals")
     parser.add_argument("--answers", action="store_true", help="use sentences of answers too")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)

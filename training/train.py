@@ -65,8 +65,8 @@ def train(
     accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(out))
     if accelerator.distributed_type.value == "DEEPSPEED":
         raise RuntimeError(
-            "DeepSpeed gives no access to gradients, which an update here divides by a sum over all "
-            "forwards; shard with --config_file training/configs/accelerate-fsdp.yaml"
+            "DeepSpeed gives no access to gradients, which an update here divides by a sum over "
+            "all forwards; shard with --config_file training/configs/accelerate-fsdp.yaml"
         )
     attention = chosen_attention(attention or config.model.attention, accelerator.device)
     base = open_base(config.model)
@@ -190,9 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="the same as --variant smoke")
     parser.add_argument("--stages", help="names of stages, separated by commas")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the configuration and stop"
-    )
+    parser.add_argument("--print-config", action="store_true", help="print the config and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="sizes, LoRA targets and memory, without weights"
     )

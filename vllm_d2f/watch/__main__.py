@@ -38,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     ar = "the autoregressive model (default: the twin of a model by name, where there is one)"
     made.add_argument("--ar", metavar="MODEL", help=ar)
     made.add_argument("--no-ar", action="store_true", help="the D2F model alone")
-    made.add_argument(
-        "--max-tokens", type=_positive, default=64, metavar="N", help="longest answer"
-    )
+    made.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="answer length")
     pause = "seconds between forwards"
     made.add_argument("--delay", type=_seconds, default=0.3, metavar="S", help=pause)
     made.add_argument("--raw", action="store_true", help="ask without the chat template")
