@@ -50,7 +50,7 @@ UNITS = {
 
 
 def ask(engine: Any, job: Job, params: D2FParams, items: Sequence[Item], batch: int) -> Any:
-    """Answer all prompts; per prompt what is right out of how much, tokens and forwards."""
+    """Answer all prompts. Return for each what is right, of how much, tokens and forwards."""
     from benchmarks.harness.engine import greedy
 
     engine.sampling = greedy(engine.sampling.max_tokens, params)
@@ -63,11 +63,11 @@ def ask(engine: Any, job: Job, params: D2FParams, items: Sequence[Item], batch: 
 def frontier(
     tokens_DP: NDArray[Any], score_DP: NDArray[Any], known: Sequence[int]
 ) -> NDArray[np.floating]:
-    """Tokens per forward of the known points at the score of each point, [draws, points]."""
+    """Return tokens per forward of the known points at the score of each point, [draws, points]."""
     found = np.full(score_DP.shape, np.nan)
     for draw, (tokens_P, score_P) in enumerate(zip(tokens_DP, score_DP, strict=True)):
         rising = sorted(known, key=lambda point: score_P[point])
-        # What a point reaches can be had at every lower score.
+        # A point also counts at every lower score.
         best = np.maximum.accumulate(tokens_P[rising][::-1])[::-1]
         found[draw] = np.interp(score_P, score_P[rising], best, left=np.nan, right=np.nan)
     return found
@@ -104,7 +104,7 @@ def build(job: Job, points: Sequence[tuple[str, float, Any]], seed: int) -> dict
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Which rules beat `threshold`, in a sentence."""
+    """Say in a sentence which rules beat `threshold`."""
     better = dict.fromkeys(row["rule"] for row in report["rows"] if row.get("beats_threshold"))
     if not better:
         return (

@@ -38,7 +38,7 @@ PAGE = 32
 DENSE_BYTES = 4 << 30
 """Largest mask or score matrix of the variants that keep one."""
 DENSE, UNPAGED = ("sdpa", "sdpa_paged"), ("sdpa",)
-"""Variants with a dense mask, and those whose keys lie side by side, as in no server."""
+"""Variants with a dense mask, and variants whose keys are contiguous, which no server has."""
 UNITS = {
     "ms": "milliseconds of one layer's attention, median",
     "ms_min": "the same, fastest repetition",
@@ -128,7 +128,7 @@ class Problem:
         request_S = torch.from_numpy(found.request_S).to(self.pages_RP.device)
         return found, self.pages_RP[request_S]
 
-    # A server's cache is there before the step: made once, not part of a variant's set-up.
+    # A server has its cache before the step. So it is made once, outside of a variant's set-up.
 
     @cached_property
     def paged(self) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class Problem:
         return key_cache, value_cache
 
     def error(self, out_THD: Tensor, most: int = 2) -> float:
-        """Largest difference from a dense float64 computation, over the first requests."""
+        """Return the largest difference from dense attention in float64, of the first requests."""
         group, worst = self.layer.heads // self.layer.kv_heads, 0.0
         W, mask_WL = self.case.window, self.mask_WL()
         for row in range(min(most, self.case.requests)):
@@ -244,12 +244,12 @@ def _block_sequences_cuda(problem: Problem) -> Run:
 
 @cache
 def _workspace(device: torch.device) -> Tensor:
-    """One for all wrappers: they run one after another."""
+    """Return the workspace that all wrappers share. They run one after another."""
     return torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
 
 def sdpa(problem: Problem, paged: bool = False) -> Run:
-    """PyTorch's fused attention with a dense mask; with `paged` on keys that it gathers first."""
+    """Run PyTorch's fused attention with a dense mask; with `paged` gather the keys first."""
     mask_WL = problem.mask_WL()
     query_RWHD = problem.query_THD.unflatten(0, (problem.case.requests, problem.case.window))
     query_RHWD = query_RWHD.transpose(1, 2)
@@ -299,7 +299,7 @@ def measure(
     repeats: int,
     clock: str = "wall",
 ) -> dict[str, Any]:
-    """One row of the result: figures of each variant, or why there are none."""
+    """Return one row of the result: the figures of each variant, or the reason for having none."""
     case, layer, device = problem.case, problem.layer, problem.query_THD.device
     row, dtype = asdict(case) | bounds(problem, machine), problem.query_THD.dtype
     seeds = range(1, timing.copies(row["bytes"], device))
@@ -326,7 +326,7 @@ def measure(
             found[name] = {"unavailable": str(reason).splitlines()[0]}
         except Exception as reason:
             if "CUDA error" in str(reason):
-                raise  # nothing that follows in this process can be trusted
+                raise  # this process may be damaged
             found[name] = {"failed": f"{type(reason).__name__}: {str(reason)[:300]}"}
     for name, times in timing.measure(runs, device, repeats, clock=clock).items():
         ratio = round(times["ms"] / row["floor_ms"], 2)
@@ -341,7 +341,8 @@ def timed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per variant: distance from the floor, speed against `virtual`, and what it is fastest in."""
+    """Return for each variant its distance from the floor, its speed against `virtual`, and the
+    cases in which it is fastest."""
     table = {}
     for name in dict.fromkeys(name for row in rows for name in timed(row)):
         have = [timed(row) for row in rows if name in timed(row)]
@@ -448,7 +449,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """All cases; those of published settings come first, should time run out."""
+    """Return all cases. Those of published settings come first, in case the time runs out."""
     axes = (args.contexts, args.requests, args.blocks, args.block_sizes)
     every = [Case(*values) for values in itertools.product(*axes)]
     if not args.device.startswith("cuda"):
@@ -457,7 +458,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def attention(run: Record) -> int:
-    """Measure every case and report; 1 if a variant is wrong or fails."""
+    """Measure every case and report. Return 1 if a variant is wrong or fails."""
     args = run.args
     device, dtype, layer = torch.device(args.device), getattr(torch, args.dtype), Layer(*args.heads)
     machine = run.point("machine", partial(timing.machine, device, dtype, args.clock))

@@ -95,7 +95,7 @@ def model_call(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _room(args: argparse.Namespace, model: str) -> int:
-    """Positions for prompt and answer: what was asked for, or as far as the model has them."""
+    """Return the positions for prompt and answer: those asked for, or all that the model has."""
     from transformers import AutoConfig
 
     wanted = PROMPT_ROOM[args.task] + max_tokens(args.task, args.preset)
@@ -105,7 +105,7 @@ def _room(args: argparse.Namespace, model: str) -> int:
 
 
 def cut_prompts(args: argparse.Namespace, samples: Sequence[dict[str, Any]], chat: bool) -> int:
-    """How many prompts lm-eval had to cut at their beginning, where the worked examples stand."""
+    """Count the prompts whose beginning, with the worked examples, lm-eval had to cut off."""
     from transformers import AutoTokenizer
 
     model = resolve_model("--model", args.model)
@@ -117,7 +117,7 @@ def cut_prompts(args: argparse.Namespace, samples: Sequence[dict[str, Any]], cha
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what can be known to fail before a model is loaded."""
+    """Refuse, before a model is loaded, what is certain to fail."""
     from benchmarks.tasks import data, sandbox
 
     if args.task == "math" and find_spec("math_verify") is None:
@@ -182,7 +182,7 @@ def scores(args: argparse.Namespace) -> dict[str, Any]:
         "prompts_cut": cut_prompts(args, samples, chat),
         "units": UNITS, "lm_eval": lm_eval.__version__,
         "seconds": round(time.perf_counter() - started, 1),
-        # A few prompts' ends and answers, for a person to look at.
+        # The ends of a few prompts, and their answers, for a person to read.
         "samples": [
             {"prompt_end": s["arguments"][0][0][-300:], "answer": s["resps"][0][0],
              "want": s["target"]}

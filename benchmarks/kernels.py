@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package runs on a GPU: is it there, is it right, and how fast is it?
+"""Check what this package runs on a GPU: is it installed, is it right, and how fast is it?
 
     python -m benchmarks.kernels --json kernels.json
 
@@ -32,12 +32,12 @@ RULES: dict[str, dict[str, float]] = {
 
 
 def found(device: torch.device) -> dict[str, Any]:
-    """Versions of what is needed, and the device."""
+    """Return the versions of the packages that a GPU needs, and the device."""
     there: dict[str, Any] = {}
     for name in ("vllm", "vllm._custom_ops", "flashinfer", "triton", "transformers", "vllm_d2f"):
         try:
             there[name] = str(getattr(importlib.import_module(name), "__version__", "there"))
-        except Exception as error:  # what is missing is a result
+        except Exception as error:  # a missing package is a result
             there[name] = f"missing: {type(error).__name__}: {str(error)[:200]}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def kernels(run: Record) -> int:
-    """Check and time everything; 1 if anything fails."""
+    """Check and time everything. Return 1 if anything fails."""
     args = run.args
     on, dtype = ("cpu", torch.float32) if args.rehearse else ("cuda", torch.bfloat16)
     device = torch.device(on)

@@ -32,7 +32,7 @@ from benchmarks.harness.workload import load_items, parse_options, resolve_model
 SIZES = tuple(2**i for i in range(11))
 KINDS = ("d2f", "ar")
 MOST_STEPS = 500
-"""About so many steps of each decoder are kept for the picture; the fit sees all of them."""
+"""Roughly how many steps of each decoder the picture shows. The fit uses all of them."""
 UNITS = {
     "cost": "milliseconds of a step, per token in it, per cached token, per request that enters",
     "steps": "measured: requests, new ones, tokens, context tokens, milliseconds of each step",
@@ -53,7 +53,7 @@ QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], runs=1, prompts=4)
 
 
 def measured(run: Record) -> dict[str, dict[str, Any]]:
-    """Step costs and traces on the first half of the problems, speed on the other half.
+    """Measure step costs and traces on the first half of the problems, speed on the other half.
 
     The decoders take turns, and the fit and what checks it are measured side by side.
     """
@@ -141,7 +141,7 @@ def decoder(
 
 
 def from_steps(path: str, d2f: str, rate: float) -> dict[str, dict[str, Any]]:
-    """Costs and traces from what `benchmarks.steps` measured on dummy weights."""
+    """Return costs and traces of the steps that `benchmarks.steps` measured on dummy weights."""
     points = cost.read_steps("--steps", path)["points"]
     out = {}
     for kind, shape, per in (("d2f", d2f, rate), ("ar", shapes.D2F[d2f], 1.0)):
@@ -190,7 +190,7 @@ def build(decoders: dict[str, dict[str, Any]], clock: str) -> dict[str, Any]:
 
 
 def _checked_crossing(decoders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """D2F / AR of single batches and where it falls below 1, predicted and measured."""
+    """Return D2F / AR of single batches and where it falls below 1, predicted and measured."""
     d2f, ar = ({c["batch_size"]: c for c in decoders[kind]["checks"]} for kind in KINDS)
     rows = []
     for size in sorted(d2f.keys() & ar.keys()):
@@ -248,7 +248,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
 
 
 def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
-    """Step time against tokens in the step: measured ones as dots, the fitted formula as a line.
+    """Draw the time of a step against its tokens: measured steps as dots, the fit as a line.
 
     Steps that take in prompts are drawn as crosses; handing in a request is part of their time.
     """
@@ -274,7 +274,7 @@ def draw_forward_cost(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_prediction(report: Mapping[str, Any], path: Path) -> None:
-    """Predicted tokens per second by batch size, the measured ones as points."""
+    """Draw predicted tokens per second by batch size, with the measured ones as points."""
     drawing, axes = figure.new_figure(height=5.2)
     for kind, one in report["decoders"].items():
         for rows, field, style, what in (

@@ -32,7 +32,7 @@ UNITS = {
 
 
 def ask(loaded: Any, job: Job, params: D2FParams, items: Sequence[Item], **how: Any) -> Any:
-    """Per prompt what is right out of how much, tokens, forwards, branches and wins."""
+    """Return for each prompt what is right, of how much, tokens, forwards, branches and wins."""
     from vllm_d2f.lookahead import generate
 
     forward, config, tokenizer = loaded
@@ -71,7 +71,7 @@ def build(job: Job, points: Sequence[tuple[int, float, float, Any]]) -> dict[str
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Whether lookaheads decode more tokens per forward at the score of D2F or a better one."""
+    """Say whether lookaheads decode more tokens per forward at a score that D2F has or more."""
     plain = [row for row in report["rows"] if not row["lookaheads"]]
     ahead = [
         row

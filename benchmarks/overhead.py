@@ -29,7 +29,7 @@ from vllm_d2f.d2f import D2FParams
 BLOCK, BLOCKS = 32, 4
 LIMIT_MS = {1: 1.5, 64: 3.0}
 MOST_STEPS = 26
-"""So long all windows stay fully open."""
+"""The number of steps for which all windows stay fully open."""
 UNITS = {
     "added_cpu_ms": "milliseconds of CPU time a step that vllm-d2f adds, median; limit_ms: at most",
     "added_wall_ms": "the same of wall time",
@@ -67,7 +67,7 @@ class Meter:
         setattr(owner, name, timed)
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """CPU and wall seconds by label since the last call."""
+        """Return CPU and wall seconds by label since the last call."""
         taken = dict(self.cpu), dict(self.wall)
         self.cpu.clear()
         self.wall.clear()
@@ -106,7 +106,7 @@ def instrument(llm: Any) -> Meter:
 
 
 def _wrap_kernels(meter: Meter, cpu_kernels: Any, p03: Any) -> None:
-    """Time our functions where they are launched, since the registered overrides hold them."""
+    """Time our functions where vLLM launches them: the overrides keep references to them."""
     from vllm_d2f.patches.patch import find
 
     for target in p03.KERNELS:
@@ -117,7 +117,7 @@ def _wrap_kernels(meter: Meter, cpu_kernels: Any, p03: Any) -> None:
 
 
 def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]:
-    """Median milliseconds per step over `steps` steps in which every window is fully open."""
+    """Return median milliseconds per step, over `steps` steps with every window fully open."""
     # Open a block each step whatever is decided, and decide one position a step and block.
     params = D2FParams(BLOCK, BLOCKS, tau_add=0.0, tau_act=0.0, tau_conf=1.0)
     engine = llm.llm_engine
@@ -177,7 +177,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def overhead(run: Record) -> int:
-    """Measure and report; 1 if a limit is missed."""
+    """Measure and report. Return 1 if a limit is missed."""
     import torch
 
     args = run.args

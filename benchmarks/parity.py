@@ -82,14 +82,14 @@ smaller margin is a tie. An answer that differs after one is counted as a tie, n
 def make_cases(
     prompts: Sequence[Sequence[int]], settings: Sequence[D2FParams], max_tokens: int
 ) -> list[Case]:
-    """Every prompt under every setting."""
+    """Return every prompt under every setting."""
     return [Case(tuple(p), s, max_tokens) for p in prompts for s in settings]
 
 
 def reference_answers(
     model: str, cases: Sequence[Case], max_model_len: int, prompt_block: int | None = None
 ) -> list[Expected]:
-    """Return the reference loop on transformers' model with the same weights."""
+    """Decode with the reference loop, on transformers' model with the same weights."""
     from tqdm import tqdm
 
     forward, config = load_forward(model)
@@ -140,7 +140,7 @@ def _answer(output: Any) -> Answer:
 
 
 def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[Answer]:
-    """Drive the engine by hand: shuffled, one to four new requests every one to five steps."""
+    """Run the engine step by step. Every one to five steps one to four shuffled requests arrive."""
     engine = llm.llm_engine
     order = list(range(len(cases)))
     rng.shuffle(order)
@@ -180,7 +180,7 @@ def differences(
 
 
 def engines(ways: Sequence[str], cases: Sequence[Case], max_model_len: int) -> Iterator[tuple]:
-    """Engine options and the ways they serve."""
+    """Yield engine options and the ways that an engine with them serves."""
     if plain := [way for way in ways if way in ("batch", "single", "arrivals")]:
         yield {}, plain
     if "preempt" in ways:
@@ -195,7 +195,7 @@ def engines(ways: Sequence[str], cases: Sequence[Case], max_model_len: int) -> I
 
 
 def equal_tokens(expected: Sequence[Expected], got: Sequence[Answer]) -> float:
-    """Share of tokens that are the reference's at the same place."""
+    """Return the share of tokens that equal the reference's at the same position."""
     pairs = [(e.answer.tokens, g.tokens) for e, g in zip(expected, got, strict=True)]
     same = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
     return round(same / sum(max(len(a), len(b)) for a, b in pairs), 5)
@@ -219,7 +219,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parity(run: Record) -> int:
-    """Decode everything in all ways; 1 if anything differs that rounding does not explain."""
+    """Decode everything in all ways. Return 1 for differences that rounding does not explain."""
     from transformers import AutoTokenizer
 
     args = run.args
@@ -259,7 +259,7 @@ def parity(run: Record) -> int:
     reference_s = time.perf_counter() - started
 
     def score(answers: Sequence[Answer]) -> float | None:
-        """Share of answers that are the expected text to the letter."""
+        """Return the share of answers that equal the expected text exactly."""
         if not texts:
             return None
         found = [tokenizer.decode(list(a.tokens), skip_special_tokens=True) for a in answers]
@@ -309,7 +309,7 @@ def parity(run: Record) -> int:
 
 
 def holds(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a way agrees with the reference: in float32 but for ties, else by its score."""
+    """Return whether a way agrees with the reference, ties aside; in bfloat16 its score decides."""
     if report["machine"].endswith("float32"):
         return row["equal"] + row["ties"] == row["of"]
     return row["score"] is None or row["score"] >= report["reference_score"] - 0.02

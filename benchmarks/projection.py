@@ -49,7 +49,7 @@ ring) and 480 (in the switch) are what NCCL's maintainers name for eight H100s i
 github.com/NVIDIA/nccl-tests/issues/212; the rest is assumed."""
 
 ENGINES = ("PIECEWISE graphs", "FULL graphs, measured at two sizes", "nothing")
-"""What a D2F step takes beyond bytes and operations: low, middle, high."""
+"""The time of a D2F step beyond bytes and operations: low, middle, high."""
 
 DREAM_BLOCK = 32
 
@@ -155,7 +155,7 @@ def engines(report: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[dict[st
 
 
 def on(target: str, reached: Mapping[str, float]) -> Projected:
-    """Autoregressive steps there: the share of the data sheet that was reached is the same."""
+    """Return autoregressive steps on a target that reaches the same share of its data sheet."""
     shape, gpu, gpus = TARGETS[target]
     to, by = GPUS[gpu], GPUS[TARGETS[next(iter(TARGETS))][1]]
     names = ("copy_gb_per_s", "matmul_gflop_per_s")
@@ -164,7 +164,7 @@ def on(target: str, reached: Mapping[str, float]) -> Projected:
 
 
 def pairs(target: str, reached: Mapping[str, float], beside: Sequence[Any]) -> list[Any]:
-    """Autoregressive and D2F steps for each engine and all-reduce, from low to high.
+    """Return autoregressive and D2F steps for each engine and all-reduce, from low to high.
 
     What a step takes beside bytes and operations stays with the host, once per layer.
     """
@@ -181,7 +181,7 @@ def pairs(target: str, reached: Mapping[str, float], beside: Sequence[Any]) -> l
 def cell(
     steps: Sequence[Any], profiles: Sequence[Sequence[Trace]], plain: Trace, size: int
 ) -> dict[str, Any]:
-    """Ratios to AR of the widest and of the best window, over all steps and profiles."""
+    """Return the ratios to AR of the widest and of the best window, over all steps and profiles."""
     ratios = []
     for (ar, d2f), profile in itertools.product(steps, profiles):
         alone = cost.predict_steady(ar, plain, size)
@@ -195,13 +195,13 @@ def cell(
 
 
 def _range(values: Sequence[float]) -> dict[str, float]:
-    """Of values from all cases; the middle case is the one in the middle."""
+    """Return the range of the values of all cases, and the value of the middle case."""
     found = {"min": min(values), "median": values[len(values) // 2], "max": max(values)}
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def check(points: Mapping[str, Any], ar: Projected, d2f: Projected) -> list[dict[str, Any]]:
-    """Measured batches of both shapes beside what the model says of them."""
+    """Return measured batches of both shapes beside the model's prediction."""
     rates = {key.split("/")[2] for key in points if key.startswith(f"{D2F}/speed/")}
     rows = []
     for rate in sorted(map(float, rates)):
@@ -306,7 +306,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def beside(cell: Mapping[str, float], ratio: float) -> str:
-    """Where a published ratio lies."""
+    """Say whether a published ratio is below, in or above the range."""
     if cell["max"] < ratio:
         return "below it in every case"
     return "above it in every case" if cell["min"] > ratio else "which has it in its range"
@@ -369,7 +369,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """D2F / AR against the batch size: a panel for each machine, published ratios as marks."""
+    """Draw D2F / AR against the batch size: a panel per machine, published ratios as marks."""
     drawing, axes = figure.new_figure(height=4.6, columns=len(report["tables"]))
     small = report["block_size"]
     series = {

@@ -12,7 +12,7 @@ the server's counters.
 
     python -m benchmarks.serving --streaming --at-once 1 8     # d2f-tiny, no server
 
-times how text leaves: the time to the first token, and the gaps between pieces. The engine emits a
+times streaming: the time to the first token, and the gaps between pieces. The engine emits a
 token once every token before it is decoded (`prefix`). Block-wise streaming would emit it when its
 block is committed (`block`): one forward after the block is full, or with the last piece. When that
 is follows from the same run, so both are timed on the same forwards and differ in nothing else.
@@ -69,7 +69,7 @@ LATENCIES = {"ttft": "first_token_ms", "tpot": "per_token_ms", "e2el": "request_
 def bench_serve(
     args: argparse.Namespace, url: str, model: str, tokenizer: str, data: str, rate: float, run: int
 ) -> dict[str, Any]:
-    """One run of `vllm bench serve`: the JSON that it writes. Each run has arrivals of its own."""
+    """Run `vllm bench serve` once, with arrivals of its own, and return the JSON it writes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(str(server.VLLM), "bench", "serve", "--backend", "openai", "--base-url", url),
@@ -88,7 +88,7 @@ def bench_serve(
 
 
 def engine_options(args: argparse.Namespace) -> list[str]:
-    """For `vllm serve`; on a CPU float32 without compilation."""
+    """Return options for `vllm serve`; on a CPU float32 without compilation."""
     options = ["--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching"]
     if not (record.on_gpu() if args.gpu is None else args.gpu):
         options += ["--dtype", "float32", "--enforce-eager"]
@@ -97,7 +97,7 @@ def engine_options(args: argparse.Namespace) -> list[str]:
 
 
 def measure_model(args: argparse.Namespace, model: str, items: Sequence[Item]) -> dict[str, Any]:
-    """One model at every rate."""
+    """Measure one model at every rate."""
     tokenizer = resolve_model("--models", model)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "prompts.jsonl"
@@ -137,7 +137,7 @@ def _score(grades: Sequence[Any]) -> dict[str, float]:
 
 
 def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dict[str, Any]:
-    """Return what we report of vLLM's result, and the score of its answers."""
+    """Return the reported part of vLLM's result, and the score of its answers."""
     lengths, texts = found["output_lens"], found["generated_texts"]
     grades = [
         grade(item, text, 0 < length < max_tokens)
@@ -157,9 +157,9 @@ def _point(found: dict[str, Any], items: Sequence[Item], max_tokens: int) -> dic
 
 
 def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs at one rate, and lowest and highest of what is compared.
+    """Return medians over the runs at one rate, with the range of what is compared.
 
-    What failed in any run counts: it is summed, as is what was completed.
+    Failed and completed requests are summed over the runs.
     """
 
     def each(name: str, key: str | None = None) -> list[Any]:
@@ -219,11 +219,11 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Time to the complete answer against the rate on offer."""
+    """Draw the time to the complete answer against the offered rate."""
     if "at_once" in report:
         return
     drawing, axes = figure.new_figure(height=5.2)
-    # Everything at once has no rate: a place of its own at the right.
+    # All requests at once have no rate; their place is at the right.
     offered = {p["request_rate"] for f in report["models"].values() for p in f["points"]}
     rates = sorted(offered - {"inf"})
     place = {rate: rate for rate in rates} | {"inf": 4 * rates[-1] if rates else 1}
@@ -299,7 +299,7 @@ def serving(run: Record) -> None:
     run.write(report)
 
 
-# How text leaves.
+# Streaming.
 
 
 Pieces = list[tuple[float, int]]
@@ -315,11 +315,11 @@ class Timeline:
     outputs: Pieces = field(default_factory=list)
 
     def prefix(self) -> Pieces:
-        """Return what happened."""
+        """Return the pieces that the engine sent."""
         return _pieces(self.outputs)
 
     def block(self, steps: Sequence[float]) -> Pieces:
-        """Return what block-wise streaming would have sent; `steps` are the ends of all forwards.
+        """Return the pieces of block-wise streaming; `steps` are the ends of all forwards.
 
         A forward commits the blocks that were full before it; the last one ends the request.
         """
@@ -334,7 +334,7 @@ class Timeline:
 
 
 def _pieces(totals: Pieces) -> Pieces:
-    """Time and count of new tokens, where there are any."""
+    """Return time and count of new tokens, where there are any."""
     before = [(0.0, 0), *totals]
     return [
         (at, total - out)
@@ -344,7 +344,7 @@ def _pieces(totals: Pieces) -> Pieces:
 
 
 def summary(sent: Sequence[float], pieces: Sequence[Pieces]) -> dict[str, float]:
-    """Figures over requests: medians of first tokens and gaps, and the shape of the pieces."""
+    """Return medians of first tokens and gaps over requests, and the sizes of the pieces."""
     first = [1e3 * (p[0][0] - start) for start, p in zip(sent, pieces, strict=True)]
     gaps = sorted(1e3 * (b[0] - a[0]) for p in pieces for a, b in itertools.pairwise(p)) or [0.0]
     tokens, number = sum(count for p in pieces for _, count in p), sum(map(len, pieces))
@@ -360,7 +360,7 @@ def summary(sent: Sequence[float], pieces: Sequence[Pieces]) -> dict[str, float]
 def keep_running(
     llm: Any, prompts: Sequence[list[int]], params: Any, block_size: int, at_once: int
 ) -> tuple[list[Timeline], list[float]]:
-    """Keep `at_once` requests in the engine; the timelines and the ends of all forwards."""
+    """Keep `at_once` requests in the engine. Return the timelines and the ends of all forwards."""
     engine, waiting = llm.llm_engine, deque(enumerate(prompts))
     lines: dict[str, Timeline] = {}
     steps: list[float] = []
@@ -380,14 +380,14 @@ def keep_running(
 
 
 def streaming(run: Record) -> None:
-    """Time both ways of streaming for each number of requests at once."""
+    """Time both ways of streaming for each number of concurrent requests."""
     args = run.args
     model, config, settings = workload.d2f_model("--models", args.models[0])
     block_size = settings.params.block_size
     max_model_len = min(config.max_position_embeddings, 1024)
     prompts = workload.load_prompts(model, args.prompts, args.data, args.seed)
     prompts = [prompt[: max_model_len - args.max_tokens] for prompt in prompts]
-    # To the end: answers of these problems alone would be too short to say much about gaps.
+    # Decode past end tokens: these problems' answers are too short to measure gaps.
     params = greedy(args.max_tokens, ignore_eos=True, detokenize=False)
     room: dict[str, Any] = dict(window=settings.window, max_model_len=max_model_len)
     llm = start_engine(model, additional_config={}, **room)
@@ -415,6 +415,6 @@ def streaming(run: Record) -> None:
 main = record.command(parse, serving, markdown, FIGURES)
 
 if __name__ == "__main__":
-    # `timeout` and job managers end a program so; the server must end with it.
+    # `timeout` and job managers end a program with this signal; the server must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps and tokens per second of 7B and 8B shapes, D2F beside AR in the same vLLM. For a GPU.
+"""Measure steps and tokens per second of 7B and 8B shapes on a GPU, D2F beside AR.
 
     python -m benchmarks.steps --json steps.json --minutes 6
     python -m benchmarks.steps --shapes dream --variant full --json dream-full.json
@@ -36,9 +36,9 @@ from benchmarks.harness.record import Record
 RATE = 2.9
 """Tokens per forward of the published 7B model."""
 LEAST_STEPS, MOST_STEPS, STEP_SECONDS = 6, 24, 2.5
-"""A point ends after so many steps, or so many seconds if there were enough."""
+"""A point ends after MOST_STEPS, or after STEP_SECONDS with at least LEAST_STEPS."""
 LASTING = 96
-"""Answer tokens beyond the window: at one per forward requests stay under way for so long."""
+"""Answer tokens beyond the window. At one per forward, requests run for so many steps."""
 KEPT_STEPS = 30
 """Steps of a point that stay in the file for fitting."""
 PROFILED, TOP = 5, 25
@@ -76,7 +76,7 @@ def start(engine: DummyEngine, shape: str) -> dict[str, Any]:
 
 
 def width_of(engine: DummyEngine, blocks: int = 4) -> int:
-    """Tokens of a request in a step."""
+    """Return the tokens of a request in a step."""
     return blocks * BLOCK if engine.diffusion else 1
 
 
@@ -114,7 +114,7 @@ def step(engine: DummyEngine, requests: int, context: int, blocks: int) -> dict[
 
 
 def warm_up(engine: DummyEngine, run: Callable[[], Any], requests: int, width: int) -> int:
-    """Run until every window is full; the number of steps that took."""
+    """Run until every window is full. Return the number of steps."""
     steps, tokens = engine.clock.steps, requests * width
     while not (steps and steps[-1].tokens == tokens and not steps[-1].new):
         if not engine.llm.llm_engine.has_unfinished_requests():
@@ -130,7 +130,7 @@ def warm_up(engine: DummyEngine, run: Callable[[], Any], requests: int, width: i
 def speed(
     engine: DummyEngine, requests: int, rate: float, prompt: int, answer: int
 ) -> dict[str, Any]:
-    """Tokens per second of a batch from its first prompt to its last token."""
+    """Measure the tokens per second of a batch, from its first prompt to its last token."""
     from vllm_d2f.metrics import denoising_forwards
 
     engine.fit(requests, prompt + answer, width_of(engine))
@@ -210,7 +210,7 @@ def spans_of(events: Iterable[Any]) -> list[Span]:
 
 
 def profile_summary(spans: Sequence[Span], steps: int) -> dict[str, Any]:
-    """Per step: busy and idle device time, the largest kernels and gaps, the host's waits."""
+    """Return per step the device's busy and idle time, largest kernels and gaps, and host waits."""
     device = sorted((s for s in spans if s.on_device), key=lambda s: s.begin)
     kernels: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -223,7 +223,7 @@ def profile_summary(spans: Sequence[Span], steps: int) -> dict[str, Any]:
         if span.begin > until:
             idle += span.begin - until
             gaps[before, span.name] += span.begin - until
-        # Streams overlap: what is covered already counts once.
+        # Streams overlap: time that is covered already counts once.
         busy += max(0.0, span.end - max(span.begin, until))
         if span.end >= until:
             until, before = span.end, span.name
@@ -267,7 +267,7 @@ def _largest(
 def points(
     args: argparse.Namespace, shape: str, engine: Callable[[], DummyEngine]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Key and measurement of each point of a shape; the engine starts with the first of them."""
+    """Yield key and measurement of each point of a shape. The first one starts the engine."""
 
     def later(measure: Callable[..., Any], *given: Any) -> Callable[[], Any]:
         return lambda: measure(engine(), *given)
@@ -340,7 +340,7 @@ def steps(run: Record) -> None:
             if engine.cache_info().currsize:
                 shut_down(engine().llm)
                 if not args.rehearse:
-                    run.stop()  # what an engine leaves on the device must not meet the next one
+                    run.stop()  # an engine leaves memory in use that the next one would miss
     measured = {key: value for key, value in run.points.items() if key != "machine"}
     report = run.report(
         simulated_tokens_per_forward=f"1 to {max(args.rates):g}", rehearse=args.rehearse,

@@ -4,8 +4,8 @@
     python -m benchmarks.structured              # greedy and at temperature 0.8, on d2f-tiny
     python -m benchmarks.structured --rounds 1   # 10 answers each, for tests
 
-A request with a grammar is decided left to right, so that fewer of its tokens come with a forward.
-The same prompts without a grammar, for as many tokens at most, are beside it.
+A request with a grammar is decoded from left to right, so a forward decodes fewer of its tokens.
+The same prompts are also answered without a grammar, with the same limit of tokens.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def cases(prompts: Sequence[str], rounds: int = ROUNDS) -> list[tuple[str, str, 
 
 
 def is_valid(name: str, text: str) -> bool:
-    """Whether an answer is JSON and what its schema says."""
+    """Return whether an answer is JSON that its schema allows."""
     try:
         jsonschema.validate(json.loads(text), SCHEMAS[name])
     except (json.JSONDecodeError, jsonschema.ValidationError):
@@ -73,7 +73,7 @@ def is_valid(name: str, text: str) -> bool:
 
 
 def measure(llm: Any, asked: Sequence[tuple[str, str, int]], temperature: float) -> dict[str, Any]:
-    """Answers that validate, and tokens per forward with the grammar and without."""
+    """Return the answers that validate, and tokens per forward with the grammar and without."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -122,7 +122,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def structured(run: Record) -> int:
-    """Measure and report; 1 if an answer does not validate."""
+    """Measure and report. Return 1 if an answer does not validate."""
     from vllm_d2f.demo import bundled_problems
 
     backend = {"backend": "xgrammar", "disable_any_whitespace": True}

@@ -68,7 +68,7 @@ def paper_grid(base: D2FParams) -> list[D2FParams]:
 
 
 def full_grid(base: D2FParams) -> list[D2FParams]:
-    """Every combination of the issue's ranges."""
+    """Return every combination of the three thresholds, block sizes and window widths."""
     axes = (BLOCK_SIZES, MAX_BLOCKS, TAU_ADD, TAU_ACT, TAU_CONF)
     return _unique([base, *(D2FParams(*point) for point in itertools.product(*axes))])
 
@@ -88,7 +88,7 @@ def _unique(points: Iterable[D2FParams]) -> list[D2FParams]:
 
 
 def weights_digest(model: str) -> str | None:
-    """Tells a checkpoint from the same folder with other weights; None for a Hub id."""
+    """Return a digest that tells a folder's weights from other ones; None for a Hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     digest = hashlib.sha256()
     for path in files:
@@ -121,7 +121,7 @@ def ask(
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
-    """95 % interval of a fraction."""
+    """Return the 95 % interval of a fraction."""
     z, p = 1.96, right / of
     middle = (p + z * z / (2 * of)) / (1 + z * z / of)
     half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / (1 + z * z / of)
@@ -129,14 +129,18 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 
 def sign_test(worse: set[int], better: set[int]) -> float:
-    """How likely chance alone makes two points differ so much, by the problems each got wrong."""
+    """Return the probability that chance alone makes two points differ so much.
+
+    Args:
+        worse, better: the problems that each point got wrong.
+    """
     only_worse, only_better = len(worse - better), len(better - worse)
     total, least = only_worse + only_better, min(only_worse, only_better)
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """For each (speed, score): nothing is at least as good in both and better in one."""
+    """Return for each (speed, score) whether none is as good in both and better in one."""
     return [
         not any(s >= speed and r >= score and (s, r) != (speed, score) for s, r in points)
         for speed, score in points
@@ -158,7 +162,7 @@ def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) ->
     score = {"lowest": lowest["exact"], "highest": highest["exact"], "chance": round(chance, 5)}
     return {
         "score": score,
-        # Only a difference that chance hardly makes is a trade of score for speed.
+        # A difference that chance explains is no trade of score for speed.
         "flat": chance > 0.05,
         "base": dict(base),
         "units": UNITS,
@@ -185,7 +189,7 @@ def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Return what the frontier looks like, in one sentence."""
+    """Describe the frontier in one sentence."""
     low, high = (100 * report["score"][k] for k in ("lowest", "highest"))
     if report["flat"]:
         return (
@@ -255,7 +259,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Score over speed, by forwards and by the clock, the frontier drawn through."""
+    """Draw score over speed, by forwards and by the clock, with the frontier as a line."""
     rows = report["rows"]
     drawing, axes = figure.new_figure(height=4.4, columns=2)
     labels = (

@@ -82,7 +82,7 @@ class Plan:
     vanilla_forwards: int
 
     def asked(self, batch_size: int) -> tuple[Item, ...]:
-        """At least `prompts`, in whole batches."""
+        """Return at least `prompts` problems, in whole batches."""
         return self.items[: needed([batch_size], self.prompts)]
 
     def asked_vanilla(self, setting: "Setting", run: int) -> tuple[int, tuple[Item, ...]]:
@@ -93,7 +93,7 @@ class Plan:
 
 
 def needed(batch_sizes: Sequence[int], prompts: int) -> int:
-    """How many problems a plan asks at most."""
+    """Return the most problems that a plan asks."""
     return max(-(-prompts // size) * size for size in batch_sizes)
 
 
@@ -107,7 +107,7 @@ def warm_up(plan: Plan, decoders: Mapping[str, Worker]) -> None:
 
 
 def measure(plan: Plan, decoders: Mapping[str, Worker], run: int, size: int) -> dict[str, Any]:
-    """One batch size in one run: every decoder once, by "kind mode". Who begins alternates."""
+    """Measure a batch size in one run: every decoder once, by "kind mode", in alternating order."""
     found = {}
     engines = [(name, worker) for name, worker in decoders.items() if name != "vanilla"]
     for name, worker in engines if run % 2 == 0 else reversed(engines):
@@ -162,7 +162,7 @@ def point(runs: Done, has_text: bool) -> dict[str, Any]:
 
 
 def paired_per_answer(mine: Done, other: Done) -> dict[str, dict[str, float]]:
-    """Against a decoder that answered some of the problems, one at a time: on those problems only.
+    """Compare with a decoder that answered some of the problems one by one, on those problems.
 
     `answers` compares seconds per answer, `tokens` useful tokens per second. They differ where one
     of the two ends its answers early, that is, wrong.
@@ -187,7 +187,7 @@ def build(
     has_text: bool,
     simulated: float | None = None,
 ) -> dict[str, Any]:
-    """Return the report's parts. What a reader looks for first stands at its top.
+    """Return the report's parts, the most important figures first.
 
     `simulated`: tokens per forward that were made up, None where the models decided.
     """
@@ -232,7 +232,7 @@ def best(runs: Runs, kind: str, batch_size: int) -> Key | None:
 
 
 def _against_ar(runs: Runs) -> list[dict[str, Any]]:
-    """Each decoder in its own best mode, at every batch size."""
+    """Compare each decoder in its own best mode, at every batch size."""
     rows = []
     for size in sorted({key.batch_size for key in runs if key.kind == "ar"}):
         d2f, ar = best(runs, "d2f", size), best(runs, "ar", size)
@@ -285,7 +285,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes.fill_between(sizes, speed["min"], speed["max"], color=color, alpha=0.15, lw=0)
     markers, color = iter("sD^vPX*"), figure.COLORS["vanilla"]
     for p in (p for p in points if p["kind"] == "vanilla"):
-        # Hollow: wrong answers, so what it is fast at is no use.
+        # Hollow marks: most answers are wrong, so the speed is of no use.
         how = dict(color=color, mfc=color if p["score"] >= 0.5 else "none", ls="none")
         where, label = p["useful_tokens_per_s"]["median"], f"{p['mode']}, {p['score']:.0%} right"
         axes.plot(p["batch_size"], where, next(markers, "."), label=f"vanilla {label}", **how)

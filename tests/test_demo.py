@@ -16,7 +16,7 @@ PROBLEM = Problem("Leo has 73 pens, finds 24 more. How many pens?", "73+24=97", 
 
 
 def output(text: str, finish_reason: str = "stop", histogram: list[int] | None = None):
-    """A `RequestOutput` with what the demo reads."""
+    """Return a `RequestOutput` with what the demo reads."""
     metrics = None if histogram is None else SimpleNamespace(histogram=histogram)
     completion = SimpleNamespace(
         text=text,

@@ -29,13 +29,13 @@ def page(name: str) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of all tables of a text."""
+    """Return the cells of all tables of a text."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line] for line in lines]
 
 
 def tree(text: str, top: str) -> dict[str, str]:
-    """A file tree in a text block: path -> purpose. Two spaces of indent are one folder."""
+    """Return a file tree in a text block: path -> purpose. Two spaces of indent are one folder."""
     (block,) = re.findall(rf"^```text\n({top}\n.*?)^```", text, re.MULTILINE | re.DOTALL)
     found, folders = {}, []
     for line in block.splitlines():
@@ -46,7 +46,7 @@ def tree(text: str, top: str) -> dict[str, str]:
 
 
 def tracked(folder: str) -> set[str]:
-    """The files that git knows in a folder."""
+    """Return the files that git knows in a folder."""
     done = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("not a git checkout")

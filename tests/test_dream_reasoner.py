@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 
 def published_loop(forward, prompt, blocks, size, steps, tau):
-    """The answer to the end of its last block, and the forwards that decoded it."""
+    """Return the answer to the end of its last block, and the forwards that decoded it."""
     quota = [size // steps + (s < size % steps) for s in range(steps)]
     tokens, forwards, forced = list(prompt), 0, 0
     first = len(prompt) // size

@@ -30,7 +30,7 @@ DOCUMENTS = (
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
-    """The code blocks of a language."""
+    """Return the code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
@@ -46,7 +46,7 @@ def unique(items: list) -> list:
 
 
 def program(words: list[str]) -> tuple[str, ...]:
-    """The module of a `python -m` line, and its subcommand if it has one."""
+    """Return the module of a `python -m` line, and its subcommand if it has one."""
     return tuple(words[2:4] if words[3:] and words[3].isalpha() else words[2:3])
 
 
@@ -113,7 +113,7 @@ def test_relative_links_lead_somewhere(document):
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page."""
+    """Return the anchors of a page."""
     return {
         re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
         for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
@@ -134,7 +134,7 @@ MARKS = {
 
 
 def figures() -> str:
-    """The few figures of README.md as Markdown."""
+    """Return the few figures of README.md as Markdown."""
     rows = [*real_rows()]
     if report := load("throughput.json"):
         ratio = {row["batch_size"]: row["ratio"]["median"] for row in report["d2f_vs_ar"]}
@@ -154,7 +154,7 @@ def figures() -> str:
 
 
 def real_rows() -> Iterator[tuple[str, str]]:
-    """The pretrained model against its twin, and against what a user would pick instead."""
+    """Yield the pretrained model against its twin, and against what a user would pick instead."""
     if report := load("versus_extract.json"):
         at = {
             (point["decoder"], point["batch_size"]): point["against_ar"]["median"]
@@ -170,7 +170,7 @@ def real_rows() -> Iterator[tuple[str, str]]:
 
 
 def results() -> str:
-    """The table of results as Markdown. A figure without a file does not appear."""
+    """Return the table of results as Markdown. A figure without a file does not appear."""
     rows = [*tiny_rows(), *demo_rows(), *throughput_rows(), *parity_rows(), *overhead_rows()]
     rows += [*streaming_rows(), *versus_rows()]
     return table(["what", "result", "where", "command"], rows)
@@ -249,7 +249,7 @@ def streaming_rows() -> Iterator[tuple[str, ...]]:
 
 
 def parity_reports() -> list[tuple[str, dict]]:
-    """Every comparison with the reference loop, by its file's name."""
+    """Return every comparison with the reference loop, by its file's name."""
     paths = sorted(RESULTS.glob("parity*.json"))
     return [(path.name, json.loads(path.read_text())) for path in paths]
 
@@ -298,7 +298,7 @@ def overhead_rows() -> Iterator[tuple[str, ...]]:
 
 
 def rendered(document: str) -> str:
-    """A document with its generated part renewed."""
+    """Return a document with its generated part renewed."""
     name = MARKS[document]
     begin = f"<!-- {name}: python tests/test_readme.py --write -->\n"
     end = f"<!-- end of {name} -->"

@@ -86,7 +86,7 @@ def text(document: str) -> str:
 
 
 def commands() -> list[str]:
-    """The commands of all documents, each once: fenced, or indented by four spaces."""
+    """Return the commands of all documents, each once: fenced, or indented by four spaces."""
     found = []
     for document in DOCUMENTS:
         # A block inside a list is indented as a whole.
@@ -195,7 +195,7 @@ def parse_python(words):
 
 
 def check_training(arguments):
-    """The YAML file and the overrides are valid too: `--print-config` accepts them."""
+    """Check that the YAML file and the overrides are valid: `--print-config` accepts them."""
     from training.train import main
 
     out = io.StringIO()

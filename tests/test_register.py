@@ -13,7 +13,7 @@ from vllm_d2f.plugin import check_version
 
 
 def run(code: str) -> list[str]:
-    """The words that `code` prints in a new Python process."""
+    """Return the words that `code` prints in a new Python process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()

@@ -48,7 +48,7 @@ def runs(d2f, ar):
 
 
 def reference(function, d2f):
-    """The same request through the reference loop, loaded apart from the viewer."""
+    """Return the same request through the reference loop, loaded apart from the viewer."""
     model, config = load_hf(resolve("d2f-tiny"))
     return function(
         hf_forward(model),

@@ -38,7 +38,7 @@ def greedy_answers(
     """
     with accelerator.main_process_first():
         kept = read_lines(file) if file.exists() else []
-        if accelerator.is_main_process:  # without a line that a kill has cut off
+        if accelerator.is_main_process:  # drop a last line that an interruption cut off
             write_at_once(file, "".join(json.dumps(entry) + "\n" for entry in kept))
         order = sorted(range(len(records.all)), key=lambda i: -len(records.all[i].prompt))
         todo = order[len(kept) :] if accelerator.is_main_process else []
@@ -66,7 +66,7 @@ def greedy_answers(
 def generate(
     net: Any, examples: Sequence[Example], ends: Sequence[int], max_length: int
 ) -> list[list[int] | None]:
-    """Greedy answers without their end token; None where there was none."""
+    """Generate greedy answers without their end token; None for one that did not end."""
     width = max(len(example.prompt) for example in examples)
     ids_BT = torch.full((len(examples), width), ends[0])
     for row_T, example in zip(ids_BT, examples, strict=True):

@@ -49,7 +49,7 @@ class Problem:
 
 
 def words() -> tuple[str, ...]:
-    """Every word of the domain, each to become a single token with its leading space."""
+    """Return every word of the domain. Each becomes a single token with its leading space."""
     names = tuple(name for group in NAMES.values() for name in group)
     fixed = ("How", "many", "does", "more", "away", "today")
     return (
@@ -122,7 +122,7 @@ def make(rng: random.Random, n_steps: int, split: str) -> Problem:
 def stream(
     split: str, seed: int | str, step_counts: tuple[int, ...] = (2, 3, 4, 5, 6)
 ) -> Iterator[Problem]:
-    """Endless problems of `split`, the numbers of steps in turn."""
+    """Yield problems of `split` without end, the numbers of steps in turn."""
     rng = random.Random(f"{split}:{seed}")
     while True:
         for n_steps in step_counts:
@@ -132,6 +132,6 @@ def stream(
 def problems(
     split: str, n: int, seed: int | str, step_counts: tuple[int, ...] = (2, 3, 4, 5, 6)
 ) -> list[Problem]:
-    """`n` problems of `split`, the same ones for the same seed."""
+    """Return `n` problems of `split`, the same ones for the same seed."""
     source = stream(split, seed, step_counts)
     return [next(source) for _ in range(n)]

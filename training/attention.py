@@ -24,7 +24,7 @@ def allowed(
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
 ) -> Tensor:
-    """Which position attends to which, bool (B, Q, K): by `rule` within a document, and to itself.
+    """Return which position attends to which, bool (B, Q, K): itself, and by `rule` its document.
 
     Args:
         block_size, prompt_block, block_origin: of `block_causal`; see `vllm_d2f.reference.decode`.
@@ -42,13 +42,13 @@ def allowed(
         window, first = batch.window_BT, batch.first_BT[:, :, None]
         clean_BQK = (window[:, None] == 0) & (key < first)
         same_BQK = same_BQK & ((window[:, :, None] == window[:, None]) | clean_BQK)
-    # A row of padding that saw nothing would be NaN.
+    # A row of padding that attends to nothing would be NaN.
     itself_QK = torch.eye(batch.ids_BT.shape[1], dtype=torch.bool, device=same_BQK.device)
     return same_BQK & (batch.document_BT >= 0)[:, None] | itself_QK
 
 
 def as_argument(allowed_BQK: Tensor, attention: str, dtype: torch.dtype) -> Any:
-    """`attention_mask` for a transformers model with this attention implementation."""
+    """Return the `attention_mask` for a transformers model with this attention implementation."""
     if attention == "sdpa":
         return allowed_BQK[:, None]
     if attention == "flex_attention":
@@ -92,7 +92,7 @@ def xformers_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """xformers' memory-efficient attention as a transformers attention function.
+    """Run xformers' memory-efficient attention, as an attention function of transformers.
 
     Args:
         query, key, value: (B, heads, T, head size); fewer key heads than query heads allowed.
@@ -105,7 +105,7 @@ def xformers_attention(
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     bias = None
     if attention_mask is not None:
-        # xformers wants rows whose length is a multiple of 8 underneath.
+        # xformers needs memory with rows whose length is a multiple of 8.
         K = key.shape[2]
         room = torch.zeros(
             (*attention_mask.shape[:3], -(-K // 8) * 8), dtype=query.dtype, device=query.device

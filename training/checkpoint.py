@@ -22,7 +22,7 @@ WEIGHTS = "model.safetensors"
 
 
 def only_trained(accelerator: Accelerator) -> None:
-    """Leave frozen weights out of checkpoints: an adapter's base is not written again.
+    """Leave frozen weights, such as an adapter's base, out of checkpoints.
 
     For one process or DDP; FSDP and DeepSpeed have ways of their own.
     """
@@ -58,7 +58,7 @@ def save(accelerator: Accelerator, directory: Path, progress: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Iterator[Path]:
-    """Yield an empty folder, which takes the place of `directory` as a whole or not at all.
+    """Yield an empty folder. It takes the place of `directory` once it is complete, or not at all.
 
     Args:
         accelerator: of processes that fill it together.
@@ -90,8 +90,8 @@ def whole_folder(directory: Path, accelerator: Accelerator | None = None) -> Ite
 
 
 def find(directory: Path) -> Path | None:
-    """Return the newest whole checkpoint."""
-    # Between two renames only the old one is there.
+    """Return the newest complete checkpoint."""
+    # Between the two renames of `whole_folder` only the old one is there.
     for name in ("checkpoint", ".checkpoint.old"):
         if (directory / name / "progress.json").exists():
             return directory / name

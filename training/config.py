@@ -17,7 +17,7 @@ Positive = Annotated[int, Field(gt=0)]
 StepCount = Annotated[int, Field(ge=1, le=12)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""Of a folder that a run writes: no path."""
+"""The name of a folder that a run writes; a path is refused."""
 
 # Fields that only some choices read.
 OF_RECORDS = (
@@ -36,7 +36,7 @@ def is_file(source: str) -> bool:
 
 
 def _refuse(section: BaseModel, names: Sequence[str], given: str) -> None:
-    """No setting is ignored in silence: those of `names` must stay as they are by default."""
+    """Refuse settings that would have no effect: those of `names` must keep their defaults."""
     defaults = type(section).model_fields
     changed = [n for n in names if getattr(section, n) != defaults[n].default]
     if changed:
@@ -482,7 +482,7 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> Config:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=1` as `{"a": {"b": 1}}`."""
+    """Turn `a.b=1` into `{"a": {"b": 1}}`."""
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         raise ConfigError(f"{text!r}: write overrides as section.field=value")
@@ -501,7 +501,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """`other` over `base`, section by section."""
+    """Merge two mappings section by section. `other` wins."""
     result = dict(base)
     for key, value in other.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

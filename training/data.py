@@ -135,7 +135,7 @@ class Records:
     all: list[Example]
     counts: dict[str, int] = field(default_factory=dict)
     grouped: int = 1
-    """So many batches share out their examples by length."""
+    """The examples of this many batches are sorted into batches by length."""
     _last: tuple[str, list[int]] = ("", [])
 
     def examples(self, index: int, size: int, seed: int) -> list[Example]:
@@ -171,7 +171,7 @@ class Records:
 
 
 def encode_problems(items: Sequence[Any], tokenizer: Any) -> list[Example]:
-    """Arithmetic problems as examples."""
+    """Encode arithmetic problems as examples."""
     prompts = tokenizer([item.question for item in items]).input_ids
     answers = tokenizer([item.answer for item in items]).input_ids
     return [
@@ -222,7 +222,7 @@ def check_source(data: DataSection) -> None:
 
 
 def _wanted(data: DataSection, name: str, split: str) -> Iterator[tuple[Any, str]]:
-    """Prompts and answers of the records up to `data.limit`."""
+    """Yield prompts and answers of the records up to `data.limit`."""
     for number, record in enumerate(_records(name, split), 1):
         if data.limit is not None and number > data.limit:
             return
@@ -269,7 +269,7 @@ def read_records(
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """sha256 of what is learnt from examples, in their order."""
+    """Return the sha256 of the training content of examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:
         learnt = (example.prompt, example.answer, example.ended, example.end)
@@ -291,7 +291,7 @@ def check_tokenizer(data: DataSection, tokenizer: Any) -> None:
 
 
 def end_of(data: DataSection, tokenizer: Any) -> int | None:
-    """Id of `data.answer_end`."""
+    """Return the id of `data.answer_end`."""
     return None if data.answer_end is None else tokenizer.get_vocab().get(data.answer_end)
 
 
@@ -326,7 +326,7 @@ def _records(name: str, split: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _texts(record: Mapping[str, Any], data: DataSection, where: str) -> tuple[Any, str]:
-    """Prompt (text or messages) and answer of a record."""
+    """Return prompt (text or messages) and answer of a record."""
     if data.messages is not None:
         messages = record.get(data.messages)
         if not isinstance(messages, list) or len(messages) < 2:
@@ -368,7 +368,7 @@ def _check_text(text: str, where: str) -> None:
 def _encoded(
     texts: Iterator[tuple[Any, str]], data: DataSection, tokenizer: Any
 ) -> Iterator[Example]:
-    """Prompts and answers as token ids. Many at a time: calls of the tokenizer are what costs."""
+    """Yield prompts and answers as token ids, many per call of the tokenizer: calls are slow."""
     template = data.chat_template or data.messages is not None
     end = end_of(data, tokenizer)
     while chunk := list(itertools.islice(texts, 1000)):
@@ -388,7 +388,7 @@ def _encoded(
 def training_batch(
     source: Source, data: DataSection, index: int, size: int, seed: int, block_size: int, end: int
 ) -> Batch:
-    """Batch number `index`, end tokens behind every answer as `data` says."""
+    """Return batch number `index`, with end tokens behind every answer as `data` says."""
     rng = random.Random(f"canvas:{seed}:{index}")
     examples = source.examples(index, size, seed)
     extra = rng.choices(range(len(data.extra_blocks)), data.extra_blocks)[0]
@@ -416,13 +416,13 @@ def _between(low: float, high: float, share: float) -> float:
 def padded(
     examples: Sequence[Example], lengths: Sequence[int], end: int, multiple: int = 1
 ) -> Batch:
-    """One example per row."""
+    """Lay out one example per row."""
     width = -(-max(lengths) // multiple) * multiple
     return _lay_out(examples, lengths, [[i] for i in range(len(examples))], width, end)
 
 
 def packed(examples: Sequence[Example], lengths: Sequence[int], max_length: int, end: int) -> Batch:
-    """Examples side by side in rows of at most `max_length`: longest first, where one fits."""
+    """Lay out examples side by side in rows of at most `max_length`, the longest first."""
     rows: list[list[int]] = []
     used: list[int] = []
     for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):

@@ -44,7 +44,7 @@ def score(
     tokenizer,
     ends: Sequence[int],
 ) -> Score:
-    """Compare outputs (token ids up to an end token, it included where there is one)."""
+    """Score outputs: token ids up to and including an end token, if there is one."""
     exact = final = 0
     for example, ids in zip(examples, outputs, strict=True):
         ended = bool(ids) and ids[-1] in ends
@@ -56,7 +56,7 @@ def score(
 
 
 def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """`ids` up to the first end token, it included."""
+    """Return `ids` up to and including the first end token."""
     found = next((at for at, token in enumerate(ids) if token in ends), len(ids))
     return ids[: found + 1]
 
@@ -73,13 +73,13 @@ def by_length(examples: Sequence[Example], most: int = 64) -> list[list[Example]
 def autoregressive(
     logits: Logits, examples: Sequence[Example], tokenizer, ends: Sequence[int], max_tokens: int
 ) -> Score:
-    """Greedy, one token per forward."""
+    """Decode greedily, one token per forward."""
     outputs, order = [], []
     for group in by_length(examples):
         rows = [list(example.prompt) for example in group]
         ended = [False] * len(group)
         for _ in range(max_tokens):
-            # The place of the token to come holds an end token, which nobody attends to.
+            # The place of the next token holds an end token, to which no position attends.
             batch = _canvas(rows, len(rows[0]) + 1, ends[0])
             last_BT = batch.position_BT == len(rows[0])
             token_BV = logits(batch.ids_BT, batch.position_BT, allowed(batch, "causal"), last_BT)
@@ -143,7 +143,7 @@ def d2f(
 
     @torch.inference_mode()
     def forward(tokens_T: Tensor, mask_TT: Tensor) -> Tensor:
-        """Logits in place: row i predicts position i."""
+        """Return logits of which row i predicts position i."""
         everywhere_1T = torch.ones(1, len(tokens_T), dtype=torch.bool)
         everywhere_1T[0, 0] = False
         position_1T = torch.arange(len(tokens_T))[None]
@@ -169,6 +169,6 @@ def d2f(
 
 
 def _canvas(rows: list[list[int]], length: int, end: int) -> Batch:
-    """Prompts of one length followed by end tokens up to `length`."""
+    """Make a batch of prompts of one length, followed by end tokens up to `length`."""
     examples = [Example(tuple(row), (), "") for row in rows]
     return padded(examples, [length] * len(rows), end)

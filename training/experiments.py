@@ -55,11 +55,11 @@ class Plan:
         return self.of(name, 0).stages["student"].loss.block_size
 
     def shown_blocks(self, group: dict[str, Any], name: str) -> list[int]:
-        """Block sizes of decoding that a group is about: the trained one unless it names some."""
+        """Return the block sizes that a group decodes with: those it names or the trained one."""
         return list(group.get("decode", ())) or [self.trained_block(name)]
 
     def block_sizes(self, name: str) -> list[int]:
-        """Block sizes to decode with: the trained one, and those of the groups it is in."""
+        """Return the block sizes to decode with: the trained one, and those of its groups."""
         trained = self.trained_block(name)
         more = [
             b for g in self.groups.values() if name in g["variants"] for b in g.get("decode", ())
@@ -67,7 +67,7 @@ class Plan:
         return sorted({trained, *more})
 
     def fingerprint(self, name: str) -> str:
-        """sha256 of what decides the results of a variant."""
+        """Return the sha256 of the settings that decide a variant's results."""
         decoded = (self.thresholds, self.problems, self.block_sizes(name))
         decided = f"{self.of(name, 0).model_dump_json()} {decoded}"
         return hashlib.sha256(decided.encode()).hexdigest()
@@ -91,7 +91,7 @@ def load_plan(path: Path) -> Plan:
         if unknown := set(group["variants"]) - set(plan.variants):
             raise ConfigError(f"{path}: groups.{title}: unknown variants {sorted(unknown)}")
     for name in plan.variants:
-        plan.of(name, 0)  # a bad value is better found now
+        plan.of(name, 0)  # find a bad value before hours of training
     return plan
 
 
@@ -108,7 +108,7 @@ def run_one(plan: Plan, name: str, seed: int, teacher: Path, out: Path) -> dict[
     attention = chosen_attention(config.model.attention, accelerator.device)
     folder = out / f"{name}-{seed}.part"
     check_output(folder, "teacher/final.safetensors", text="")
-    shutil.rmtree(folder, ignore_errors=True)  # a half-trained one begins again: it takes minutes
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted one begins again, for some minutes
     student = config.stages["student"]
     # `set_up` looks for both stages side by side.
     folder.mkdir(parents=True)
@@ -148,7 +148,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def table(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds, per variant, block size and threshold."""
+    """Return mean and deviation over the seeds, per variant, block size and threshold."""
     rows = []
     for name in plan.variants:
         own = [r for r in results if r["variant"] == name]
@@ -176,7 +176,7 @@ def table(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(
     plan: Plan, results: list[dict[str, Any]], path: Path, command: str, note: str = ""
 ) -> None:
-    """`path`.json, .md and .png."""
+    """Write `path`.json, .md and .png."""
     rows = table(plan, results)
     report = {
         "command": command,
@@ -197,7 +197,7 @@ def write(
 
 
 def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
-    """Return a table per group, under the group's own words."""
+    """Return a table per group, under the group's description."""
     made = ", ".join(f"{n} {v}" for n, v in report["versions"].items())
     lines = [
         f"# {plan.title}\n",
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = args.out / "runs.jsonl"
     results = read_lines(kept) if kept.exists() else []
     done = {(r["variant"], r["seed"]) for r in results}
-    # Seed by seed, so that an interrupted run has something about every variant.
+    # Seed by seed, so that an interrupted run has results of every variant.
     for seed in () if args.report_only else plan.seeds:
         for name in chosen:
             if (name, seed) in done:

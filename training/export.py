@@ -32,7 +32,7 @@ WRITTEN = (
     "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id",
     "pad_token_id", "tie_word_embeddings",
 )  # fmt: skip
-"""Fields that the config of a new model says, also where they have the class's default."""
+"""Fields that the config of a new model always has, even with the class's default."""
 
 
 def export(
@@ -61,7 +61,7 @@ def export(
 
 
 def merged_state(net: Any) -> dict[str, Tensor]:
-    """Weights under Llama's or Qwen2's names; adapters are added in float32 and rounded once."""
+    """Return weights by Llama's or Qwen2's names. Adapters are added in float32, rounded once."""
     if not hasattr(net, "peft_config"):
         return dict(net.state_dict())
     state: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def merged_state(net: Any) -> dict[str, Tensor]:
 
 
 def hub_config(loaded: Loaded, stage: StageSection, decoding: DecodingSection) -> dict[str, Any]:
-    """`config.json`: the base's own with a `d2f` section, or a new model's."""
+    """Return `config.json`: the base's with a `d2f` section, or a new model's."""
     if loaded.folder is not None:
         values = json.loads((loaded.folder / "config.json").read_text())
         values.pop("auto_map", None)  # no remote code
@@ -175,7 +175,7 @@ def _write_small_files(
 def _write_adapter(
     part: Path, loaded: Loaded, net: Any, stage: StageSection, card: str, base: str | None
 ) -> None:
-    """PEFT's layout, with the module names of the official base."""
+    """Write an adapter in PEFT's layout, with the module names of the official base."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -186,7 +186,7 @@ def _write_adapter(
         inner = name.removeprefix("base_model.model.")
         inner = BY_NAME[loaded.family].to_checkpoint(inner)
         weights[f"base_model.model.{inner}"] = tensor.detach().cpu().contiguous()
-    # As the official base calls them; its head may have the name of a module of the layers.
+    # Names of the official base. Its head may have the name of a module in the layers.
     modules = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in weights}
     ends = {m.rpartition(".")[2] if re.search(r"\.\d+\.", m) else m for m in modules}
     config = net.peft_config["default"].to_dict()
@@ -206,7 +206,7 @@ def _write_adapter(
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what PEFT keeps as sets and enums."""
+    """Turn PEFT's sets and enums into what JSON has."""
     if isinstance(value, set):
         return sorted(value)
     return getattr(value, "value", value)
@@ -235,7 +235,7 @@ def _write_tokenizer(part: Path, loaded: Loaded) -> None:
 
 
 def save_weights(net: Any, path: Path) -> None:
-    """Return the trained weights of a finished stage: all of them, or an adapter's."""
+    """Write the trained weights of a finished stage: all of them, or an adapter's."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,7 @@ def unseen(right: str) -> bool:
 
 
 def scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Scores of answers, each paired with the right one.
+    """Score answers, each paired with the right one.
 
     `slots` is the share of keys with the right value, `records` that of answers with eight of
     them, and `valid` that of answers that are a JSON object.

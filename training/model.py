@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Base:
-    """What belongs to a model, without its weights.
+    """A model's config, tokenizer and folder, without its weights.
 
     Attributes:
         folder: where it lies; None for a new model.
@@ -70,13 +70,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Loaded(Base):
-    """A model with what belongs to it."""
+    """A model with its config, tokenizer and folder."""
 
     model: Any = None
 
 
 def new_config(section: ModelSection, tokenizer: Any = None) -> Any:
-    """Config of a model of `section.sizes`; token ids are those of `tokenizer` if there is one."""
+    """Make the config of a model of `section.sizes`, with the token ids of `tokenizer` if given."""
     assert section.sizes is not None
     values = section.sizes.model_dump()
     if tokenizer is not None:
@@ -92,7 +92,7 @@ def new_config(section: ModelSection, tokenizer: Any = None) -> Any:
 
 
 def open_base(section: ModelSection) -> Base:
-    """Config and tokenizer of the base, or of a new model; no weights are read or downloaded.
+    """Return config and tokenizer of the base, or of a new model, without weights.
 
     Raises:
         ValueError: the base is not what the config says, or has no mask or end token.
@@ -136,7 +136,7 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def local_folder(section: ModelSection, patterns: Sequence[str]) -> Path:
-    """Where the base lies; files are downloaded if it is a Hub id. No code and no pickles.
+    """Return the folder of the base. Files of a Hub id are downloaded, but no code and no pickle.
 
     Raises:
         FileNotFoundError: it looks like a folder, and there is none.
@@ -158,7 +158,7 @@ def local_folder(section: ModelSection, patterns: Sequence[str]) -> Path:
 
 
 def check_tokens(section: ModelSection, config: Any, tokenizer: Any) -> None:
-    """Mask and end token are there, and mean the same to config and tokenizer.
+    """Check that mask and end token exist, and are the same in config and tokenizer.
 
     Raises:
         ValueError: naming the field and the file.
@@ -231,7 +231,7 @@ def load_weights(folder: Path, config: Any, section: ModelSection, attention: st
 
 
 def prepare(loaded: Loaded, section: ModelSection) -> None:
-    """Checkpointing and compilation, as the config says."""
+    """Switch gradient checkpointing and compilation on, as the config says."""
     loaded.model.config.use_cache = False
     if section.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -242,7 +242,7 @@ def prepare(loaded: Loaded, section: ModelSection) -> None:
 
 
 def check_base(section: ModelSection, config: Any) -> None:
-    """Refuse a base of another family or size, which is a mix-up.
+    """Refuse a base of another family or size than the config says.
 
     Raises:
         ValueError: naming the field.
@@ -288,7 +288,7 @@ class Predictor(nn.Module):
         chosen_BT: Tensor,
         before_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the chosen positions.
+        """Return the logits of the chosen positions.
 
         Args:
             before_BT: index of the token before each, where that is not the one on the left.
@@ -303,7 +303,7 @@ class Predictor(nn.Module):
         if self.shift and before_BT is not None:
             return inner.lm_head(hidden_BTC[chosen_BT.nonzero()[:, 0], before_BT[chosen_BT]])
         if self.shift:
-            # Position 0 is predicted by nothing; prompts are never empty.
+            # No output predicts position 0, which is in the prompt: prompts are never empty.
             return inner.lm_head(hidden_BTC[:, :-1][chosen_BT[:, 1:]])
         return inner.lm_head(hidden_BTC[chosen_BT])
 
@@ -359,7 +359,7 @@ def adapter_state(net: Any) -> dict[str, Tensor]:
 
 
 def lora_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the targets. The checkpoint's own names (LLaDA: `attn_out`) are understood."""
+    """Return full names of the targets, which may have the checkpoint's names (`attn_out`)."""
     family = getattr(model.config, "family", None)  # an autoregressive base has none
     own = family.to_checkpoint if family is not None else str
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -380,7 +380,7 @@ def lora_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
 
 @contextlib.contextmanager
 def as_teacher(predictor: Predictor, adapter: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """One copy of the base's weights serves as teacher and student.
+    """Let one copy of the base's weights serve as the teacher inside, and as the student outside.
 
     Args:
         adapter: the teacher's, which is exchanged for the student's inside; None: it has none.

@@ -33,7 +33,7 @@ Logits = Callable[..., Tensor]
 positions. The shift of Dream is inside: the output at i - 1 predicts position i."""
 
 TINY = 1e-9
-"""Keeps a batch whose positions all have weight 0 from being divided by it."""
+"""Prevents a division by 0 for a batch whose positions all have weight 0."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Loss:
 
 
 def rand(*shape: int, generator: Generator) -> Tensor:
-    """Uniform draws on the generator's device."""
+    """Draw uniform numbers on the generator's device."""
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
 def next_token_loss(model: Logits, batch: Batch, options: LossSection) -> Loss:
-    """Cross-entropy of the answers and their first end tokens, under causal attention."""
+    """Return the cross-entropy of answers and their first end tokens, under causal attention."""
     chosen_BT = batch.answer_BT & ~batch.tail_BT
     logits_MV = model(batch.ids_BT, batch.position_BT, allowed(batch, "causal"), chosen_BT)
     loss_M = F.cross_entropy(logits_MV.float(), batch.ids_BT[chosen_BT], reduction="none")
@@ -73,7 +73,7 @@ def next_token_loss(model: Logits, batch: Batch, options: LossSection) -> Loss:
 def diffusion_loss(
     model: Logits, batch: Batch, options: LossSection, mask_id: int, generator: Generator
 ) -> Loss:
-    """Cross-entropy of the masked positions, under full attention (LLaDA, Dream)."""
+    """Return the cross-entropy of the masked positions, under full attention (LLaDA, Dream)."""
     if options.pattern == "decoding":
         ratios_BT = decoding_ratios(batch, options.low, generator)
     else:
@@ -88,7 +88,7 @@ def diffusion_loss(
 
 
 def decoding_ratios(batch: Batch, low: float, generator: Generator) -> Tensor:
-    """Mask ratio of every position, (B, T), as a decoding under way shows them.
+    """Draw the mask ratio of every position, (B, T), to look like a partly decoded answer.
 
     Low ratios only reward copying, so they are biased high. A quarter of the documents has one
     ratio in [low, 1]. The others have few masks before a cut inside the answer and many behind it,
@@ -119,7 +119,7 @@ def decoding_ratios(batch: Batch, low: float, generator: Generator) -> Tensor:
 
 
 def block_ratios(options: LossSection, D: int, N: int, generator: Generator) -> Tensor:
-    """Mask ratio of every block, (D, N).
+    """Draw the mask ratio of every block, (D, N).
 
     `monotone` is the authors' code: the first one from U(0.2, 0.7), and then every next one more by
     a random part of what is left to 0.7. `paper`: ascending draws from U(0.3, 0.7).
@@ -148,7 +148,10 @@ def block_ratios(options: LossSection, D: int, N: int, generator: Generator) -> 
 
 
 def in_loss(batch: Batch, options: LossSection) -> Tensor:
-    """Positions that may be masked, bool (B, T): answers, and end tokens as `end_padding` says."""
+    """Return which positions may be masked, bool (B, T): answers, and some end tokens behind.
+
+    `end_padding` says which of these.
+    """
     if options.end_padding == "all":
         return batch.answer_BT
     if options.end_padding == "none":
@@ -159,7 +162,7 @@ def in_loss(batch: Batch, options: LossSection) -> Tensor:
 
 
 def position_ratios(batch: Batch, options: LossSection, generator: Generator) -> Tensor:
-    """Mask ratio of every position, (B, T); 0 where nothing may be masked.
+    """Draw the mask ratio of every position, (B, T); 0 where nothing may be masked.
 
     The ratios of a window are those of a document as long as it.
     """
@@ -182,7 +185,7 @@ def position_ratios(batch: Batch, options: LossSection, generator: Generator) ->
 
 
 def draw_mask(ratios_BT: Tensor, batch: Batch, generator: Generator) -> Tensor:
-    """Mask every position independently with its ratio; at least one in every row."""
+    """Mask every position independently with its ratio, but at least one in every row."""
     draws_BT = rand(*ratios_BT.shape, generator=generator)
     mask_BT = draws_BT < ratios_BT
     # Where nothing was masked, mask the position that came nearest to it.
@@ -191,7 +194,7 @@ def draw_mask(ratios_BT: Tensor, batch: Batch, generator: Generator) -> Tensor:
 
 
 def divergence(student_MV: Tensor, teacher_MV: Tensor, options: LossSection) -> Tensor:
-    """KL divergence at every position, (M,), in float32 or better.
+    """Compute the KL divergence at every position, (M,), in float32 or better.
 
     With a temperature both distributions are softened and the result is multiplied by its square,
     which keeps the gradients' size (Hinton et al. 2015).
@@ -291,8 +294,10 @@ def next_token_logits(teacher: Logits, clean: Batch, batch: Batch, masked_BT: Te
 def summed(
     loss_M: Tensor, batch: Batch, chosen_BT: Tensor, ratios_BT: Tensor | None, options: LossSection
 ) -> Loss:
-    """Weigh the positions' losses: sum(w l), to be divided by sum(w), or by the number of positions
-    as the authors' code does it."""
+    """Weigh the positions' losses.
+
+    The sum of w l is divided by the sum of w, or by the number of positions as the authors do.
+    """
     plain_M = loss_M.detach()
     tail_M = batch.tail_BT[chosen_BT]
     weights_M = torch.ones_like(plain_M).masked_fill(tail_M, options.tail_weight)

@@ -10,7 +10,7 @@ from training.config import OptimizerSection
 
 
 def learning_rate(step: int, steps: int, section: OptimizerSection) -> float:
-    """Linear warm-up, then constant, or a cosine down to `final_lr` of the peak."""
+    """Return the rate: linear warm-up, then constant or a cosine down to `final_lr` of the peak."""
     if step < section.warmup:
         return section.lr * (step + 1) / section.warmup
     if section.schedule == "constant":
@@ -21,7 +21,7 @@ def learning_rate(step: int, steps: int, section: OptimizerSection) -> float:
 
 
 def make_optimizers(model: nn.Module, section: OptimizerSection) -> list[torch.optim.Optimizer]:
-    """AdamW for everything that is trained; with `muon`, Muon for the layers' matrices.
+    """Make AdamW for everything that is trained; with `muon`, Muon for the layers' matrices.
 
     Muon learns the arithmetic task in less than half of the steps that AdamW alone takes. Its
     updates are scaled to the size of AdamW's, so one learning rate and one factor serve both.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to read: model cards, `report.json`, `report.md` and `report.png`."""
+"""The documents of a run: model cards, `report.json`, `report.md` and `report.png`."""
 
 import contextlib
 import json
@@ -87,7 +87,7 @@ def read_log(directory: Path) -> list[dict[str, float]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the entries of a JSONL file, without one that a kill has cut off."""
+    """Return the entries of a JSONL file, without a last one that was cut off."""
     entries = []
     for line in file.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -102,7 +102,7 @@ def write_report(
     seconds: float,
     command: str = "",
 ) -> None:
-    """`OUT/report.json`, `.md` and `.png`.
+    """Write `OUT/report.json`, `.md` and `.png`.
 
     Args:
         seconds: how long the evaluation took.
@@ -130,7 +130,7 @@ def write_report(
 
 
 def _some(log: list[dict[str, float]], count: int = 12) -> list[dict[str, float]]:
-    """Return a dozen lines of a log, those with scores and the last among them."""
+    """Return some lines of a log, including those with scores and the last one."""
     stride = max(len(log) // count, 1)
     return [e for i, e in enumerate(log) if i % stride == stride - 1 or "exact" in e]
 
@@ -168,7 +168,7 @@ def _markdown(report: dict[str, Any], config: Config, logs: dict[str, list[dict]
 
 
 def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Loss above, exact match below, one column per stage."""
+    """Draw the loss above, exact match below, one column per stage."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -173,11 +173,11 @@ def _slip(words: list[str], rng: random.Random) -> Iterator[str]:
 
 
 Pair = tuple[str, str]
-"""What is right, and what a model wrote."""
+"""The right text, and the text that a model wrote."""
 
 
 def word_errors(pairs: Sequence[Pair]) -> tuple[int, int]:
-    """Words inserted, deleted and exchanged, and all words of the right texts, as they are said."""
+    """Count words inserted, deleted or exchanged, and all words of the right texts, as spoken."""
     wrong = words = 0
     for right, found in pairs:
         ours, theirs = spoken(right), spoken(found)
@@ -194,7 +194,7 @@ def word_errors(pairs: Sequence[Pair]) -> tuple[int, int]:
 
 
 def scores(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Scores of restored texts.
+    """Score restored texts.
 
     `word_error_rate` ignores case and punctuation. `punctuation_f1` and `case_f1` are of the marks
     behind words and of words with a capital, with words paired by alignment. `numbers` is the share
@@ -234,7 +234,7 @@ def _capital(units: list[str], at: int) -> str:
 def _aligned(
     ours: list[str], theirs: list[str], value: Callable[[list[str], int], str]
 ) -> Iterator[tuple[bool, bool, bool]]:
-    """Per pair of words: whether the values agree, the right one is there, the found one is."""
+    """Yield for each pair of words whether the values agree, and whether either has one."""
     words = [[unit.lower() for unit in units] for units in (ours, theirs)]
     matcher = SequenceMatcher(None, words[0], words[1], autojunk=False)
     for _, i, end, j, stop in matcher.get_opcodes():
@@ -249,7 +249,7 @@ def _f1(right: int, ours: int, theirs: int) -> float:
 
 
 def usable(text: str) -> bool:
-    """Whether a text can be a target: plain ASCII of some length."""
+    """Return whether a text can be a target: ASCII, and more than three words."""
     return text.isascii() and len(spoken(text)) > 3
 
 

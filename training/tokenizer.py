@@ -21,12 +21,12 @@ QWEN2_PIECES = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# One user message gives exactly the ids of the same text as a plain prompt.
+# A chat of one user message has exactly the ids of the same text as a plain prompt.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def vocabulary_texts() -> list[str]:
-    """Every piece that must be one token: words with and without a leading space, the rest bare."""
+    """Return every text that must be one token: words with and without a space, and the rest."""
     spaced = [text for word in words() for text in (f" {word}", word)]
     return [*spaced, *"0123456789", *"+-=.,? "]
 

@@ -169,7 +169,7 @@ def final_evaluation(
 
 
 def held_out_problems(config: Config, run: Run) -> list[Example]:
-    """Arithmetic problems of the test numbers, or what `data.validation` names."""
+    """Return arithmetic problems of the test split, or those that `data.validation` names."""
     data, count = config.data, config.final.problems
     if data.source != "arithmetic":
         return validation(data, run.loaded.tokenizer, run.stage.loss.block_size, count)

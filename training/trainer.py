@@ -60,7 +60,7 @@ class Run:
     source: Source
     held_out: list[Example]
     adapter: dict[str, Tensor] | None = None
-    """Of a student that goes on with the adapter of its teacher: the teacher's."""
+    """The teacher's adapter, if the student continues to train it."""
     optimizers: list[Any] = field(default_factory=list)
     model: Any = None
     """`predictor`, wrapped for the devices."""
@@ -99,7 +99,7 @@ class Data:
 
     @staticmethod
     def read(config: Config, name: str, base: Base) -> "Data":
-        """Needs the base's tokenizer, and not its weights."""
+        """Read the examples, with the base's tokenizer and without its weights."""
         stage, data = config.stages[name], data_of(config, name)
         block = stage.loss.block_size
         return Data(
@@ -200,7 +200,7 @@ def same_settings(directory: Path, config: Config, name: str) -> None:
 
 
 def inputs(config: Config, name: str, out: Path, base: Base, data: Data) -> dict[str, str]:
-    """Fingerprints of what a stage reads, by the fields that name it."""
+    """Return the fingerprints of what a stage reads, by the fields that name it."""
     found = {"data.validation": fingerprint(data.held_out)}
     if isinstance(data.source, Records):
         found["data.source"] = fingerprint(data.source.all)
@@ -212,7 +212,10 @@ def inputs(config: Config, name: str, out: Path, base: Base, data: Data) -> dict
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
-    """sha256 of names, sizes and both ends of weight files: a training changes every part."""
+    """Return the sha256 of names, sizes and both ends of weight files.
+
+    Training changes every part of such a file.
+    """
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -297,7 +300,7 @@ def fit(run: Run, stop_after: int | None = None) -> None:
 
 
 def divide_gradients(run: Run, whole: Tensor) -> None:
-    """From gradients of sums, which processes have averaged, to those of the update's loss."""
+    """Turn gradients of sums, which the processes averaged, into those of the update's loss."""
     processes = run.accelerator.num_processes
     scale = processes / float(run.accelerator.reduce(whole, "sum").clamp(min=TINY))
     for parameter in run.model.parameters():
@@ -343,7 +346,7 @@ def adapter_off(run: Run):
 
 
 def look(run: Run) -> None:
-    """Print what to know before hours of training: sizes, data, the first batch."""
+    """Print sizes, data and the first batch, to be checked before hours of training."""
     if not run.accelerator.is_main_process:
         return
     parameters = list(run.predictor.parameters())
@@ -378,7 +381,7 @@ class Log:
         self.losses: list[Tensor] = []
         self.file = run.directory / "log.jsonl"
         if self.file.exists() and run.accelerator.is_main_process:
-            # What was logged behind the checkpoint comes again.
+            # Steps behind the checkpoint are trained, and logged, again.
             kept = [json.dumps(entry) for entry in read_log(run.directory) if entry["step"] <= step]
             write_at_once(self.file, "".join(f"{line}\n" for line in kept))
 
@@ -436,7 +439,7 @@ def decoded(run: Run, examples: list[Example], canvas: int) -> evaluate.Score:
     device = next(predictor.parameters()).device
 
     def logits(*tensors: Tensor) -> Tensor:
-        """Say that the decoders' tensors are on the CPU."""
+        """Return logits on the CPU, where the decoders' tensors are."""
         return predictor(*(tensor.to(device) for tensor in tensors)).cpu()
 
     predictor.eval()

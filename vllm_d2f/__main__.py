@@ -29,7 +29,7 @@ PACKAGES = (
     "flashinfer-python",
 )
 
-# The report shows those that are set. They decide how the plugin behaves; no key is among them.
+# The report shows those that are set. They decide how the plugin behaves, and none is a secret.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "D2F_CACHE",
@@ -46,7 +46,7 @@ ENVIRONMENT = (
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides how the plugin behaves."""
+    """Return the installed versions of the packages that decide how the plugin behaves."""
     found = {}
     for name in PACKAGES:
         try:
@@ -57,13 +57,13 @@ def versions() -> dict[str, str]:
 
 
 def _quiet() -> None:
-    """Leave vLLM's start-up messages out."""
+    """Switch vLLM's start-up messages off."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
 
 def report() -> dict[str, Any]:
-    """Everything a bug report needs, as JSON. Loads vLLM and registers the plugin."""
+    """Collect what a bug report needs, as JSON. This loads vLLM and registers the plugin."""
     _quiet()
 
     import vllm_d2f

@@ -140,7 +140,7 @@ def check_grammar(structured: "StructuredOutputsParams") -> None:
 
 
 def stuck_rules(grammar: "Grammar") -> list[str]:
-    """Names of a grammar's rules that match no text and allow no next character.
+    """Return the names of a grammar's rules that match no text and allow no next character.
 
     Every rule is tried once with xgrammar's own matcher: behind a probe rule `"0;" first | "1;"
     second | ...` the matcher accepts a rule's label and then shows which characters may follow.
@@ -182,7 +182,7 @@ def _byte_compiler() -> "GrammarCompiler":
 def _unsupported(
     params: "SamplingParams", model_config: "ModelConfig"
 ) -> dict[str, tuple[bool, str]]:
-    """For each parameter whether D2F decoding cannot honour what is given, and the reason."""
+    """Return for each parameter whether D2F cannot honour its value, and the reason."""
     removed = "not supported for D2F models; remove it."
     no_prompt = (
         "not supported for D2F models. A prompt is one bidirectional block, so its tokens have no "
@@ -192,7 +192,7 @@ def _unsupported(
     mode, modes = model_config.logprobs_mode, " or ".join(LOGPROB_MODES)
     simulated = served_settings(model_config).simulate_tokens_per_forward is not None
     vocabulary, config = model_config.get_vocab_size(), model_config.hf_config
-    # What is left to sample at the positions with the fewest tokens.
+    # The tokens that may be sampled at the positions with the most restrictions.
     left = set(params.allowed_token_ids or ()) - {config.mask_token_id}
     if params.min_tokens:
         left -= {*config.end_token_ids, *(params.stop_token_ids or ())}

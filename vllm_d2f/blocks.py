@@ -30,7 +30,7 @@ def block_of(
     block_size: Tensor | int,
     prompt_block: int | None = None,
 ) -> Tensor:
-    """Block of a position: 0 for the prompt, then 1, 2, ... for the blocks of the answer.
+    """Return the block of a position: 0 for the prompt, then 1, 2, ... for the answer's blocks.
 
     With `prompt_block` the prompt is block-causal too: it is cut from its start into blocks of that
     size, which are numbered so that the last one is 0.
@@ -51,7 +51,7 @@ def may_attend(
     block_size: Tensor | int,
     prompt_block: int | None = None,
 ) -> Tensor:
-    """Whether a query position attends to a key position. Arguments broadcast.
+    """Return whether a query position attends to a key position. Arguments broadcast.
 
     `may_attend(p[:, None], p[None, :], n, B)` is the dense mask of one request.
     """

@@ -91,7 +91,7 @@ def final_number(text: str) -> float | None:
 
 
 def is_right(output: "RequestOutput", problem: Problem) -> bool:
-    """Whether the model ended the answer by itself, with the right number."""
+    """Return whether the model ended the answer by itself, with the right number."""
     completion = output.outputs[0]
     text = completion.text
     right = text == problem.answer if problem.final is None else final_number(text) == problem.final

@@ -13,7 +13,7 @@ from vllm_d2f.hub.download import check_space
 from vllm_d2f.models import PUBLISHED
 
 Finding = tuple[str, bool, str]
-"""What was looked at, whether it is as it must be, and what is there or what to do."""
+"""What was checked, whether it is right, and what was found or what to do."""
 
 
 def diagnose(names: Sequence[str]) -> Iterator[Finding]:
@@ -83,7 +83,7 @@ def _vllm() -> Iterator[Any]:
 
 
 def _model(row: dict[str, Any], memory: float) -> Finding:
-    """Whether a model is whole and fits into the memory of one device."""
+    """Check that a model is complete and fits into the memory of one device."""
     if row["state"] == "damaged":
         return row["name"], False, row["reason"]
     size = row["size"] or PUBLISHED[row["name"]].gigabytes * 1e9
@@ -96,7 +96,7 @@ def _model(row: dict[str, Any], memory: float) -> Finding:
 
 
 def _hub(names: Sequence[str]) -> Finding:
-    """Whether the bases of models can be downloaded; the first that cannot is named."""
+    """Check that the bases of models can be downloaded. Name the first that cannot."""
     from huggingface_hub import HfApi
 
     for name in names:
@@ -111,7 +111,7 @@ def _hub(names: Sequence[str]) -> Finding:
 
 
 def _disk(name: str) -> Finding:
-    """Whether the downloads and the merged copy of the largest model fit, where the latter goes."""
+    """Check that the disk has room for the downloads and the merged copy of the largest model."""
     needed = int(2e9 * PUBLISHED[name].gigabytes)
     try:
         check_space(cache.root(), needed, name)

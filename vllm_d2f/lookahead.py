@@ -133,7 +133,7 @@ def _score(window: Window, row: int, sure_W: Tensor) -> float:
 
 
 def _padded(values_W: Tensor, width: int) -> Tensor:
-    """One row of a window."""
+    """Make one row of a window."""
     return torch.nn.functional.pad(values_W, (0, width - len(values_W)))[None]
 
 

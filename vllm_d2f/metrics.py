@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding cost: the trace of one request, and D2F's metrics on a server's `/metrics`.
+"""The cost of decoding: the trace of one request, and D2F's metrics on a server's `/metrics`.
 
 vLLM's own metrics already cover what is not special to D2F, such as prefix cache hits and the time
 to first token. Importing this file imports no vLLM.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where commands write: they keep what they find there, unless this package wrote it."""
+"""The places that commands write to. A command replaces only what this package wrote."""
 
 import errno
 import os
@@ -68,14 +68,14 @@ def write_at_once(file: Path, text: str) -> None:
 
 
 def _is_empty(place: Path) -> bool:
-    """Whether writing destroys nothing: an empty folder or file, or a device."""
+    """Return whether writing destroys nothing: an empty folder or file, or a device."""
     if place.is_dir():
         return not any(place.iterdir())
     return place.exists() and not (place.is_file() and place.stat().st_size)
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space, whichever library says so."""
+    """Return whether a write failed for want of space, whichever library says so."""
     said = str(error)
     return getattr(error, "errno", None) in _FULL or any(words in said for words in _FULL_WORDS)
 
@@ -87,6 +87,6 @@ def ends_with_its_pipe() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python writes what is left at its exit.
+        # Python flushes the rest at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell reports SIGPIPE

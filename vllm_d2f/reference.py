@@ -236,7 +236,7 @@ def generate(*args, **kwargs) -> tuple[list[int], int]:
 
 
 def _margin(window: Window, logits_WV: Tensor, confidence_W: Tensor) -> float:
-    """See `Frame.margin`; `logits_WV` has no mask token any more."""
+    """Return `Frame.margin`; in `logits_WV` the mask token is -inf."""
     active_RW = activated(window)
     masked_W = window.candidate_RW[0] & (window.column_W < len(logits_WV))
     if not masked_W.any():

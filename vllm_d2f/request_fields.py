@@ -129,7 +129,7 @@ class RequestFields:
             half = "the request holds half of a character (a lone surrogate, such as \\ud83d)"
             raise ValueError(f"{half}; send the whole character") from None
         except ValueError:
-            fields = None  # the endpoint answers what it answers to broken JSON
+            fields = None  # leave broken JSON to the endpoint
         if not isinstance(fields, dict):
             return {}
         # `/inference/v1/generate` takes sampling parameters as an object of their own.
@@ -144,13 +144,13 @@ class RequestFields:
 
 
 def _is_json(scope: "Scope") -> bool:
-    """Whether a request brings JSON. vLLM reads a body without a content type as JSON too."""
+    """Return whether a body is JSON. vLLM also takes one without a content type for JSON."""
     types = [value for name, value in scope["headers"] if name == b"content-type"]
     return scope["method"] == "POST" and (not types or b"json" in types[0].lower())
 
 
 def _refusal(error: Exception) -> "ASGIApp":
-    """HTTP 400 in the form in which vLLM answers errors."""
+    """Return the response HTTP 400, in vLLM's form of errors."""
     from starlette.responses import JSONResponse
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.exceptions import VLLMValidationError

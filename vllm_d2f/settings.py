@@ -252,7 +252,7 @@ def _preset(settings: Settings, name: Any) -> dict[str, Any]:
 
 
 def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request asks in which forward each of its tokens was decoded (`d2f_trace`).
+    """Return whether a request asks in which forward each of its tokens was decoded (`d2f_trace`).
 
     Raises:
         ValueError: the option is neither yes nor no.
@@ -261,7 +261,7 @@ def wants_trace(extra_args: Mapping[str, Any] | None) -> bool:
 
 
 def wants_adaptive_window(settings: Settings, extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request is decoded with an adaptive window (`d2f_adaptive_window`).
+    """Return whether a request is decoded with an adaptive window (`d2f_adaptive_window`).
 
     Raises:
         ValueError: the option is neither yes nor no, or the engine cannot have such windows.
@@ -293,7 +293,7 @@ def _number(name: str, value: Any) -> int | float:
 
 
 def is_d2f(model_config: "ModelConfig") -> bool:
-    """Whether vLLM serves this model through vllm-d2f."""
+    """Return whether vLLM serves this model through vllm-d2f."""
     return any(name in FAMILIES for name in model_config.architectures)
 
 

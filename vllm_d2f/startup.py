@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# Asynchronous scheduling hides the host's work of a step, at the cost of wider queries. It is off
-# until a device is faster with it; on a CPU no other device's work could hide that of the host.
+# Asynchronous scheduling hides the host's work behind the device's, at the cost of wider queries.
+# # It is off because no measurement shows a gain yet. A CPU has no device to hide the work behind.
 ASYNC_BY_DEFAULT = False
 
 
@@ -90,7 +90,7 @@ def register_hook() -> None:
 
 
 def widest_query(settings: Settings, scheduler_config: "SchedulerConfig") -> int:
-    """Positions of a request's widest query without its prompt.
+    """Return the positions of a request's widest query without its prompt.
 
     With asynchronous scheduling a query holds a window and what the forward before it committed:
     at most another window.
@@ -115,7 +115,9 @@ def _set_async(scheduler_config: "SchedulerConfig") -> None:
 
 
 def _without_adaptive_window(settings: Settings, scheduler_config: "SchedulerConfig") -> Settings:
-    """Asynchronous scheduling knows no window in time to choose how much of it to compute.
+    """Return the settings without adaptive windows where scheduling is asynchronous.
+
+    The scheduler then does not know a window in time to choose how much of it to compute.
 
     Raises:
         ValueError: the user asked for both.
@@ -178,7 +180,7 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
     """Reserve no more of a CPU's memory than all requests at their longest can fill.
 
     vLLM takes 92 % of the memory for every model and refuses to start where less is free, even for
-    a model of some megabytes. An option of the user's about memory comes first.
+    a model of some megabytes. If the user gives an option about memory, this changes nothing.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
@@ -190,7 +192,8 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
     numbers = 2 * model.get_num_layers(parallel)  # keys and values
     numbers *= model.get_num_kv_heads(parallel) * model.get_head_size()
     bytes_per_token = numbers * cast("torch.dtype", model.dtype).itemsize
-    # A page more per request, whose last is seldom full; a request more for vLLM's null page.
+    # One page more per request, because its last one is seldom full, and one request more for the
+    # null page of vLLM.
     tokens = (-(-model.max_model_len // page) + 1) * page * (scheduler.max_num_seqs + 1)
     enough = max(tokens * bytes_per_token, LEAST_CPU_CACHE)
     if enough < default * current_platform.get_device_total_memory():

@@ -72,7 +72,7 @@ class D2FParams:
         return self.block_size * self.max_blocks
 
     def answer_end(self, goal: int) -> int:
-        """Where the last block of an answer ends that the request wants up to `goal`.
+        """Return where the last block ends of an answer that the request wants up to `goal`.
 
         Both are positions, counted from where a block begins.
         """
@@ -195,7 +195,7 @@ class Window:
         return self.counters[:, _SETTINGS_END : _SETTINGS_END + self.num_ends]
 
     def accept(self, confidence_RW: Tensor, active_RW: Tensor) -> Tensor:
-        """Which proposals become tokens by the rule of each row; see `threshold.accept`."""
+        """Decide by the rule of each row which proposals become tokens; see `threshold.accept`."""
         rows = (confidence_RW, self.block_RW, active_RW, self.tau_R1, self.fewest_R1)
         return accept(self.rules or ("threshold",), self.rule_R1, *rows)
 
@@ -227,7 +227,7 @@ class Window:
         mask_id: int,
         device: torch.device | str | None = None,
     ) -> "Window":
-        """Rows with nothing to decode; `start` fills them."""
+        """Make rows with nothing to decode; `start` fills them."""
 
         def full(value: float, dtype: torch.dtype, columns: int) -> Tensor:
             return torch.full((num_rows, columns), value, dtype=dtype, device=device)

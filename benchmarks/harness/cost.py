@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from benchmarks.harness.engine import Batch, StepCost
 
 MOST_REQUESTS = 4096
-"""How far `crossing` looks."""
+"""The most requests that `crossing` tries."""
 
 
 class StepTime(Protocol):
-    """What says how many milliseconds a step takes."""
+    """A model of the milliseconds that a step takes."""
 
     def ms(self, tokens: float, context: float, new: float = 0) -> float:
         """Return the cost of one step in which `new` requests enter."""
@@ -51,7 +51,7 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
-        """As it stands in a report."""
+        """Make a cost of what a report holds."""
         points = values.get("points", ())
         return cls(**{**values, "points": tuple((t, ms) for t, ms in points)})
 
@@ -69,7 +69,7 @@ class Cost:
         return float(np.interp(tokens, *np.array(self.points).T))
 
     def relative_error(self, steps: "Sequence[StepCost]") -> dict[str, float]:
-        """Of the measured steps: median and 90th percentile of |predicted / measured - 1|."""
+        """Return the median and 90th percentile of |predicted / measured - 1| over the steps."""
         errors = [abs(self.ms(s.tokens, s.context, s.new) / s.ms - 1) for s in steps]
         median, p90 = (round(float(np.quantile(errors, q)), 4) for q in (0.5, 0.9))
         return {"median": median, "p90": p90}
@@ -95,7 +95,7 @@ class Trace:
 
     @classmethod
     def mean(cls, traces: "Sequence[Trace]") -> "Trace":
-        """Of many requests: totals divided by totals."""
+        """Return the mean of many requests, as totals divided by totals."""
         forwards, count = sum(t.forwards for t in traces), len(traces)
         answer, prompt = (
             sum(getattr(t, name) for t in traces) for name in ("answer_tokens", "prompt_tokens")
@@ -112,7 +112,7 @@ class Trace:
 
 
 def traces_of(batches: "Sequence[Batch]") -> list[Trace]:
-    """One trace per answer."""
+    """Return one trace per answer."""
     return [
         Trace(a.useful / a.forwards, a.computed / a.forwards, a.useful, a.prompt)
         for batch in batches
@@ -130,8 +130,10 @@ def floor(bytes_: float, flops: float, machine: Mapping[str, float]) -> tuple[fl
 
 
 def step_floor_ms(shape: str, tokens: float, context: float, machine: Mapping[str, float]) -> float:
-    """Of a step in bfloat16: weights and `context` cached keys read once, or two operations per
-    weight and token, whichever takes longer.
+    """Return the least time of a step in bfloat16.
+
+    It reads weights and `context` cached keys once, or makes two operations per weight and token,
+    whichever takes longer.
     """
     weights = shapes.weight_bytes(shape)["step"]
     bytes_ = weights + shapes.kv_bytes_per_token(shape) * context
@@ -160,7 +162,7 @@ class Projected:
         if self.gpus == 1:
             return step
         of = shapes.sizes(self.shape)
-        # A ring sends each byte twice, but for the share that is at home.
+        # A ring sends each byte twice, except for the share that the device has itself.
         sent = 2 * (1 - 1 / self.gpus) * tokens * 2 * of.hidden
         return step + 2 * of.layers * (self.reduce_us / 1e3 + sent / self.reduce_gb_per_s / 1e6)
 
@@ -191,7 +193,7 @@ def reached(
 def beyond(
     points: Iterable[Mapping[str, Any]], shape: str, reached: Mapping[str, float]
 ) -> tuple[tuple[float, float], ...]:
-    """By tokens, the milliseconds that measured steps take longer than their floor at `reached`."""
+    """Return, by tokens, how many milliseconds measured steps exceed their floor at `reached`."""
     found: dict[float, float] = {}
     for p in points:
         floor_ms = step_floor_ms(shape, p["tokens"], p["context_tokens"], reached)
@@ -210,12 +212,12 @@ def read_steps(option: str, path: str) -> dict[str, Any]:
 
 
 def steps_of(points: Mapping[str, Any], shape: str) -> list[dict[str, Any]]:
-    """Its measured steps of a shape."""
+    """Return a result's measured steps of a shape."""
     return [point for key, point in points.items() if key.startswith(f"{shape}/steps/")]
 
 
 def speeds_of(points: Mapping[str, Any], shape: str, rate: float) -> dict[int, dict[str, Any]]:
-    """Its measured batches of a shape at a simulated number of tokens per forward, by size."""
+    """Return a result's measured batches of a shape at a simulated rate of tokens, by size."""
     prefix = f"{shape}/speed/{rate:g}/"
     keys = (key for key in points if key.startswith(prefix))
     found = {int(key.removeprefix(prefix)): points[key] for key in keys}
@@ -229,7 +231,7 @@ def simulated_trace(speed: Mapping[str, Any]) -> Trace:
 
 
 def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
-    """Least squares of relative errors, outliers weighed down: a busy machine has slow steps.
+    """Fit by least squares of relative errors. Outliers weigh less: a busy machine has slow steps.
 
     With `knots` the cost of tokens is a line with knots at powers of two, never falling: a GPU's
     steps cost the same until it runs out of arithmetic. Else it is a straight line.
@@ -240,7 +242,7 @@ def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
     )
     low, high = math.floor(math.log2(tokens.min())), math.ceil(math.log2(tokens.max()))
     at_T = np.array([2.0**k for k in range(min(low, high - 1), high + 1)])
-    # What a step has of each stretch between knots; the first column is the cost at the first knot.
+    # The part of a step in each interval between knots. The first column is the first knot's cost.
     stretches = np.clip(tokens[:, None] - at_T[:-1], 0, np.diff(at_T))
     columns = np.column_stack([np.ones_like(ms), stretches if knots else tokens, context, new])
     weight = 1 / ms
@@ -260,7 +262,7 @@ def fit(steps: "Sequence[StepCost]", knots: bool = False) -> Cost:
 
 
 def _positive_least_squares(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """With what comes out negative left out: no token makes a step cheaper."""
+    """Solve without the terms that come out negative, because no token makes a step cheaper."""
     keep = np.ones(rows.shape[1], dtype=bool)
     while True:
         solution = np.zeros(rows.shape[1])
@@ -314,7 +316,7 @@ def crossing(d2f: Cost, d2f_trace: Trace, ar: Cost, ar_trace: Trace) -> int | No
 
 
 def falls_below_1(ratios: Mapping[int, float]) -> float | None:
-    """Where a ratio over batch sizes falls below 1, on straight lines between logarithms."""
+    """Return where a ratio over batch sizes falls below 1, on straight lines between logarithms."""
     for (a, high), (b, low) in itertools.pairwise(ratios.items()):
         if high >= 1 > low:
             share = math.log(high) / (math.log(high) - math.log(low))

@@ -20,10 +20,10 @@ from vllm_d2f.d2f import D2FParams
 
 
 def start_llm(model: str, **options: Any) -> Any:
-    """`vllm.LLM` set for measurements; `options` come before what is set here.
+    """Start `vllm.LLM` for measurements. `options` override what is set here.
 
-    On a CPU that is float32 and a small cache. The prefix cache is off, since the same prompts are
-    asked again and again and must be computed each time.
+    On a CPU these are float32 and a small cache. The prefix cache is off, because the same prompts
+    are asked several times and must be computed each time.
     """
     from vllm import LLM
 
@@ -37,7 +37,7 @@ def start_llm(model: str, **options: Any) -> Any:
 
 
 def start_engine(model: str, *, window: int, max_model_len: int, **options: Any) -> Any:
-    """`vllm.LLM` set for comparison with the reference: float32, eager, token ids in and out."""
+    """Start `vllm.LLM` to compare with the reference: float32, eager, token ids in and out."""
     section = {"block_size": 4, "max_blocks": 1, "window": window}
     defaults: dict[str, Any] = dict(
         dtype="float32", enforce_eager=True, max_num_seqs=64, kv_cache_memory_bytes=1 << 28,
@@ -47,7 +47,7 @@ def start_engine(model: str, *, window: int, max_model_len: int, **options: Any)
 
 
 def greedy(max_tokens: int, params: Any = None, **more: Any) -> Any:
-    """Greedy decoding. The D2F settings in `params` (or a dictionary of some) travel with it."""
+    """Return greedy sampling parameters with D2F settings: `params`, or a dictionary of some."""
     from vllm import SamplingParams
 
     given = asdict(params) if isinstance(params, D2FParams) else params
@@ -66,7 +66,7 @@ def runner_of(llm: Any) -> Any:
 
 
 def preemptions(llm: Any) -> int | None:
-    """Preemptions so far, where the engine runs in this process."""
+    """Return the preemptions so far, where the engine runs in this process."""
     core = core_of(llm)
     return None if core is None else core.scheduler.num_preempted
 
@@ -78,13 +78,13 @@ def shut_down(llm: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one request gave and cost."""
+    """The answer to one request, and its cost."""
 
     item: int
     final: bool
     exact: bool
-    useful: int  # tokens up to the end token, it included
-    raw: int  # decoded tokens, those behind the end token too
+    useful: int  # tokens up to and including the end token
+    raw: int  # decoded tokens, including those behind the end token
     forwards: int  # those the request took part in
     computed: int  # tokens run through the model after the prompt, all forwards together
     prompt: int
@@ -123,7 +123,7 @@ class Batch:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Batch":
-        """As it stands in a record."""
+        """Make a batch of what a record holds."""
         return cls(**{**values, "answers": tuple(Answer(**a) for a in values["answers"])})
 
 
@@ -132,29 +132,29 @@ Done = Sequence[Sequence[Batch]]
 
 
 def answers(runs: Done) -> list[Answer]:
-    """Every answer of all runs."""
+    """Return every answer of all runs."""
     return [answer for run in runs for batch in run for answer in batch.answers]
 
 
 def rate(run: Sequence[Batch], field: str = "useful", per: str = "seconds") -> float:
-    """Tokens of a run per second of `per` ("seconds" or "cpu_s")."""
+    """Return the tokens of a run per second of `per` ("seconds" or "cpu_s")."""
     tokens = sum(getattr(answer, field) for answer in answers([run]))
     return tokens / max(total(run, per), 1e-9)
 
 
 def paired(mine: Done, other: Done) -> dict[str, float]:
-    """How many times the useful tokens per second of `other`, run by run."""
+    """Return the ratio of useful tokens per second to those of `other`, run by run."""
     return spread(rate(a) / rate(b) for a, b in zip(mine, other, strict=True))
 
 
 def total(run: Sequence[Batch], field: str) -> float:
-    """Seconds, steps or the like of all batches of a run."""
+    """Return the sum of a field, such as seconds or steps, over all batches of a run."""
     return sum(getattr(batch, field) for batch in run)
 
 
 @dataclass
 class Clock:
-    """When tokens came out of the engine, and what each step was made of."""
+    """The times at which tokens left the engine, and the size of each step."""
 
     began: float = 0.0
     first: dict[str, float] = field(default_factory=dict)
@@ -203,7 +203,7 @@ class Clock:
         self._cpu_at = time.process_time()
 
     def stop(self) -> float:
-        """Seconds since `start`. What came after the last step counts as part of it."""
+        """Return the seconds since `start`. The last step includes the time behind it."""
         now, cpu = time.perf_counter(), time.process_time()
         last = self.steps[-1]
         ms, cpu_ms = last.ms + 1e3 * (now - self._at), last.cpu_ms + 1e3 * (cpu - self._cpu_at)
@@ -221,7 +221,8 @@ class Engine:
         self.llm = start_llm(model, **(dict(settings, enforce_eager=mode == "eager") | options))
         # None, or the tokens per forward that are accepted whatever the model says.
         self.simulated = simulated(self.llm.llm_engine.model_config.hf_config)
-        # Random weights and made-up acceptance end their answers anywhere: all get to the same end.
+        # With random weights or simulated acceptance an end token may come anywhere, so answers
+        # are decoded to their last token.
         endless = self.simulated is not None or options.get("load_format") == "dummy"
         self.sampling = greedy(max_tokens, ignore_eos=endless)
         self.clock = Clock().attach(self.llm)
@@ -326,7 +327,7 @@ class Engine:
 
 
 def reset_peak() -> None:
-    """Let the peak of this process's memory start over, where the kernel offers it."""
+    """Reset the peak of this process's memory, where the kernel can."""
     import torch
 
     if torch.cuda.is_available():
@@ -336,7 +337,7 @@ def reset_peak() -> None:
 
 
 def peak_mib() -> float:
-    """Peak resident memory since `reset_peak`, or of the device where there is one."""
+    """Return the peak of resident memory since `reset_peak`, or of a device's memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -349,13 +350,13 @@ def peak_mib() -> float:
 
 BLOCK, MAX_BLOCKS = 32, 8
 LASTING_WINDOWS = {"tau_add": 0.0, "tau_act": 1.0}
-"""A block is opened in every forward, and none but the first is fully active: each that is decodes
-one position per forward, whatever is simulated."""
+"""Settings that open a block in every forward and fully activate none but the first. Each fully
+activated block decodes one position per forward, whatever is simulated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine is started for."""
+    """The largest requests and batches that an engine is started for."""
 
     requests: int = 256  # at once
     step_tokens: int = 256 * 4 * BLOCK
@@ -363,7 +364,7 @@ class Limits:
 
 
 SMALL = Limits(requests=8, step_tokens=8 * 4 * BLOCK, length=512)
-"""For a rehearsal."""
+"""Limits of a rehearsal."""
 
 
 class DummyEngine:
@@ -389,7 +390,7 @@ class DummyEngine:
             load_format="dummy", skip_tokenizer_init=True, use_tqdm_on_load=False,
             dtype="float32" if small else "bfloat16",
             max_model_len=limits.length, max_num_seqs=limits.requests,
-            # A prompt goes whole and beside windows that are full: without room for both the last
+            # A step holds a whole prompt beside full windows. Without room for both, the last
             # requests would wait until others end.
             max_num_batched_tokens=limits.step_tokens + limits.length,
         )  # fmt: skip
@@ -423,19 +424,19 @@ class DummyEngine:
         self.runner.sampler.proposals.simulate = tokens_per_forward
 
     def prompts(self, requests: int, length: int) -> list[Any]:
-        """Token ids, different for every request."""
+        """Return token ids, different for every request."""
         return [
             {"prompt_token_ids": [(17 * r + 7 * i) % self.vocabulary for i in range(length)]}
             for r in range(requests)
         ]
 
     def sampling(self, max_tokens: int, blocks: int | None = None) -> Any:
-        """Greedy, to the last token. With `blocks`, windows of so many that last."""
+        """Return greedy sampling to the last token; with `blocks`, windows of so many that last."""
         how = {"max_blocks": blocks} | LASTING_WINDOWS if self.diffusion and blocks else None
         return greedy(max_tokens, how, ignore_eos=True, detokenize=False)
 
     def fit(self, requests: int, length: int, width: int) -> None:
-        """Skip a point whose requests cannot all be in one step."""
+        """Skip a point whose requests do not all fit into one step."""
         limits = self.limits
         for asked, room, what in (
             (requests, limits.requests, "requests"),
@@ -450,7 +451,7 @@ class DummyEngine:
     def running(
         self, requests: int, prompt: int, blocks: int, answer: int
     ) -> Iterator[Callable[[], Any]]:
-        """Start requests and yield what runs one step. They are aborted at the end."""
+        """Start requests and yield a function that runs one step. They are aborted at the end."""
         engine = self.llm.llm_engine
         names = [f"run-{requests}-{i}" for i in range(requests)]
         sampling = self.sampling(answer, blocks)

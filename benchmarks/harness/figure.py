@@ -27,8 +27,9 @@ def new_figure(height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
 
 
 def logarithmic(axes: Any, x: str, y: str, base: int = 2, few_decades: bool = False) -> None:
-    """Logarithmic axes (x to `base`) with these labels, and plain numbers instead of powers; over
-    `few_decades` with 2 and 5 beside 1 and 10.
+    """Make the axes logarithmic (x to `base`), with these labels and plain numbers for powers.
+
+    With `few_decades`, 2 and 5 are marked beside 1 and 10.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

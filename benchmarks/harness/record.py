@@ -28,17 +28,18 @@ from typing import Any
 from vllm_d2f.output import OutputError, check_output, write_at_once
 
 FAILED, TIME_IS_UP = 70, 75
-"""Exit codes: a point failed and its process is not to be trusted; the same command goes on."""
+"""Exit codes. 70: a point failed, and this process may be damaged. 75: the time was up, and the
+same command measures the remaining points."""
 ATTEMPTS = 2
-"""A point in which the process ended so many times is given up."""
+"""A point is given up once the process has ended this many times while measuring it."""
 NOT_IDENTITY = ("json", "minutes", "restart", "redraw", "argv", "experiment")
 
 Tables = Callable[[Mapping[str, Any]], Sequence[str]]
-"""From a report to the lines of its Markdown."""
+"""Turns a report into the lines of its Markdown."""
 Drawing = Callable[[Mapping[str, Any], Path], None]
 """Draws a report into a file."""
 Experiment = Callable[["Record"], int | None]
-"""Measures and reports; an exit code, or None for 0."""
+"""Measures and reports. Returns an exit code; None means 0."""
 
 
 class UsageError(Exception):
@@ -54,7 +55,7 @@ class Skip(Exception):
 
 
 class TimeIsUp(Exception):
-    """Points are left for a later run."""
+    """Some points remain for a later run."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,11 +161,11 @@ class Record:
             )
         for line in lines:
             self._read(line)
-        # A line that was cut off is gone before the next one is appended.
+        # Drop a line that was cut off before the next one is appended.
         path.write_text("".join(json.dumps(line) + "\n" for line in (known, *lines)), "utf-8")
 
     def settled(self, key: str) -> bool:
-        """Whether nothing is left to do for a point; one that was given up becomes failed."""
+        """Return whether a point needs no more work. One that was given up becomes failed."""
         self.identify()
         if key in self.points or key in self.skipped or key in self.failed:
             return True
@@ -276,7 +277,7 @@ def main(
     markdown: Tables,
     figures: Mapping[str, Drawing],
 ) -> int:
-    """Run an experiment; its exit code. It returns None or its own code when all is measured."""
+    """Run an experiment. Return an exit code: its own, if all points were measured."""
     # Where an engine runs in this process its steps can be timed and its preemptions counted.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -312,7 +313,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from the journal."""
+    """Return a value as the journal gives it back: as JSON."""
     return json.loads(json.dumps(value, default=_as_dict))
 
 
@@ -322,7 +323,7 @@ def _as_dict(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into a record")
 
 
-# What every result says first.
+# The head of every result.
 
 
 def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str, Any]:
@@ -346,7 +347,7 @@ def environment(seed: int | None, argv: Sequence[str], module: str) -> dict[str,
 
 
 def on_gpu() -> bool:
-    """Whether there is a GPU, asked without starting CUDA in this process."""
+    """Return whether there is a GPU, asked without starting CUDA in this process."""
     import torch
 
     return torch.cuda.device_count() > 0
@@ -438,7 +439,10 @@ def show(value: Any) -> str:
 
 
 def bars(rows: Iterable[tuple[str, float | None, str, float]]) -> list[str]:
-    """Judge what must hold, by a name, the figure, "at most" or "at least", and a limit."""
+    """Return a line for each figure that has a limit, and whether it keeps the limit.
+
+    A row is a name, the figure, "at most" or "at least", and the limit.
+    """
     cells = []
     for what, value, word, limit in rows:
         found = ("", "not measured")

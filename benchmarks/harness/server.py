@@ -48,7 +48,7 @@ class Launched:
 def serve(
     model: str, options: Sequence[str], base_url: str | None, timeout: float
 ) -> Iterator[str]:
-    """Return the address of a server with this model: a new one, or the one that was named."""
+    """Yield the address of a server with this model: a new one, or the one that was named."""
     if base_url:
         yield base_url.rstrip("/")
         return
@@ -126,7 +126,8 @@ def run_command(command: Sequence[str], timeout: float) -> str:
 def complete(
     url: str, model: str, prompts: Sequence[str], max_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Answers by /v1/completions, all prompts in one call: text, and whether it ended by itself."""
+    """Send all prompts to /v1/completions in one call. Return each text, and whether it ended by
+    itself."""
     body = {"model": model, "prompt": list(prompts), "max_tokens": max_tokens, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/v1/completions",
@@ -166,7 +167,7 @@ def parse_simulated(text: str) -> float | None:
 
 
 def d2f_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-    """Return what happened between two readings. No D2F figures where the model is not one."""
+    """Return the differences between two readings, without D2F's figures for other models."""
     delta = {name: after[name] - before.get(name, 0.0) for name in after}
     figures: dict[str, Any] = {"counters": {name: int(value) for name, value in delta.items()}}
     if forwards := delta.get("denoising_forwards"):

@@ -20,7 +20,7 @@ for only_dream in ("mask_token_id", "pad_token_id", "rope_scaling"):
     del SHAPES["qwen"][only_dream]
 
 D2F = {"dream": "qwen", "llada": "llama"}
-"""Those that decode with D2F, and the autoregressive shape beside each."""
+"""The shapes that decode with D2F, and the autoregressive shape that each is compared with."""
 
 SMALL = {
     **dict.fromkeys(("hidden_size", "d_model"), 64),
@@ -35,7 +35,7 @@ SMALL = {
 
 
 def write(folder: Path, name: str, small: bool = False) -> Path:
-    """Write the config of a shape; returns its folder."""
+    """Write the config of a shape and return its folder."""
     config = dict(SHAPES[name])
     if small:
         config |= {key: value for key, value in SMALL.items() if key in config}
@@ -64,7 +64,7 @@ def sizes(name: str) -> Sizes:
 
 
 def weight_bytes(name: str) -> dict[str, int]:
-    """Bytes in bfloat16 that a step reads, and those of the head among them.
+    """Return the bytes in bfloat16 that a step reads, and those of the head among them.
 
     The embedding is looked up, not read; norms are left out.
     """
@@ -75,6 +75,6 @@ def weight_bytes(name: str) -> dict[str, int]:
 
 
 def kv_bytes_per_token(name: str) -> int:
-    """Of a bfloat16 cache, all layers."""
+    """Return the bytes of a token's keys and values in a bfloat16 cache, over all layers."""
     hidden, heads, kv, layers, _ = sizes(name)
     return 2 * 2 * layers * hidden * kv // heads

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 L2_BYTES = 64 << 20
-"""Not less than the level 2 cache of the devices at hand (50 MB)."""
+"""At least the level 2 cache of the devices that were measured (50 MB)."""
 QUEUE = 8
 """Calls between two events."""
 WAIT_CYCLES = 4_000_000
@@ -27,12 +27,12 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def rounded(value: float) -> float:
-    """Four significant digits."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Return median, lowest and highest value."""
     values = list(values)
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: rounded(value) for name, value in found.items()}
@@ -46,14 +46,14 @@ def percentiles(values: Iterable[float]) -> dict[str, float]:
 
 
 def copies(bytes_: int, device: torch.device, most: int = 8) -> int:
-    """How many sets of inputs of this size keep a GPU's cache cold; one on a CPU."""
+    """Return how many sets of inputs of this size keep a GPU's cache cold; 1 on a CPU."""
     if device.type == "cpu":
         return 1
     return max(1, min(most, -(-4 * L2_BYTES // max(bytes_, 1))))
 
 
 def once(turn: Iterator[Run], device: torch.device, clock: str = "wall") -> tuple[float, float]:
-    """Milliseconds of one call, on the device where there is one, and what queueing it took."""
+    """Return the milliseconds of one call, on a device if there is one, and of queueing it."""
     timer = CLOCKS[clock]
     if device.type != "cuda":
         started = timer()
@@ -102,7 +102,7 @@ def measure(
 
 
 def machine(device: torch.device, dtype: torch.dtype, clock: str = "wall") -> dict[str, float]:
-    """Copy bandwidth and speed of a large matrix product, the faster of two measurements."""
+    """Measure copy bandwidth and the speed of a large matrix product, the faster of two tries."""
     cpu = device.type == "cpu"
     source = torch.empty(1 << (26 if cpu else 30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

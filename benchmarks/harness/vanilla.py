@@ -52,7 +52,7 @@ class Setting:
 def decode_canvas(
     model: torch.nn.Module, prompt: Sequence[int], setting: Setting, *, mask_id: int, shift: bool
 ) -> tuple[list[int], int]:
-    """Decode one canvas greedily, to its very end; its tokens, and the number of forwards.
+    """Decode one canvas greedily to its end. Return its tokens and the number of forwards.
 
     With `shift` the output at position i - 1 predicts position i (Dream); else the one at i.
     """
@@ -117,7 +117,7 @@ class Vanilla:
 
 
 def up_to_end(canvas: Sequence[int], ends: Sequence[int]) -> tuple[bool, list[int]]:
-    """Whether an end token is there, and the tokens before the first one."""
+    """Return whether a canvas has an end token, and the tokens before the first one."""
     for at, token in enumerate(canvas):
         if token in ends:
             return True, list(canvas[:at])

@@ -17,13 +17,14 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.record import Failure, on_gpu
+from vllm_d2f.demo import ENVIRONMENT
 
 if TYPE_CHECKING:
     from benchmarks.harness.engine import Batch, StepCost
     from benchmarks.harness.workload import Item
 
 START_S = 900.0
-"""Longest a decoder may take to load; compilation is part of it."""
+"""The longest that a decoder may take to load, compilation included."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,11 @@ class WorkerError(Failure):
 
 
 def prepare_process() -> None:
-    """Environment for the workers, before they import torch. The user's own comes first."""
+    """Set the environment of the workers before they import torch. The user's own comes first."""
     # Step times are read inside the engine, so it has to run in the worker itself.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # With more threads than idle cores every operator waits for the scheduler.
-    quiet = dict(OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR", TORCH_CPP_LOG_LEVEL="ERROR")
-    quiet |= dict(PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    for name, value in quiet.items():
+    quiet = dict(PYTHONWARNINGS="ignore", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    for name, value in {**ENVIRONMENT, **quiet}.items():
         os.environ.setdefault(name, value)
 
 
@@ -66,7 +65,7 @@ class Worker:
         """Tokens per forward of a simulated acceptance, known once it is loaded."""
 
     def wait(self) -> None:
-        """Return when the decoder is loaded; a WorkerError where it cannot be."""
+        """Wait until the decoder is loaded. Raise WorkerError if loading fails."""
         if not self._ready:
             if not self._pipe.poll(START_S):
                 raise WorkerError(f"a decoder was not loaded after {START_S:.0f} s")
@@ -74,11 +73,11 @@ class Worker:
             self._ready = True
 
     def measure(self, *arguments: Any) -> "list[Batch]":
-        """See `Engine.measure` and `Vanilla.measure`."""
+        """Call `Engine.measure` or `Vanilla.measure`."""
         return self._call("measure", *arguments)
 
     def arrive(self, *arguments: Any) -> "list[Batch]":
-        """See `Engine.arrive`."""
+        """Call `Engine.arrive`."""
         return self._call("arrive", *arguments)
 
     def warm_up(self, items: "Sequence[Item]", sizes: Sequence[int]) -> None:
@@ -87,7 +86,7 @@ class Worker:
             self.measure(items[: max(size, 2)], size)
 
     def steps(self, *arguments: Any) -> "list[StepCost]":
-        """See `Engine.steps`."""
+        """Call `Engine.steps`."""
         return self._call("steps", *arguments)
 
     def close(self) -> None:
@@ -119,7 +118,7 @@ class Worker:
 def workers(
     decoders: Sequence[Decoder], max_batch: int, max_tokens: int
 ) -> Iterator[dict[str, Worker]]:
-    """All decoders of a table by name, loaded; their processes end with the block.
+    """Yield all decoders of a table, loaded, by name. Their processes end with the `with` block.
 
     They are loaded one after another where they compile, for that takes every core, and on a GPU,
     whose free memory each of them measures.
@@ -144,12 +143,12 @@ def workers(
 
 
 def most_modes() -> list[str]:
-    """Modes of vLLM worth a decoder each: both on a CPU, on a GPU only vLLM's default."""
+    """Return the modes of vLLM to measure: both on a CPU, on a GPU only vLLM's default."""
     return ["compiled"] if on_gpu() else ["eager", "compiled"]
 
 
 def device_share(decoders: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments with which so many decoders fit on one GPU; the user's own come first."""
+    """Return engine arguments with which so many decoders fit on one GPU. The user's own win."""
     if not on_gpu() or {"gpu_memory_utilization", "kv_cache_memory_bytes"} & options.keys():
         return options
     return {"gpu_memory_utilization": round(0.9 / decoders, 3), **options}
@@ -171,5 +170,5 @@ def _serve(pipe: Connection, vanilla: bool, arguments: dict[str, Any]) -> None:
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()
-        # What vLLM leaves running must not keep the process.
+        # Threads and processes that vLLM leaves running must not keep this process alive.
         os._exit(0)

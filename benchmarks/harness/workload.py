@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks ask, and how answers are graded.
+"""The questions of the benchmarks, and how answers are graded.
 
-What the command line names and is not there, or is something else, is a UsageError.
+If the command line names something that is missing or of another kind, a UsageError says so.
 """
 
 import json
@@ -37,7 +37,7 @@ class Grade:
 
 
 def grade(item: Item, text: str, ended: bool) -> Grade:
-    """Judge an answer. One that was cut off is wrong, whatever number stands last in it."""
+    """Grade an answer. One that was cut off is wrong, whatever its last number is."""
     return Grade(
         final=ended and final_number(text) == item.final,
         exact=ended and item.answer is not None and text == item.answer,
@@ -45,7 +45,7 @@ def grade(item: Item, text: str, ended: bool) -> Grade:
 
 
 def load_items(count: int, data: str | None, seed: int) -> list[Item]:
-    """`count` generated problems of the test split, or the first ones of a JSONL file."""
+    """Return `count` generated problems of the test split, or the first ones of a JSONL file."""
     if data is None:
         try:
             from training.arithmetic import problems
@@ -71,7 +71,7 @@ def load_items(count: int, data: str | None, seed: int) -> list[Item]:
 
 
 def _rows(data: str, count: int) -> Iterator[Any]:
-    """At most so many lines of a JSONL file."""
+    """Yield at most `count` lines of a JSONL file."""
     try:
         lines = Path(data).read_text(encoding="utf-8").splitlines()[:count]
     except (OSError, ValueError) as error:
@@ -84,7 +84,7 @@ def _rows(data: str, count: int) -> Iterator[Any]:
 
 
 def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[list[int]]:
-    """Token ids of questions from a file or generated ones, without a tokenizer at random."""
+    """Return token ids of questions from a file or generated ones; random without a tokenizer."""
     if data is None and not (Path(model) / "tokenizer.json").exists():
         from transformers import AutoConfig
 
@@ -104,7 +104,7 @@ def load_prompts(model: str, count: int, data: str | None, seed: int) -> list[li
 
 
 def parse_options(option: str, text: str) -> dict[str, Any]:
-    """Engine arguments from a JSON object."""
+    """Return the engine arguments in a JSON object."""
     try:
         if isinstance(options := json.loads(text), dict):
             return options

@@ -39,7 +39,7 @@ PLATFORMS = tuple(f"manylinux{version}_x86_64" for version in ("_2_31", "_2_28",
 VLLM, FLASHINFER = "vllm==0.32.0", "flashinfer-python==0.7.0.post1"
 
 LACKING = Path(__file__).with_name("lacking.txt").read_text("utf-8").partition("\n")[2].split()
-"""What vLLM 0.32, training and tests need beside torch, Triton and transformers."""
+"""Packages that vLLM 0.32, training and tests need besides torch, Triton and transformers."""
 
 DROPPED = {
     "vllm": (
@@ -69,7 +69,7 @@ DATA = (
 """Of `flashinfer/data`, beside the sources at the top of `csrc`."""
 
 REPOSITORY = ("benchmarks", "training", "tests")
-"""What the host runs from its sources, with pyproject.toml for pytest."""
+"""What the host runs from this repository's sources, with pyproject.toml for pytest."""
 
 
 class BundleError(Exception):
@@ -86,7 +86,7 @@ class Source:
 
 
 def wanted(package: str, name: str) -> bool:
-    """Whether a file of a wheel goes into the bundle."""
+    """Return whether a file of a wheel goes into the bundle."""
     if any(fnmatch.fnmatch(name, pattern) for pattern in DROPPED.get(package, ())):
         return False
     base = name.rsplit("/", 1)[-1]
@@ -100,7 +100,7 @@ def wanted(package: str, name: str) -> bool:
 
 
 def wheel_files(wheel: Path) -> Iterator[Source]:
-    """Return the wanted files of a wheel as they lie when it is installed, without scripts."""
+    """Yield the wanted files of a wheel at their places after installation, without scripts."""
     package = wheel.name.split("-")[0]
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
@@ -117,7 +117,7 @@ def wheel_files(wheel: Path) -> Iterator[Source]:
 
 
 def repository_files(root: Path) -> Iterator[Source]:
-    """Return what git tracks of the sources that the host runs; results and pictures stay here."""
+    """Yield the files that git tracks of what the host runs, without results and pictures."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard",
@@ -134,7 +134,7 @@ def repository_files(root: Path) -> Iterator[Source]:
 
 
 def pack(sources: Iterable[Source], out: Path, limit: int = PIECE_BYTES, preset: int = 3) -> int:
-    """Write pieces of at most `limit` bytes, their checksums, and run.sh; the number of files."""
+    """Write pieces of at most `limit` bytes, their checksums and run.sh. Return how many files."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("run.sh"), out)  # first: it is the mark of `check_output`

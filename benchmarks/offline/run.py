@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the experiments that need a GPU, each in processes of bounded life; call again to go on.
+"""Run the experiments that need a GPU, each in processes with a time limit; call again to go on.
 
     python -m benchmarks.offline.run --out results --minutes 6     # a stretch; the same again
     python -m benchmarks.offline.run --rehearse                    # on a CPU with tiny shapes
@@ -28,9 +28,9 @@ from benchmarks.harness.record import TIME_IS_UP, Parser
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "run.log"
 LEAST_S = 20.0
-"""With less than this left no process is started."""
+"""With fewer seconds left, no process is started."""
 FRUITLESS = 2
-"""Processes in a row that may end without a new point before their experiment is left."""
+"""An experiment is given up after this many processes in a row without a new point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ MORE = (
     Step("steps_llada", "steps --shapes llada llama", 460),
     Step("attention_llada", "attention --layer llada --requests 1 4 16 64", 460),
 )
-"""Only by name."""
+"""Steps that run only if they are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,11 @@ class Plan:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def finished(self, step: Step) -> bool:
-        """Whether every point of a step is there, was skipped or failed."""
+        """Return whether every point of a step was measured, was skipped or failed."""
         return bool(found := self.result(step)) and "left_for_a_later_run" not in found
 
     def progress(self, step: Step) -> int:
-        """Something that grows with every point and every attempt of one."""
+        """Return a number that grows with every point and every attempt at one."""
         path = self.out / f"{step.name}.jsonl"
         return path.stat().st_size if path.exists() else 0
 
@@ -106,7 +106,7 @@ class Plan:
             log.write(line + "\n")
 
     def copy(self) -> None:
-        """Results so far to where they are collected, should this command be cut off."""
+        """Copy the results so far to where they are collected, in case of an interruption."""
         if self.copy_to is not None:
             self.copy_to.mkdir(parents=True, exist_ok=True)
             for file in self.out.iterdir():
@@ -115,7 +115,7 @@ class Plan:
 
 
 def run(plan: Plan, steps: Sequence[Step]) -> int:
-    """Run steps in order until all are finished or time is up; an exit code."""
+    """Run steps in order until all are finished or the time is up. Return an exit code."""
     deadline = time.monotonic() + plan.seconds
     plan.out.mkdir(parents=True, exist_ok=True)
     left: list[str] = []
@@ -140,7 +140,7 @@ def run(plan: Plan, steps: Sequence[Step]) -> int:
 
 
 def process(plan: Plan, name: str, words: Sequence[str], seconds: float) -> int:
-    """One process with a limit; its output goes to the log, and what it started ends with it."""
+    """Run one process with a limit. Its output goes to the log; its children end with it."""
     plan.say(f"{name}: at most {seconds:.0f} s")
     began = time.monotonic()
     with (plan.out / LOG).open("ab") as log:
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    # A caller's time limit must end the process of a step as well, which `process` sees to.
+    # A caller's time limit must also end the process of a step; `process` does that.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not args.rehearse:
         import torch

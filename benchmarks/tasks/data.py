@@ -43,7 +43,7 @@ MBPP_TEST = range(11, 511)
 
 
 class DataMissing(Exception):
-    """No such folder or file; names what was looked for, and what to pass instead."""
+    """A folder or file is missing. The message names it and what to pass instead."""
 
 
 def load(name: str, data: str | None = None, splits: Sequence[str] = ("test",), **_: Any) -> dict:
@@ -62,7 +62,7 @@ def load(name: str, data: str | None = None, splits: Sequence[str] = ("test",), 
 
 
 def read(name: str, folder: Path, split: str) -> list[dict[str, Any]]:
-    """One split's questions from a local folder."""
+    """Return one split's questions from a local folder."""
     files = SOURCES[name][2][split]
     if not folder.is_dir():
         raise DataMissing(f"--data {folder}: no such folder; pass one with {' or '.join(files)}")

@@ -21,7 +21,7 @@ NUMBERS = "[25, 35, 22, 85, 14, 65, 75, 22, 58]"
 
 
 def gsm8k() -> list[dict]:
-    """Return the eight questions of lm-eval's `gsm8k_cot`, out of its own file."""
+    """Return the eight questions of lm-eval's `gsm8k_cot`, read from lm-eval's file."""
     import lm_eval
     import yaml
 
@@ -30,7 +30,7 @@ def gsm8k() -> list[dict]:
 
 
 def mbpp() -> list[dict]:
-    """Problems 2 to 4. lm-eval's own list cannot be imported without a network."""
+    """Return problems 2 to 4. lm-eval's own list cannot be imported without a network."""
     rows = (
         ("find the similar elements from the given two tuple lists", SIMILAR,
          "similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)",

@@ -18,7 +18,7 @@ from benchmarks.harness.workload import Item, final_number, load_items
 from training import extract, restore
 
 Counts = Callable[[str, str], tuple[float, float]]
-"""Of a right and a found text: what is counted, and out of how many."""
+"""Counts of a right and a found text: how much is right, and out of how much."""
 
 DRAWS = 1000
 
@@ -77,7 +77,7 @@ JOBS = {
 
 
 def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[Item]:
-    """`count` records of a JSONL file with "prompt" and "response", as a chat asks them.
+    """Return `count` records of a JSONL file with "prompt" and "response", as chat prompts.
 
     GSM8K's "question" and "answer" will do. Records are drawn with the seed, for a file may be in
     an order. Without a file: generated problems, asked as they are.
@@ -106,7 +106,7 @@ def load_job(data: str | None, count: int, seed: int, tokenizer: Any) -> list[It
 
 
 def asked(tokenizer: Any, prompt: str) -> str:
-    """Return a prompt as a chat asks it; as it is where the tokenizer has no template."""
+    """Return a prompt in the tokenizer's chat template, or unchanged without one."""
     if tokenizer.chat_template is None:
         return prompt
     turns = [{"role": "user", "content": prompt}]
@@ -123,13 +123,13 @@ def interval(counts: Sequence[tuple[float, float]], seed: int = 0) -> tuple[floa
 def difference(
     ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]], seed: int = 0
 ) -> tuple[float, float, float]:
-    """Our score less theirs on the same questions, and the interval of that difference."""
+    """Return our score minus theirs on the same questions, and the interval of the difference."""
     score = interval(ours)[0] - interval(theirs)[0]
     return score, *_ends([mine - other for mine, other in _draws([ours, theirs], seed)])
 
 
 def _draws(sets: Sequence[Sequence[tuple[float, float]]], seed: int) -> list[list[float]]:
-    """Scores of each set on the same draws of questions."""
+    """Return the scores of each set on the same draws of questions."""
     rng = random.Random(seed)
     found = []
     for _ in range(DRAWS):

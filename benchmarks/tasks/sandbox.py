@@ -24,21 +24,21 @@ from typing import Any
 
 ALLOW = "D2F_ALLOW_CODE_EXECUTION"
 CPU_SECONDS = 10
-# Far above the CPU time: on a busy machine a right program must not fail for want of a turn.
+# Far above the CPU time, so that a right program does not fail on a busy machine.
 WALL_SECONDS = 60.0
 MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`passed` only if the program ran to its very end; `reason` is for people."""
+    """The result of a program: `passed` only if it ran to its end; `reason` is for people."""
 
     passed: bool
     reason: str
 
 
 class SandboxError(RuntimeError):
-    """Programs may not be run, or cannot be run safely here."""
+    """Programs may not be run here, or cannot be run safely."""
 
 
 def run_program(
@@ -48,7 +48,7 @@ def run_program(
     wall_seconds: float = WALL_SECONDS,
     memory: int = MEMORY,
 ) -> Outcome:
-    """Run a program in the sandbox; a SandboxError where this machine cannot confine it."""
+    """Run a program in the sandbox. Raise SandboxError if this machine cannot confine it."""
     # A program that merely exits has not passed: only its end is followed by this word.
     word = secrets.token_hex(16)
     reader, writer = os.pipe()
@@ -86,7 +86,7 @@ def run_program(
 
 
 def check() -> None:
-    """Fail early, before hours of generation, where programs could not be run."""
+    """Raise an error before hours of generation if programs cannot be run here."""
     if os.environ.get(ALLOW) != "1":
         raise SandboxError(
             "this task runs programs that the model wrote. They are confined, but run only if you "
@@ -98,7 +98,7 @@ def check() -> None:
 
 
 def pass_at_1(references: Sequence[str], predictions: Sequence[Any], **_: Any) -> float:
-    """For lm-eval: the fraction of programs that pass the tests behind them."""
+    """Return the fraction of programs that pass their tests, as a metric of lm-eval."""
     check()
     passed = 0
     for tests, programs in zip(references, predictions, strict=True):
@@ -108,7 +108,7 @@ def pass_at_1(references: Sequence[str], predictions: Sequence[Any], **_: Any) -
 
 
 def with_prompt(resps: list[list[str]], docs: list[dict]) -> list[list[str]]:
-    """HumanEval: the prompt is the beginning of the program."""
+    """Put HumanEval's prompt, the beginning of the program, before each response."""
     return [
         [doc["prompt"] + answer for answer in answers]
         for answers, doc in zip(resps, docs, strict=True)
@@ -116,7 +116,7 @@ def with_prompt(resps: list[list[str]], docs: list[dict]) -> list[list[str]]:
 
 
 def as_written(resps: list[list[str]], docs: list[dict]) -> list[list[str]]:
-    """MBPP: the program up to [DONE], which `until` cuts."""
+    """Return MBPP's responses as they are: `until` has cut them at [DONE]."""
     return [[answer.split("[DONE]")[0] for answer in answers] for answers in resps]
 
 
@@ -133,7 +133,7 @@ DISK = 1 << 20
 
 
 def call(name: str, *args: object) -> None:
-    """Call the C library; an OSError where that fails."""
+    """Call the C library. Raise OSError if that fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*args) != 0:
         number = ctypes.get_errno()
@@ -141,7 +141,8 @@ def call(name: str, *args: object) -> None:
 
 
 def shut_in(folder: str) -> None:
-    """No network, no other processes, read-only but for a small empty folder, no privileges."""
+    """Confine this process: no network, no other processes, one small writable folder, no
+    privileges."""
     root, uid, gid = os.geteuid() == 0, os.geteuid(), os.getegid()
     kinds = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID
     call("unshare", kinds if root else kinds | CLONE_NEWUSER)
@@ -184,7 +185,7 @@ def limit(cpu_seconds: int, memory: int) -> None:
 
 
 def child() -> None:
-    """Shut this process in, then run the program from standard input.
+    """Confine this process, then run the program from standard input.
 
     Exit status 97: it could not be shut in, and the program was not run.
     """

@@ -109,7 +109,7 @@ def backend_error(
 
 
 def _builder(module, heads: tuple[int, int], kind: str, dtype: torch.dtype, page: int, device):
-    """The backend's builder for one layer, without an engine around it."""
+    """Return the backend's builder for one layer, without an engine around it."""
     from vllm.v1.kv_cache_interface import KVCacheLayout
 
     layer = SimpleNamespace(num_heads=heads[0], impl=SimpleNamespace(scale=HEAD**-0.5))

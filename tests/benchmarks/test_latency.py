@@ -74,7 +74,7 @@ def test_crossing():
 
 
 def checked(speeds):
-    """A decoder's report by its measured speeds, predicted exactly."""
+    """Return a decoder's report by its measured speeds, predicted exactly."""
     return {
         "cost": asdict(Cost(10.0, 0.0)),
         "trace": Trace(1, 1, 10, 10).as_dict(),
@@ -142,7 +142,7 @@ ANSWER, PROMPT = 128, 512
 
 
 def step_ms(tokens, context, new=0):
-    """A machine that reads weights for 4 ms, and multiplies for 20 us a token beyond 256."""
+    """Return a machine that reads weights for 4 ms, and multiplies for 20 us a token beyond 256."""
     return 4.0 + 0.02 * max(0, tokens - 256) + 1e-5 * context + 0.01 * new
 
 
@@ -168,7 +168,7 @@ def steps_points(part, blocks, window):
 
 
 def speed_points(part, rate, window):
-    """A batch that is run step by step on the same machine."""
+    """Return a batch that is run step by step on the same machine."""
     points = {}
     for size in SIZES:
         forwards = round(ANSWER / rate)

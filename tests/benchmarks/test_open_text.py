@@ -14,7 +14,7 @@ from training.arithmetic import problems
 
 
 def judged(ids, *odds):
-    """An answer whose tokens the original gives these odds."""
+    """Return an answer whose tokens the original gives these odds."""
     return {"ids": ids, "nats": [math.log(one) for one in odds]}
 
 

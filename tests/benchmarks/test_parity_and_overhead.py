@@ -17,7 +17,7 @@ ABOUT = {"command", "seed", "versions", "hardware"}
 
 
 def run(module, path, *arguments):
-    """The benchmark's JSON and exit status."""
+    """Return the benchmark's JSON and exit status."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--json", str(path)]
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600

@@ -131,7 +131,7 @@ def test_a_task_asks_and_grades(name, folder, monkeypatch):
     seen = []
 
     def answer(doc):
-        """The first problem right, the second wrong."""
+        """Answer the first problem right, the second wrong."""
         seen.append(doc)
         return right(doc) if len(seen) == 1 else wrong
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin for `next_vllm.py`: vLLM 0.33's worker starts on a CPU without Triton.
 
-Its worker asks once more what p02 answers for the configuration. No CPU build of 0.33 exists, so
-this is no patch of the package: it lets the tests run the rest of that version.
+Its worker repeats the check that p02 replaces for the configuration. No CPU build of 0.33 exists,
+so this is no patch of the package: it lets the tests run the rest of that version.
 """
 
 import vllm.v1.worker.gpu_worker as gpu_worker

@@ -42,7 +42,7 @@ ELSEWHERE = " and ".join(
 
 
 def download(version: str) -> Path:
-    """The wheel of this version, kept from one run to the next."""
+    """Return the wheel of this version, kept from one run to the next."""
     found = sorted(WORK.glob(f"vllm-{version}-*.whl"))
     if not found:
         WORK.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def download(version: str) -> Path:
 
 
 def lay_out(wheel: Path) -> Path:
-    """A folder for PYTHONPATH: the wheel's sources, the installed build's extensions."""
+    """Return a folder for PYTHONPATH: the wheel's sources, the installed build's extensions."""
     version = wheel.name.split("-")[1]
     site = WORK / f"site-{version}"
     shutil.rmtree(site, ignore_errors=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parity tests share: requests that cover the settings, and the comparison."""
+"""Shared by the parity tests: requests that cover the settings, and the comparison."""
 
 import functools
 import random
@@ -19,7 +19,7 @@ def random_prompts(count, seed, vocab=200, longest=60):
 
 
 def check(cases, expected, got, decisive=0.8):
-    """Equal tokens and forwards wherever rounding cannot have decided: nearly everywhere."""
+    """Check for equal tokens and forwards wherever rounding cannot have decided."""
     wrong = [item for item in differences(cases, expected, got) if not item["tie"]]
     assert not wrong, f"{len(wrong)} of {len(cases)} differ; the first: {wrong[0]}"
     clear = sum(known.margin >= TIE for known in expected)
@@ -27,12 +27,12 @@ def check(cases, expected, got, decisive=0.8):
 
 
 def grid_cases():
-    """One prompt for each of the 48 settings: blocks 4 to 32, windows of 1 to 8 blocks."""
+    """Make one prompt for each of the 48 settings: blocks 4 to 32, windows of 1 to 8 blocks."""
     prompts = random_prompts(len(GRID), seed=1)
     return [Case(tuple(p), s, 48) for p, s in zip(prompts, GRID, strict=True)]
 
 
 @functools.cache
 def grid_answers(model):
-    """The reference's answers to `grid_cases`: 15 s of computing that several modules share."""
+    """Return the reference's answers to `grid_cases`, which several modules share (15 s)."""
     return reference_answers(model, grid_cases(), MAX_LEN)

@@ -26,7 +26,7 @@ class Rule:
     max_tokens: int = 32
 
     def sampling_params(self) -> Any:
-        """As a user would send it, but for words: the model has no tokenizer that makes them."""
+        """Return what a user would send, without bad words: the model has no tokenizer for them."""
         from vllm import SamplingParams
 
         out = SamplingParams(
@@ -76,7 +76,7 @@ def reference_frames(
     prompt_block: int | None = None,
     widths: Sequence[int] | None = None,
 ) -> Iterator[Frame]:
-    """The reference's frames of one request.
+    """Return the reference's frames of one request.
 
     Args:
         loaded: what `load_forward` gave.
@@ -127,7 +127,7 @@ def reference_frames(
 def reference_frame(
     loaded: tuple[Any, Any], rule: Rule, max_len: int, grammar: Any = None
 ) -> Frame:
-    """The reference's last frame."""
+    """Return the reference's last frame."""
     window = rule.params.window
     *_, frame = reference_frames(
         loaded,

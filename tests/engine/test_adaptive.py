@@ -56,7 +56,7 @@ def start(model, **options):
 
 
 def at_random(seed):
-    """A choice that no cost explains, so that windows of every width occur."""
+    """Return a choice that no cost explains, so that windows of every width occur."""
     rng = np.random.default_rng(seed)
 
     def choose(gain_RJ, size_RJ, least_R, cost, others):
@@ -67,7 +67,7 @@ def at_random(seed):
 
 
 def rules():
-    """Every setting of the grid, with all kinds of requests."""
+    """Return every setting of the grid, with all kinds of requests."""
     prompts = random_prompts(8, seed=2)
     cases = [
         Rule(case.prompt, OPTIONS[i % len(OPTIONS)], params=case.params, max_tokens=48)
@@ -85,7 +85,7 @@ def answers(llm, rules):
 
 
 def check(model, rules, outputs):
-    """The reference, which takes the widths of the trace, gives tokens, forwards and values.
+    """Check that the reference, given the trace's widths, has equal tokens, forwards and values.
 
     Only the margin of a plain greedy request tells whether rounding may have decided. So of those
     with a sampler of their own a few may differ, on a random model that is sure of nothing.

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.slow
 
 
 def write(family, path):
-    """A tiny checkpoint of the family with a byte-level tokenizer."""
+    """Return a tiny checkpoint of the family with a byte-level tokenizer."""
     if family == "dream":
         return write_dream(path)
     if family == "llada":

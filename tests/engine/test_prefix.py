@@ -108,7 +108,7 @@ def causal_engine(model, block=BLOCK, **options):
 
 
 def watch_chunks(llm):
-    """Every schedule's (start, stop, prompt length, whole length) of chunks that end early."""
+    """Return (start, stop, prompt length, whole length) of all chunks that end early."""
     scheduler, chunks = scheduler_of(llm), []
     schedule = scheduler.schedule
 

@@ -87,7 +87,7 @@ def test_four_bit_checkpoint_of_a_family(tmp_path, family, method):
 
 
 def four_bit(model: Path, parent: Path, method: str) -> tuple[Path, Path]:
-    """A checkpoint with the rounded weights written out, and one with them in four bits."""
+    """Return a checkpoint with the rounded weights written out, and one with them in four bits."""
     plain, packed = parent / "plain", parent / "packed"
     for folder in (plain, packed):
         shutil.copytree(model, folder)

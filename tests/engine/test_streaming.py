@@ -113,7 +113,7 @@ NAMES = ("forwards", "output", "active", "semi", "finished")
 
 
 def count(scheduler):
-    """What the scheduler counts for the metrics from now on."""
+    """Return what the scheduler counts for the metrics from now on."""
     total, make_stats = dict.fromkeys(NAMES, 0), scheduler.make_stats
 
     def watched(*args, **kwargs):

@@ -64,7 +64,7 @@ def stepped(llm, cases):
 
 
 def talker(folder):
-    """An engine whose tokens are single bytes and more: characters are cut across tokens."""
+    """Return an engine whose tokens are single bytes and more: characters are cut across tokens."""
     path = write_dream(folder, vocab_size=300, seed=5)
     return start_engine(
         str(path),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(module, path, *arguments):
-    """The benchmark's JSON."""
+    """Return the benchmark's JSON."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--json", str(path)]
     done = subprocess.run(
         [*command, *arguments],

@@ -15,7 +15,7 @@ MAX_TOKENS = 64
 
 
 def complete(client: openai.OpenAI, prompt: str, **options) -> str:
-    """The text of one completion, greedy unless `options` say otherwise."""
+    """Return the text of one completion, greedy unless `options` say otherwise."""
     options = {"temperature": 0, "max_tokens": MAX_TOKENS} | options
     return client.completions.create(model=MODEL, prompt=prompt, **options).choices[0].text
 

@@ -15,7 +15,7 @@ WINDOW = 64  # as the fixture's server has it
 
 
 async def traffic(url, asks):
-    """Each request whole and streamed, and closed connections between; the tally, what is left."""
+    """Send each request whole and streamed, with aborts between. Return counts and leftovers."""
     async with Client(url, 8) as client:
 
         async def one_client(number):

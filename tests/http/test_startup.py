@@ -16,7 +16,7 @@ HINT = """--additional-config '{"d2f": {"block_size": 32, "max_blocks": 4}}'"""
 
 
 def config(model: Path | str, **options) -> VllmConfig:
-    """What `vllm serve` builds before it starts an engine."""
+    """Return what `vllm serve` builds before it starts an engine."""
     options = {"dtype": "float32", "enforce_eager": True} | options
     return EngineArgs(model=str(model), **options).create_engine_config()
 

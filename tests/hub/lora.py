@@ -66,7 +66,7 @@ def change_tensors(adapter: Path, change: Any) -> None:
 
 
 def olmo_name(name: str) -> str:
-    """OLMo's name of a Llama tensor or module below a layer."""
+    """Return OLMo's name of a Llama tensor or module in a layer."""
     for llama, olmo in OLMO.items():
         name = name.replace(f".{llama}.", f".{olmo}.")
     return name.replace("model.layers.", "model.transformer.blocks.")

@@ -77,7 +77,7 @@ def downloaded(program):
 
 
 def check(folder: Path, made) -> dict:
-    """The folder is whole and holds peft's merge; returns its record."""
+    """Check that the folder is complete and holds peft's merge. Return its record."""
     state = cache.inspect(folder)
     assert state.kind == "ready" and not cache.damaged_files(folder, state)
     merged = {}

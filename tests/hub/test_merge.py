@@ -32,7 +32,7 @@ def merged(made, out: Path, **options) -> dict[str, torch.Tensor]:
 
 
 def llama_names(made, olmo: bool) -> dict[str, str]:
-    """The merged tensor's name in the checkpoint -> in peft's model."""
+    """Return the merged tensor's name in the checkpoint -> in peft's model."""
     top = {
         "model.embed_tokens.weight": "model.transformer.wte.weight",
         "model.norm.weight": "model.transformer.ln_f.weight",

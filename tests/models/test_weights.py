@@ -66,7 +66,7 @@ def class_of(architecture: str) -> type:
 
 
 def load(path) -> SimpleNamespace:
-    """The checkpoint through vLLM's own model configuration, class look-up and loader."""
+    """Load the checkpoint through vLLM's own model configuration, class look-up and loader."""
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import (
         initialize_model,

@@ -191,7 +191,7 @@ def test_later_piece_wins_in_a_staged_write():
 
 
 def tables(b: Batch, groups: int) -> Any:
-    """What the two methods read of vLLM's `BlockTables`."""
+    """Return what the two methods read of vLLM's `BlockTables`."""
     sizes = [16, 32][:groups]
     shapes = [-(-MAX_LEN // size) for size in sizes]
     return SimpleNamespace(

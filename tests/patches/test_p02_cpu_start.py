@@ -20,7 +20,7 @@ NAMES = ("use_v2_model_runner", "_validate_v2_model_runner")
 
 
 def config(is_d2f: bool | None, unsupported: tuple[str, ...] = ()) -> Any:
-    """What the two functions read of a `VllmConfig`; `None` is a configuration without a model."""
+    """Return what the two functions read of a `VllmConfig`; None: one without a model."""
     return SimpleNamespace(
         attention_config=SimpleNamespace(hisparse_config=None),
         model_config=None if is_d2f is None else SimpleNamespace(is_d2f=is_d2f),

@@ -17,7 +17,7 @@ STEP = SimpleNamespace(finished_req_ids={"a"}, preempted_req_ids={"b"})
 
 
 def runner(model_state: Any, log: list) -> Any:
-    """What the stock method uses of the runner."""
+    """Return what the stock method uses of the runner."""
     log_removed = lambda req_id, *_, **__: log.append(("removed", req_id))  # noqa: E731
     return SimpleNamespace(
         model_state=model_state, pooling_runner=None, _remove_request=log_removed

@@ -15,7 +15,7 @@ BEAMS = BeamSearchParams(beam_width=2, max_tokens=4)
 
 
 def config_of(architecture: str) -> SimpleNamespace:
-    """What the method reads of a configuration."""
+    """Return what the method reads of a configuration."""
     return SimpleNamespace(
         watermark_config=None, model_config=SimpleNamespace(architectures=[architecture])
     )

@@ -19,7 +19,7 @@ D2F, OTHER = "DreamModel", "Qwen2ForCausalLM"
 
 
 def client(architecture: str, errored: bool) -> SimpleNamespace:
-    """What the patch reads of an engine's client."""
+    """Return what the patch reads of an engine's client."""
     return SimpleNamespace(
         errored=errored, model_config=SimpleNamespace(architectures=[architecture])
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """p14: the hook of a model's config can see which engine arguments the user gave."""
 
+import inspect
 from types import SimpleNamespace
 
 from vllm.engine.arg_utils import EngineArgs
@@ -26,3 +27,8 @@ def test_what_the_user_gave_is_kept_while_vllm_fills_in_its_defaults():
     assert PATCH.wrap(CREATE, original)(args, 1, headless=True) == "config"
     assert seen == [(None, (1,), {"headless": True})] and args.enable_chunked_prefill
     assert engine_args._given.get() is None
+
+
+def test_still_needed():
+    """Fails when vLLM leaves the arguments as the user gave them: then delete p14."""
+    assert "self.enable_chunked_prefill = " in inspect.getsource(EngineArgs)

@@ -84,7 +84,7 @@ class Language:
 
 @functools.cache
 def kernel_ast(module: str, name: str) -> ast.FunctionDef:
-    """The definition of a kernel in the installed vLLM."""
+    """Return the definition of a kernel in the installed vLLM."""
     package = importlib.util.find_spec("vllm")  # a submodule's spec would import its parents
     assert package is not None and package.origin is not None
     path = Path(package.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -97,7 +97,7 @@ def kernel_ast(module: str, name: str) -> ast.FunctionDef:
 
 @functools.cache
 def compiled(target: str) -> tuple[types.FunctionType, frozenset[str]]:
-    """The kernel `module:name` as a plain function without globals, and its parameters."""
+    """Return the kernel `module:name` as a plain function without globals, and its parameters."""
     module, _, name = target.partition(":")
     node = copy.deepcopy(kernel_ast(module, name))
     node.decorator_list = []
@@ -108,7 +108,7 @@ def compiled(target: str) -> tuple[types.FunctionType, frozenset[str]]:
 
 @functools.cache
 def interpreted(target: str) -> Any:
-    """The kernel in Triton's interpreter. Triton wants its source in a file."""
+    """Return the kernel in Triton's interpreter. Triton wants its source in a file."""
     module, _, name = target.partition(":")
     definitions = [kernel_ast(module, name)]
     if "_load_ptr" in ast.unparse(definitions[0]):
@@ -125,7 +125,7 @@ def interpreted(target: str) -> Any:
 
 
 def addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A table of addresses as vLLM passes it."""
+    """Return a table of addresses as vLLM passes it."""
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.uint64)
 
 
@@ -166,7 +166,7 @@ class Addresses:
 
 
 def as_pointer(argument: Any) -> Any:
-    """What a kernel receives for a launch argument."""
+    """Return what a kernel receives for a launch argument."""
     if isinstance(argument, torch.Tensor):
         return Pointer(argument.view(-1).numpy())
     if isinstance(argument, list):

@@ -18,12 +18,12 @@ def _named(weights: Weights, dream: str, llada: str) -> torch.Tensor:
 
 
 def head(weights: Weights) -> torch.Tensor:
-    """The language-model head, [vocabulary, hidden]."""
+    """Return the language-model head, [vocabulary, hidden]."""
     return _named(weights, "lm_head.weight", "model.transformer.ff_out.weight")
 
 
 def embedding(weights: Weights) -> torch.Tensor:
-    """The token embedding, [vocabulary, hidden]."""
+    """Return the token embedding, [vocabulary, hidden]."""
     return _named(weights, "model.embed_tokens.weight", "model.transformer.wte.weight")
 
 

@@ -31,7 +31,7 @@ D2F = {"block_size": 8, "max_blocks": 2}
 
 
 def config(folder, **options):
-    """What `vllm serve` builds before it starts an engine."""
+    """Return what `vllm serve` builds before it starts an engine."""
     options = {"dtype": "float32", "enforce_eager": True} | options
     return EngineArgs(model=str(folder), **options).create_engine_config()
 

@@ -80,7 +80,7 @@ class Engine:
         self.llm.apply_model(take)
 
     def nonfinite(self) -> int:
-        """The counter as on /metrics."""
+        """Return the counter as on /metrics."""
         metrics = self.llm.get_metrics()
         (value,) = [m.value for m in metrics if m.name == "vllm:d2f_nonfinite_proposals"]
         return value

@@ -37,7 +37,7 @@ def random_logits(rows, size, dtype=torch.float32, seed=0, scale=3.0):
 
 
 def random_sampling(rows, seed=0):
-    """Every rule alone and together; the first row is greedy."""
+    """Return every rule alone and together; the first row is greedy."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(values, dtype):

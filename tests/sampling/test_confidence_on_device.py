@@ -38,7 +38,7 @@ def confidence_error(
     how,
     counters_N: torch.Tensor,
 ) -> tuple[bool, float]:
-    """Whether the tokens are `proposal`'s, and the confidence's error against float64.
+    """Return whether the tokens are `proposal`'s, and the confidence's error against float64.
 
     The limits of a rule are applied in float64 as well; the token is taken as given.
     """

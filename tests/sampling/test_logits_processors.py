@@ -42,7 +42,7 @@ RULES = {
 
 
 def plain(rules: LogitRules, logits: list[list[float]]) -> list[list[float]]:
-    """The rules as vLLM documents them."""
+    """Return the rules as vLLM documents them."""
     out = []
     for row, position in zip(logits, POSITIONS, strict=True):
         new = []

@@ -20,7 +20,7 @@ def sampling(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=None)
 
 
 def plain_distribution(logits_V, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The same rules, one row at a time, in float64."""
+    """Return the same rules, one row at a time, in float64."""
     logits = logits_V.double() / temperature
     logits[MASK] = -torch.inf
     p = logits.softmax(-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random aborts at every stage: nothing is left behind, and no other request notices.
+"""Random aborts at every stage leave nothing behind and change no other request.
 
 On an engine of this process pages, slots and the token budget are too few for the requests, so that
 some wait, some are preempted and some windows are held back. Requests are aborted between steps and
@@ -71,7 +71,7 @@ class Storm:
         self._watch_slots()
 
     def run(self, aborts: int, drain_every: int = 400) -> "Storm":
-        """Until so many requests were aborted; the last drain included."""
+        """Run until so many requests were aborted, the last drain included."""
         next_drain = drain_every
         while self.aborted.total() < aborts:
             while len(self._live) < self.rng.randint(8, 40):
@@ -121,7 +121,7 @@ class Storm:
         self.engine.add(request_id, ask)
 
     def _abort_one(self) -> None:
-        """A stage at random among those there are, then a request of it at random."""
+        """Abort a random request at a random one of the stages that occur now."""
         by_stage: dict[str, list[str]] = {}
         for request_id in self._live:
             by_stage.setdefault(self.engine.stage(request_id), []).append(request_id)
@@ -147,7 +147,7 @@ class Storm:
             self._reusable = [request_id]
 
     def _disturb(self) -> None:
-        """What an operator may do to a server at work, each in one step of a hundred."""
+        """Do what an operator may do to a running server, each in one step of a hundred."""
         core, chance = self.engine.core, self.rng.random()
         if chance < 0.01:
             assert core.reset_prefix_cache(reset_running_requests=True)
@@ -178,7 +178,7 @@ class Storm:
             self.wrong.append({"ask": str(ask), "got": str(got)})
 
     def _drain(self) -> None:
-        """Let the others end, or abort them all, and look what is left."""
+        """Let the others end, or abort them all, and look for what is left."""
         if self.rng.random() < 0.5:
             self.aborted.update(map(self.engine.stage, self._live))
             self._gone.update(self._live)
@@ -207,7 +207,7 @@ class Storm:
 
 
 def storm(prompts: str, aborts: int, asks: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Aborts on one of `PROMPTS`, from the engine's start to its end."""
+    """Abort requests on one of `PROMPTS`, from the engine's start to its end."""
     section, options = PROMPTS[prompts]
     with engine(section, **(SHORT_OF_EVERYTHING | options)) as llm:
         config = llm.llm_engine.vllm_config
@@ -220,7 +220,7 @@ def storm(prompts: str, aborts: int, asks: int = 200, seed: int = 0) -> dict[str
 
 
 async def over_http(url: str, asks: Sequence[Ask], aborts: int) -> dict[str, Any]:
-    """Clients of which most close their connection, until so many did."""
+    """Run clients, most of which close their connection, until so many did."""
     asks = [ask for ask in asks if ask.known]
     async with Client(url, 24) as client:
 
@@ -236,7 +236,7 @@ async def over_http(url: str, asks: Sequence[Ask], aborts: int) -> dict[str, Any
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What aborts found, in words: a stage that was not hit, a leak, a wrong answer."""
+    """Describe what went wrong: a stage that was not hit, a leak, a wrong answer."""
     runs = report["engines"].values()
     http = report.get("http", {"left": {}, "log_errors": [], "traffic": {"wrong": 0}})
     found = {

@@ -41,7 +41,7 @@ PER_REQUEST = ("Request", "Stream", "Trace", "RequestSampler", "LogprobStore", "
 
 @contextlib.contextmanager
 def engine(section: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    """An engine in this process; its memory is free afterwards.
+    """Yield an engine in this process; its memory is free afterwards.
 
     Args:
         section: D2F settings of the deployment beside the window.
@@ -99,7 +99,7 @@ class EngineState:
         self.engine.add_request(request_id, prompt, ask.sampling_params())
 
     def stage(self, request_id: str) -> str:
-        """Where a request stands, one of `STAGES`."""
+        """Return where a request stands, one of `STAGES`."""
         # vLLM has an id of its own for each request, until the request is over.
         internal = self.engine.output_processor.external_req_ids.get(request_id)
         request = self.scheduler.requests.get(internal[0] if internal else None)
@@ -138,12 +138,12 @@ class EngineState:
         self._flush()
 
     def _flush(self) -> None:
-        """The worker learns with the next step which requests are over."""
+        """Run a step, with which the worker learns which requests are over."""
         while self.scheduler.has_requests():
             self.engine.engine_core.get_output()
 
     def leaks(self) -> dict[str, int]:
-        """What is left though no request is: how many by name. Empty is good."""
+        """Return what is left without a request: how many by name. Nothing should be."""
         scheduler, states, output = self.scheduler, self.states, self.engine.output_processor
         (pages,) = scheduler.kv_cache_manager.coordinator.single_type_managers
         req_states = self.runner.req_states

@@ -44,7 +44,7 @@ def kill_under_load(
     answered = [0] * clients
 
     def ask(stream: bool) -> str:
-        """Ask once; the error that the client meets, or nothing."""
+        """Ask once. Return the error that the client meets, or nothing."""
         body = {"model": "d2f-tiny", "prompt": prompt, "temperature": 0, "stream": stream} | SLOW
         try:
             response = httpx.post(f"{url}{COMPLETIONS}", json=body, headers=headers, timeout=600)
@@ -85,7 +85,7 @@ def kill_under_load(
 
 
 def failures(report: dict[str, Any], log: str) -> list[str]:
-    """What is wrong after a kill: a supervisor sees status 1, every client an error."""
+    """Describe what is wrong after a kill: a supervisor must see status 1, each client an error."""
     found = {
         "a client was not answered before": report["clients_answered_before"] < report["in_flight"],
         "a client hangs": report["clients_hanging"],
@@ -125,7 +125,7 @@ def kill_checkpoints(kills: int, folder: Path) -> dict[str, Any]:
             checkpoint.save(accelerator, folder, {"step": step})
 
     def loaded() -> int | None:
-        """The step that a new process would go on from, after a check of every number."""
+        """Check every number, and return the step from which a new process would continue."""
         found = checkpoint.find(folder)
         if found is None:
             return None
@@ -176,7 +176,7 @@ def kill_checkpoints(kills: int, folder: Path) -> dict[str, Any]:
 
 
 def _fork(work: Callable[[], object]) -> int:
-    """Run `work` in a child that has everything imported already; its process id."""
+    """Run `work` in a child that has imported everything already. Return its process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -189,7 +189,7 @@ def _fork(work: Callable[[], object]) -> int:
 
 
 def _fastest(work: Callable[[], object], runs: int = 3) -> float:
-    """Seconds of the fastest run: a pause of the machine must not put all kills past the end."""
+    """Return the seconds of the fastest run, so that a slow one puts no kill past the end."""
     best = float("inf")
     for _ in range(runs):
         started = time.perf_counter()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input over the whole HTTP surface: nothing but 4xx, and no other request notices.
+"""Bad input over the whole HTTP surface gets 4xx, and changes no other request.
 
 Three kinds of requests, each with a good one beside it whose answer must not change: `extremes`,
 written by hand, which no schema describes; `d2f_options`, drawn by hypothesis, as the server's
@@ -105,7 +105,7 @@ class Target:
 
 
 def not_served(response: Any) -> bool:
-    """Whether it is vLLM's answer on a route of its own for models of another kind.
+    """Return whether a response is vLLM's refusal on a route for models of another kind.
 
     That and no other 501: the type and the words of the error are compared.
     """
@@ -265,7 +265,7 @@ def extremes(target: Target) -> Iterator[tuple]:
 
 
 def d2f_options() -> st.SearchStrategy[dict[str, Any]]:
-    """Values of `vllm_xargs`: D2F's names and others, with numbers, texts and nonsense."""
+    """Make values of `vllm_xargs`: D2F's names and others, with numbers, texts and nonsense."""
     names = [f"d2f_{n}" for n in ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")]
     names += ["d2f_preset", "d2f_trace", "d2f_", "d2f_window", "diffusion_steps", "other"]
     integers = st.integers(-(1 << 70), 1 << 70) | st.integers(-2, 200)

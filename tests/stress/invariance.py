@@ -44,11 +44,11 @@ MUST_HAPPEN = {
     "again": "pages_found",
     "preempt": "preemptions",
 }
-"""What a way is for: it tests nothing if this did not happen."""
+"""What must happen in a way: if it did not, the way has tested nothing."""
 
 
 def answers(llm: Any, asks: Sequence[Ask], way: str, seed: int) -> list[Known]:
-    """All requests in one of the ways."""
+    """Answer all requests in one of the ways."""
     rng = random.Random(seed)
     if way == "alone":
         return [_together(llm, [ask])[0] for ask in asks]
@@ -73,7 +73,7 @@ def _together(llm: Any, asks: Sequence[Ask]) -> list[Known]:
 def _arriving(
     llm: Any, asks: Sequence[Ask], crowd: Sequence[Ask], rng: random.Random
 ) -> list[Known]:
-    """Shuffled, some before every step, beside a crowd of which half is aborted."""
+    """Run shuffled requests, some before every step, beside others of which half are aborted."""
     state = EngineState(llm)
     waiting = [(f"case-{i}", ask) for i, ask in enumerate(asks)]
     waiting += [(f"other-{i}", ask) for i, ask in enumerate(crowd)]
@@ -98,7 +98,7 @@ def _arriving(
 
 
 def compare(asks: Sequence[Ask], alone: Sequence[Known], got: Sequence[Known]) -> dict[str, Any]:
-    """How many equal the reference, and the answer alone; what differs, ties apart."""
+    """Count the answers that equal the reference, and the one alone. List the others, not ties."""
     rows = [(ask, ask.known[0], a, g) for ask, a, g in zip(asks, alone, got, strict=True)]
     wrong = [
         {"ask": str(ask), "alone": str(a), "got": str(g)}
@@ -115,7 +115,7 @@ def compare(asks: Sequence[Ask], alone: Sequence[Known], got: Sequence[Known]) -
 
 
 def run(requests: int, section: dict[str, Any], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Every way, with whole prompts or with block-causal ones by the D2F settings."""
+    """Run every way, with whole or block-causal prompts as the D2F settings say."""
     asks = make_asks(requests, seed, PLAIN, SETTINGS)
     results: dict[str, dict[str, Any]] = {}
     alone: list[Known] = []
@@ -150,7 +150,7 @@ def run(requests: int, section: dict[str, Any], seed: int = 0) -> dict[str, dict
 
 
 def failures(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs, what is left, and the ways that did not do what they are for."""
+    """Describe differences, leftovers, and ways that did not do what they are for."""
     ways = {way: result for way, result in results.items() if way != "reference"}
     found = [f"{way}: wrong answers" for way, result in ways.items() if result["wrong"]]
     found += [f"{way}: leaks" for way, result in ways.items() if result["leaks"]]

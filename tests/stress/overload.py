@@ -53,14 +53,14 @@ token costs: 0.71 and 0.78 were measured."""
 
 
 def equal_asks(count: int, seed: int) -> list[Ask]:
-    """Requests of one shape: other tokens in each prompt, the same number of them."""
+    """Make requests of one shape: as many tokens in each prompt, but other ones."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(2, 448) for _ in range(PROMPT)] for _ in range(count)]
     return [endless(prompt, PARAMS, ANSWER) for prompt in prompts]
 
 
 def burst(llm: Any, asks: Sequence[Ask]) -> dict[str, Any]:
-    """All at once, in order: what came, and what it cost."""
+    """Send all requests at once. Return the answers and their cost."""
     state = EngineState(llm)
     identical = len(asks) > 1 and all(ask == asks[0] for ask in asks)
     positions = 0
@@ -111,7 +111,7 @@ def burst(llm: Any, asks: Sequence[Ask]) -> dict[str, Any]:
 
 
 def in_process(seed: int = 0) -> dict[str, Any]:
-    """A burst of each size on one engine."""
+    """Measure a burst of each size on one engine."""
     sizes = [max(1, round(times * FIT)) for times in TIMES_FIT]
     with engine(max_num_seqs=64, num_gpu_blocks_override=PAGES + 1) as llm:
         reference = Reference(llm.llm_engine.vllm_config, window=ENGINE_WINDOW)
@@ -129,7 +129,7 @@ def in_process(seed: int = 0) -> dict[str, Any]:
 
 
 async def over_http(url: str, asks: Sequence[Ask], clients: int, requests: int) -> dict[str, Any]:
-    """Requests from clients that ask again when they are refused."""
+    """Send requests from clients that ask again when they are refused."""
     rng = random.Random(clients)
     queue = rng.choices(asks, k=requests)
     slowest = 0.0
@@ -163,12 +163,12 @@ async def over_http(url: str, asks: Sequence[Ask], clients: int, requests: int) 
 
 
 def share_left(levels: Sequence[dict[str, Any]], figure: str) -> float:
-    """What is left of the best throughput at the last, the highest load."""
+    """Return the throughput at the highest load as a share of the best."""
     return round(levels[-1][figure] / max(level[figure] for level in levels), 2)
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What overload found, in words."""
+    """Describe what went wrong under overload."""
     levels, http = report["in_process"], report["http"]
     over_http = http["levels"]
     found = {

@@ -19,7 +19,7 @@ Report = dict[str, Any]
 
 
 def render(folder: Path) -> str:
-    """The page for the result files of a folder."""
+    """Return the page for the result files of a folder."""
     introduction = (
         "# Reliability under load\n\n"
         "Written by `python tests/stress/report.py` from the JSON files beside it. Engine in "

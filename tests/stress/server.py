@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server at work holds: memory of its processes, pages, and errors in its log."""
+"""What a running server holds: memory of its processes, pages, and errors in its log."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ REFUSALS = ("VLLMValidationError", "QueueOverflowError")
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Resident MiB of a process and all its descendants, by name."""
+    """Return the resident MiB of a process and all its descendants, by name."""
     found: dict[str, float] = {}
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
@@ -32,7 +32,7 @@ def memory(pid: int) -> dict[str, float]:
 
 
 def _name(process: psutil.Process) -> str:
-    """vLLM names its processes; Python's own helpers are told by their command."""
+    """Return a process's name: vLLM's title, or for Python's helpers their command."""
     title = " ".join(process.cmdline())
     for word, name in (("EngineCore", "engine"), ("resource_tracker", "resource tracker")):
         if word in title or word in process.name():
@@ -41,20 +41,20 @@ def _name(process: psutil.Process) -> str:
 
 
 def child(pid: int, name: str) -> int:
-    """The process id of a server's engine or worker, by vLLM's title for it."""
+    """Return the process id of a server's engine or worker, by vLLM's title for it."""
     children = psutil.Process(pid).children(recursive=True)
     (found,) = [c.pid for c in children if name in " ".join(c.cmdline())]
     return found
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """Gauges by our names, summed over labels; preemptions so far."""
+    """Return gauges by our names, summed over labels, and the preemptions so far."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
         return parse_metrics(response.read().decode())
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """The same from the text of /metrics."""
+    """Read the gauges and preemptions in the text of /metrics."""
     names = GAUGES | {PREEMPTIONS: "preemptions"}
     found = dict.fromkeys(names.values(), 0.0)
     for line in text.splitlines():
@@ -65,7 +65,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 async def settle(url: str, seconds: float) -> dict[str, float]:
-    """What is still in use though no client asks any more, after at most `seconds`."""
+    """Return what is still in use without a request, after at most `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         metrics = await asyncio.to_thread(read_metrics, url)

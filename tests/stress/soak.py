@@ -26,7 +26,7 @@ OPTIONS = (
 
 
 async def soak(server: Any, asks: Sequence[Ask], seconds: float) -> dict[str, Any]:
-    """Traffic on a server that is ready, in stretches with a quiet moment after each."""
+    """Run traffic on a server, in stretches with a pause after each."""
     started = time.monotonic()
     warm_up = max(seconds / 4, min(seconds / 2, 180))
     quiet: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ async def soak(server: Any, asks: Sequence[Ask], seconds: float) -> dict[str, An
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What a soak found, in words."""
+    """Describe what went wrong in a soak."""
     traffic = report["traffic"]
     found = {
         "no answer equals the reference": not traffic["equal_to_the_reference"],

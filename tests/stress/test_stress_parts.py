@@ -97,7 +97,7 @@ def good_overload():
 
 
 def changed(report, path, value):
-    """A copy of a report with one value changed."""
+    """Return a copy of a report with one value changed."""
     copy = json.loads(json.dumps(report))
     *parents, name = path
     part = copy

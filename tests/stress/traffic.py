@@ -126,7 +126,7 @@ class Ask:
     status: int = 200
 
     def sampling_params(self, choice: int = 0) -> SamplingParams:
-        """The same for an engine in this process. vLLM gives each of n choices its own seed."""
+        """Do the same on an engine in this process. vLLM gives each of n choices its own seed."""
         options = {name: self.body[name] for name in _SAMPLING if name in self.body}
         if "structured_outputs" in self.body:
             structure = StructuredOutputsParams(**self.body["structured_outputs"])
@@ -138,12 +138,12 @@ class Ask:
 
 
 def xargs_of(params: D2FParams) -> dict[str, Any]:
-    """D2F settings as the options of a request."""
+    """Return D2F settings as the options of a request."""
     return {f"d2f_{name}": value for name, value in asdict(params).items()}
 
 
 def endless(prompt: Sequence[int], params: D2FParams, max_tokens: int, **options: Any) -> Ask:
-    """A greedy request for an engine that ends only at `max_tokens`."""
+    """Return a greedy request for an engine that ends only at `max_tokens`."""
     body = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
     return Ask("endless", body | {"vllm_xargs": xargs_of(params)} | options, tuple(prompt))
 
@@ -186,7 +186,7 @@ def make_asks(
 
 
 def _rules(kind: str, rng: random.Random) -> dict[str, Any]:
-    """What a kind of request has that a greedy one has not."""
+    """Return the parameters of a kind of request beyond those of a greedy one."""
     if kind in STRUCTURES:
         return {"structured_outputs": STRUCTURES[kind], "max_tokens": 64}
     xargs: dict[str, Any] = {}
@@ -224,7 +224,7 @@ def _rules(kind: str, rng: random.Random) -> dict[str, Any]:
 def _for_engine(
     kind: str, body: dict[str, Any], settings: Sequence[D2FParams], rng: random.Random
 ) -> str:
-    """Give a request settings, a length and often a prompt of its own; its kind."""
+    """Give a request settings, a length and often its own prompt. Return its kind."""
     body["vllm_xargs"] = body.get("vllm_xargs", {}) | xargs_of(rng.choice(settings))
     if kind == "drawn":
         body["top_p"] = 0.95
@@ -256,7 +256,7 @@ class Reference:
         self.settings = Settings(section.params, section.window, family="dream")
 
     def answers(self, asks: Iterable[Ask]) -> list[Ask]:
-        """The same requests with what must come."""
+        """Return the requests with their expected answers."""
         return [self._answered(ask) if ask.status == 200 else ask for ask in asks]
 
     def _answered(self, ask: Ask) -> Ask:
@@ -296,7 +296,7 @@ class Reference:
 
 
 def engine_answer(output: Any) -> Known:
-    """Tokens and forwards of a finished output of an engine in this process."""
+    """Return tokens and forwards of a finished output of an engine in this process."""
     completion = output.outputs[0]
     return Known(tuple(completion.token_ids), denoising_forwards(completion))
 
@@ -304,7 +304,7 @@ def engine_answer(output: Any) -> Known:
 def server_asks(
     count: int, seed: int, kinds: Sequence[str] = HTTP_KINDS, window: int = WINDOW
 ) -> list[Ask]:
-    """Requests for a server with `SERVER_OPTIONS`, with what must come. Starts no engine."""
+    """Make requests for a server with `SERVER_OPTIONS`, with expected answers. Start no engine."""
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -375,7 +375,7 @@ class Got:
     message: str = ""
 
     def add(self, data: dict[str, Any]) -> None:
-        """The next event of a stream, or all of an answer."""
+        """Add the next event of a stream, or all of an answer."""
         if "error" in data:
             # vLLM checks some parameters when the stream has begun: HTTP 200 was sent.
             self.status = data["error"].get("code", 500)

@@ -35,5 +35,5 @@ FAMILY = Family(
 
 
 def register() -> None:
-    """The entry point, which vLLM calls in each of its processes."""
+    """Register the family. vLLM calls this entry point in each of its processes."""
     vllm_d2f.register(FAMILY)

@@ -62,7 +62,7 @@ class Bag(torch.nn.Module):
 
 
 def by_hand(student, teacher, data, mask, ratios, options):
-    """The loss, position by position, in plain Python floats; gradients by autograd on scalars."""
+    """Compute the loss by position in Python floats, with gradients by autograd on scalars."""
     total, weight_sum, count = 0.0, 0.0, 0
     for b in range(len(data.ids_BT)):
         prompt, end = int(data.prompt_BT[b, 0]), int(data.end_BT[b, 0])

@@ -126,7 +126,7 @@ def test_attention_gradients_agree_on_cuda(base, attention):
 
 
 def random_adapter(loaded, section=LORA):
-    """An adapter that changes something; as initialised B is zero."""
+    """Return an adapter that changes something; as initialised B is zero."""
     net = add_lora(loaded, section, 0)
     torch.manual_seed(1)
     for name, parameter in net.named_parameters():

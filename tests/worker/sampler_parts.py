@@ -27,7 +27,7 @@ class Event:
 
 
 def stand_in(logits, mask_id, sampling=None, position=None, forward=None, *, entropy_N=None):
-    """`confidence_kernel.sample` from its definition, for all rows alike: nothing waits."""
+    """Do what `confidence_kernel.sample` does, for all rows alike, without waiting for a device."""
     token, value = sample_greedy(logits.clone(), mask_id, entropy_N)
     if sampling is None:
         return token, value
@@ -59,7 +59,7 @@ def make_states(
     ahead=False,
     origin="prompt_end",
 ):
-    """Real states. Blocks have 8 positions unless a request says otherwise."""
+    """Make real states. Blocks have 8 positions unless a request says otherwise."""
     hf_config = SimpleNamespace(
         d2f={"block_size": 8, "max_blocks": width // 8, "window": width},
         family=None,

@@ -215,7 +215,7 @@ def check_logprobs(want, got, busy, rules):
 
 
 def finished(output, run, busy):
-    """Whether nothing is left to decide for each request."""
+    """Return whether nothing is left to decide for each request."""
     window = run.states.window
     return [
         bool(window.open_R[s] == 0)
@@ -261,6 +261,28 @@ def test_a_prompt_is_computed_again_from_its_last_block(drafts):
     batch.num_computed_tokens_np, batch.prefill_len_np = np.array([0]), np.array([9])
     if not drafts:  # a chunk that ends earlier stays
         assert run.step(batch, torch.randn(6, HIDDEN)).num_rejected.tolist() == [0]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_step_asks_once_which_requests_have_a_sampler_of_their_own(monkeypatch, cuda):
+    class Samplers(dict):
+        asked = 0
+
+        def __contains__(self, slot):
+            self.asked += 1
+            return super().__contains__(slot)
+
+        def get(self, slot, default=None):
+            self.asked += 1
+            return super().get(slot, default)
+
+    composed_as_on_cuda(monkeypatch)
+    run = Run(cuda, "cpu", False, False, (), RULES)
+    for slot in range(3):
+        run.admit(slot, dict(d2f_block_size=4, d2f_max_blocks=2), 8, 3)
+    samplers = run.states.samplers = Samplers(run.states.samplers)
+    run.step(make_batch([0, 1, 2], [7] * 3, [4] * 3, "cpu"), torch.randn(21, HIDDEN))
+    assert set(samplers) == {0, 1} and samplers.asked == 3
 
 
 def test_the_plain_sampler_would_be_caught(monkeypatch):

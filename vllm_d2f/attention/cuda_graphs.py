@@ -48,7 +48,7 @@ def whole_blocks(
     block_size_R: NDArray[np.integer],
     block_size: int,
 ) -> bool:
-    """Whether all queries are whole blocks of the served size, and equally many.
+    """Return whether all queries are whole blocks of the served size, and equally many.
 
     Args:
         start_R, length_R: positions of the query.

@@ -29,7 +29,6 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.utils import get_flashinfer_layout_string
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
@@ -60,7 +59,6 @@ WORKSPACE_BYTES_PER_CHANNEL = 16
 class BlockCausalBackend(AttentionBackend):
     """Block-causal attention as one non-causal FlashInfer sequence per block."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
         "auto",
         "float16",
@@ -75,14 +73,6 @@ class BlockCausalBackend(AttentionBackend):
     def get_name() -> str:
         # The member of vLLM's enumeration that it is registered as.
         return "CUSTOM"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(1)]
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return default_block_size
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -234,7 +224,7 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
             q_data_type=self.query_type,
             kv_data_type=self.cache_type,
             seq_lens=paged.kv_len_S,
-            # Else it looks for the largest in Python, sequence by sequence.
+            # Otherwise FlashInfer searches for the largest in Python, sequence by sequence.
             max_token_per_sequence=common.max_query_len,
         )
         return BlockCausalMetadata(
@@ -328,7 +318,7 @@ class BlockCausalImpl(AttentionImpl[BlockCausalMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the step's queries over the cache, which holds their keys already.
+        """Compute the attention of the step's queries over the cache, which has their keys already.
 
         Args:
             query: [T, H, D], rows from `num_tokens` on are padding.

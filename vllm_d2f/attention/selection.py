@@ -45,28 +45,21 @@ def prepare(vllm_config: "VllmConfig") -> None:
     """
     attention = vllm_config.attention_config
     attention.use_non_causal = True
-    wanted = attention.backend
+    wanted, lack = attention.backend, None
     head_size = vllm_config.model_config.get_head_size()
-    if wanted is None and head_size not in HEAD_SIZES:
-        logger.info(
-            "FlashInfer has no heads of %d, only of %s; vLLM chooses the attention backend.",
-            head_size,
-            HEAD_SIZES,
-        )
-    elif wanted is None and find_spec("flashinfer") is None:
-        logger.warning(
-            "FlashInfer is not installed (pip install flashinfer-python); vLLM chooses the "
-            "attention backend."
-        )
+    if head_size not in HEAD_SIZES:
+        lack = f"FlashInfer has no heads of {head_size}, only of {HEAD_SIZES}"
+    elif find_spec("flashinfer") is None:
+        lack = "FlashInfer is not installed (pip install flashinfer-python)"
+    if wanted is None and lack is not None:
+        # Only tiny models have other heads, and their users need no faster kernel.
+        say = logger.info if head_size not in HEAD_SIZES else logger.warning
+        say("%s; vLLM chooses the attention backend.", lack)
     elif wanted in (None, AttentionBackendEnum.FLASHINFER):
-        if find_spec("flashinfer") is None:
+        if lack is not None:
             raise ValueError(
-                "--attention-backend FLASHINFER needs FlashInfer: pip install flashinfer-python"
-            )
-        if head_size not in HEAD_SIZES:
-            raise ValueError(
-                f"FlashInfer has no heads of {head_size}, only of {HEAD_SIZES}; give "
-                "--attention-backend TRITON_ATTN or leave the option out"
+                f"--attention-backend FLASHINFER: {lack}; give --attention-backend TRITON_ATTN or "
+                "leave the option out"
             )
         if AttentionBackendEnum.CUSTOM.get_path() != PATH:
             raise ValueError(

@@ -47,7 +47,7 @@ class State:
 
 
 def root() -> Path:
-    """`D2F_CACHE`, else `vllm-d2f` in huggingface_hub's `HF_HOME`."""
+    """Return the folder `D2F_CACHE`, else `vllm-d2f` in huggingface_hub's `HF_HOME`."""
     from huggingface_hub.constants import HF_HOME
 
     own = os.environ.get("D2F_CACHE")
@@ -60,7 +60,7 @@ def folder_of(name: str) -> Path:
 
 
 def is_part(folder: Path) -> bool:
-    """Whether the folder is one that a merge has not completed."""
+    """Return whether the folder is one that a merge has not completed."""
     return _PART.fullmatch(folder.name) is not None
 
 
@@ -110,7 +110,7 @@ def damaged_files(folder: Path, state: State) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -128,7 +128,7 @@ def elsewhere(folder: Path) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a place: one process prepares it, others wait.
 
-    The lock is a file beside the place. It ends with its process, however that ends.
+    The lock is a file beside the place. The system releases it when its process ends.
     """
     path = folder.with_name(f".{folder.name}.d2f-lock")
     try:
@@ -173,7 +173,7 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     try:
         part.mkdir(parents=True)
         write_json(part / RECORD, write(part) | {"format": FORMAT})
-        # Everything is on the disk before the new name is.
+        # All files are on the disk before the folder gets its name.
         for path in (*part.iterdir(), part):
             sync(path)
         remove_folder(folder)
@@ -225,13 +225,13 @@ def remove_parts(folder: Path) -> int:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """Unfinished folders beside `folder`."""
+    """Return the unfinished folders beside `folder`."""
     prefix = f"{folder.name}.part-"
     return [p for p in folder.parent.glob("*") if p.name.startswith(prefix) and is_part(p)]
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 

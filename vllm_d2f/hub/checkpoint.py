@@ -73,7 +73,7 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter alone, without a base."""
+    """Return whether the folder holds an adapter alone, without a base."""
     weights = any((folder / name).exists() for name in (INDEX, SINGLE))
     return (folder / "adapter_config.json").is_file() and not weights
 
@@ -145,7 +145,7 @@ def read_header(path: Path) -> Shard:
     """
     try:
         with safe_open(path, framework="numpy"):
-            pass  # offsets without holes or overlaps, shapes that fit, a file of exactly that size
+            pass  # this checks offsets, shapes and the size of the file
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")

@@ -107,7 +107,7 @@ def _sources(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def overview() -> list[dict[str, Any]]:
-    """Every model by name: what it is, its state, its size in bytes, and its sources."""
+    """Describe every model by name: what it is, its state, its size in bytes, and its sources."""
     rows: list[dict[str, Any]] = []
     for name, about in EMBEDDED.items():
         folder = resolve_embedded(name)
@@ -220,7 +220,7 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 def _downloads(published: Published) -> list[Any]:
-    """Those of the repositories of a model that are in the Hub's cache."""
+    """Return the repositories of a model that are in the Hub's cache."""
     try:
         repositories = scan_cache_dir().repos
     except CacheNotFound:

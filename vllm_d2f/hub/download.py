@@ -136,7 +136,7 @@ def fetch_weights(source: Source, target: Path) -> None:
 
 
 def _device_memory() -> int:
-    """Bytes that the devices of this machine hold for weights and cache, without starting one."""
+    """Return the bytes that this machine's devices have together, without starting a device."""
     # Training reaches this module and must not need vLLM.
     platform = import_module("vllm.platforms").current_platform
     devices = platform.device_count() if platform.is_cuda() else 1
@@ -176,7 +176,7 @@ def _fetch(repository: str, revision: str | None, names: Sequence[str]) -> Sourc
 
 
 def snapshot(repository: str, revision: str | None, names: Sequence[str]) -> Path:
-    """`huggingface_hub.snapshot_download`, with errors that say what to do.
+    """Call `huggingface_hub.snapshot_download`, and turn its errors into some that name the remedy.
 
     Args:
         names: of files, or patterns. A name of an index holds none: `checkpoint.index_of`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging a PEFT LoRA adapter into its base, file by file, in the memory of a few matrices.
+"""Merges a PEFT LoRA adapter into its base file by file, with memory for a few matrices.
 
 A merged file keeps the header of its base file: the names, types and shapes of the tensors stay.
 Bytes that the adapter does not change are copied; a tensor that it changes is summed in float32 and

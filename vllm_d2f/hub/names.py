@@ -32,16 +32,16 @@ _REFUSED = {
 
 
 class UnknownModelError(ValueError):
-    """A name like those of this package that no model can be served under."""
+    """A name that looks like one of this package's, but under which no model can be served."""
 
 
 def known_names() -> list[str]:
-    """Every name that `resolve` turns into a folder."""
+    """Return every name that `resolve` turns into a folder."""
     return [*EMBEDDED, *PUBLISHED]
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` is one of this package's names; this prepares no model.
+    """Return whether `name` is one of this package's names. This prepares no model.
 
     What exists as a path or contains a slash is a folder or a Hub id, and vLLM handles those.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name, or a base and an adapter, to a merged folder that vLLM serves."""
+"""Makes a merged folder that vLLM serves, of a name or of a base and an adapter."""
 
 import logging
 import re
@@ -183,7 +183,7 @@ def _merge(folder: Path, plan: MergePlan, name: str) -> None:
         except ValueError as error:
             raise HubError(str(error)) from None
 
-    # What can be refused is refused before the weights are downloaded.
+    # Everything that can be checked is checked before the weights are downloaded.
     adapter = adapter_source = None
     if plan.adapter is not None:
         adapter_source = _source(plan.adapter, plan.adapter_revision, "adapter")
@@ -364,7 +364,7 @@ def _check_variant(
 def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config without remote code, with the decoding settings."""
     merged = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
-    # Some say the `model_type` of their layers.
+    # Some checkpoints name the `model_type` of their layers.
     if family := FAMILIES.get(config["architectures"][0]):  # else an autoregressive twin
         merged["model_type"] = family.model_type
     if plan.d2f is not None:
@@ -376,7 +376,7 @@ def _merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]
 
 
 def _write_small_files(source: Path, part: Path) -> None:
-    """Tokenizer, generation settings and index. Never code."""
+    """Copy tokenizer, generation settings and index, and no code."""
     for name in ("generation_config.json", checkpoint.INDEX, *download.TOKENIZER_FILES):
         if not (source / name).exists():
             continue

@@ -18,7 +18,7 @@ from vllm_d2f.models.family import Wheel
 
 
 def folder_of_base(base: str) -> Path:
-    """Where the base with this Hub id is kept."""
+    """Return the folder in which the base with this Hub id is kept."""
     return cache.root() / f"base-{base.replace('/', '--')}"
 
 

@@ -250,7 +250,7 @@ def _cut(
     limited = ((k > 0) | (p < 1)) & (tl.load(temperature + row) > 0)
     if limited & (base > -float("inf")) & (base < float("inf")):
         top = _key(base).to(tl.int64)
-        # Of the values equal to the cut so many stay.
+        # How many of the values that equal the cut stay.
         ties = tl.full((), 0x7FFFFFFF, tl.int32)
         if k > 0:
             count = _mass(logits, row_stride, size, mask_at, temperature, base, low, True, TILE)
@@ -367,7 +367,7 @@ def _draw(
         at = row * tiles + tile
         tl.store(order_out + at, tl.max(order))
         tl.store(kept_out + at, tl.sum(tl.where(kept, tl.exp(x - base), 0.0)))
-        if moment_out is not None:  # over the tile's value, which counts from another maximum
+        if moment_out is not None:  # replaces the value of `_tiles`, from another maximum
             tl.store(moment_out + at, _moment(x - base, ~kept | (x == -float("inf"))))
 
 

@@ -99,7 +99,7 @@ class RequestSampler:
 
 
 def in_order(params: Any) -> bool:
-    """Whether the request is decoded in the order of the text; see `constraints`."""
+    """Return whether the request is decoded in the order of the text; see `constraints`."""
     return params.structured_outputs is not None or bool(_phrases(params))
 
 

@@ -41,7 +41,7 @@ class Sampling:
 
     @classmethod
     def greedy(cls, num_rows: int, device: torch.device | str | None = None) -> "Sampling":
-        """Rows that take the most probable token."""
+        """Make rows that take the most probable token."""
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((num_rows,), value, dtype=dtype, device=device)
@@ -192,7 +192,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's is arithmetic."""
+    """Shift right as if the bits were unsigned, which torch does not."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -152,7 +152,7 @@ def shard(
 
 
 def merge(partial_PN: Partial) -> Partial:
-    """One partial of the whole row from those of all ranks, in any order; its fields are [P, N]."""
+    """Merge the partials of all ranks, in any order, to one of the whole row. They are [P, N]."""
     order_PN, value_PN, max_PN, sum_PN, moment_PN = partial_PN
     order_N, best_N = order_PN.max(0)
     max_N = max_PN.amax(0)
@@ -172,7 +172,7 @@ def merge(partial_PN: Partial) -> Partial:
 def finish(
     partial: Partial, drawn_N: Tensor | None = None, entropy_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token (int64) and confidence (float32) from the partial of a whole row.
+    """Return token (int64) and confidence (float32) from the partial of a whole row.
 
     A row without a distribution gets confidence 0 and the token that `sample.sample` gives it.
 
@@ -208,12 +208,12 @@ def all_gather_values(values: tuple[Tensor, ...], gather: Gather) -> tuple[Tenso
 
 
 def _product(log_weight: Tensor, weight: Tensor) -> Tensor:
-    """Their product, 0 where the logarithm is -inf."""
+    """Return the product of both, 0 where the logarithm is -inf."""
     return torch.where(log_weight == -torch.inf, 0.0, log_weight * weight)
 
 
 def _order(score_N: Tensor, token_N: Tensor) -> Tensor:
-    """See `Partial.order_N`. NaN is above all numbers, and -0 equals 0, as in the kernel."""
+    """Return `Partial.order_N`. NaN is above all numbers, and -0 equals 0, as in the kernel."""
     bits_N = torch.where(score_N == 0, 0.0, score_N).view(torch.int32)
     key_N = torch.where(score_N.isnan(), HIGHEST, bits_N ^ ((bits_N >> 31) & HIGHEST))
     return (key_N.long() << 32) | (HIGHEST - token_N)

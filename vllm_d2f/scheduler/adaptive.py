@@ -82,7 +82,7 @@ class StepCost:
         self.seconds_S = np.exp(_never_falling(self.log_S, self.seen_S))
 
     def seconds(self, positions: Floats) -> Floats:
-        """Interpolate."""
+        """Interpolate between the measured costs."""
         beyond = np.maximum(positions / self.size_S[-1], 1)
         return beyond * np.interp(positions, self.size_S, self.seconds_S)
 
@@ -170,8 +170,8 @@ class Windows:
         return np.minimum(np.arange(self.size_RJ.shape[1]), BLOCKS - 1) * LEVELS + level_RJ
 
     def least_R(self) -> Integers:
-        """Blocks that must go into the forward: up to the first masked position's, so that all
-        decided blocks before it are committed."""
+        """Count the blocks that must go into the forward, up to that of the first masked position:
+        decoded blocks before it are then committed."""
         return (self.masked_RJ.cumsum(1) == 0).sum(1) + 1
 
 
@@ -184,7 +184,7 @@ class DecisionRates:
         self.decided = np.full(BLOCKS * LEVELS, masked * rate)
 
     def expected_RJ(self, windows: Windows) -> Floats:
-        """Positions that a step is expected to decide in each block."""
+        """Return how many positions a step is expected to decode in each block."""
         return windows.masked_RJ * (self.decided / self.masked)[windows.place_RJ()]
 
     def learn(self, place_N: Integers, masked_N: Integers, decided_N: Integers) -> None:

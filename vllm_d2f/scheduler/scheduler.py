@@ -100,8 +100,8 @@ class D2FScheduler(Scheduler):
         self.held_back = {request.request_id for request, _ in held_back}
         pause = self._pause_state
         if self.preempted_in_flight and pause == PauseState.UNPAUSED:
-            # A preempted request comes back with all its tokens, so the one in flight must be in
-            # first. It may stand at the head of the queue, so no request is admitted meanwhile.
+            # A preempted request resumes with all its tokens, so the result of its forward in
+            # flight must arrive first. It may be first in the queue, so none is admitted meanwhile.
             self._pause_state = PauseState.PAUSED_NEW
         output = super().schedule(throttle_prefills)
         self._pause_state = pause
@@ -139,7 +139,7 @@ class D2FScheduler(Scheduler):
         request.num_computed_tokens += stream.commit_to(request)
 
     def _width(self, request: Request) -> int:
-        """Positions of the next window of a request whose last result may not be in."""
+        """Return the positions of the next window of a request whose last result may be missing."""
         stream = self.streams[request.request_id]
         width = min(stream.width() - stream.tail, stream.limit - request.num_output_tokens)
         if width <= 0:
@@ -181,7 +181,7 @@ class D2FScheduler(Scheduler):
                 raise _no_window(req_id)
 
     def _learn(self, draft_token_ids: DraftTokenIds) -> None:
-        """Show the adaptive window what came of its choice."""
+        """Report the result of its choice to the adaptive window."""
         rows = [
             (req_id, window, self.requests[req_id].num_output_tokens, self.streams[req_id].tail)
             for req_id, window in zip(
@@ -395,7 +395,7 @@ class D2FScheduler(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """vLLM's hook for where a chunk of a prompt may end: only where an attention block ends.
+        """Let a chunk of a prompt end only where an attention block ends (a hook of vLLM).
 
         vLLM also asks it about requests that are held back, whose tail it would compute alone.
         """

@@ -15,7 +15,7 @@ from vllm_d2f.strategies.profile import accept_prefix
 def accept(
     confidence_RW: Tensor, block_RW: Tensor, active_RW: Tensor, tau_R1: Tensor, fewest_R1: Tensor
 ) -> Tensor:
-    """Which proposals become tokens, bool [R, W]; as `threshold.accept`."""
+    """Decide which proposals become tokens, bool [R, W]; arguments as for `threshold.accept`."""
     return accept_prefix(_risk, confidence_RW, block_RW, active_RW, tau_R1, fewest_R1)
 
 

@@ -15,12 +15,12 @@ from vllm_d2f.strategies.profile import accept_prefix
 def accept(
     confidence_RW: Tensor, block_RW: Tensor, active_RW: Tensor, tau_R1: Tensor, fewest_R1: Tensor
 ) -> Tensor:
-    """Which proposals become tokens, bool [R, W]; as `threshold.accept`."""
+    """Decide which proposals become tokens, bool [R, W]; arguments as for `threshold.accept`."""
     return accept_prefix(_risk, confidence_RW, block_RW, active_RW, tau_R1, fewest_R1)
 
 
 def _risk(loss_RW: Tensor, rank_RW: Tensor, block_RW: Tensor) -> Tensor:
-    """1 - (L_n - U_n): what the first n tokens lose together, and the n-th once more."""
+    """Compute 1 - (L_n - U_n): the losses of the first n tokens, and that of the n-th once more."""
     sum_RW = loss_RW.cumsum(1)
     before_RW = (sum_RW - loss_RW).gather(1, block_RW)  # the blocks before this one
     return sum_RW - before_RW + loss_RW

@@ -18,7 +18,7 @@ Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def order_of(confidence_RW: Tensor, block_RW: Tensor) -> Tensor:
-    """Columns in the order of their block, then of falling confidence, then of their position."""
+    """Sort columns by block, then by falling confidence, then by position."""
     # One stable sort: the bits of floats that are not negative order as the floats do, and the
     # block in the upper bits leaves each block in the columns where it was.
     return ((block_RW << 32) - confidence_RW.view(torch.int32)).argsort(dim=1, stable=True)

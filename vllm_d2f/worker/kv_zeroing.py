@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zeroes what earlier requests left in the pages of a CPU cache, so that a NaN reaches no other.
+"""Zeroes values that earlier requests left in the pages of a CPU cache, so that no NaN spreads.
 
 vLLM's CPU attention multiplies whole pages. A position behind the end of a sequence has weight 0,
 and 0 times the value that an earlier request left there is 0, unless that value is NaN or infinite.

@@ -31,7 +31,7 @@ class D2FModel:
 
     @staticmethod
     def get_model_state_cls() -> type[D2FModelState]:
-        """vLLM's runner takes its model state from here."""
+        """Return the class of the model state that vLLM's runner makes."""
         return D2FModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class D2FModelState(ModelState):
-    """The seam of vLLM's V2 runner for what differs between models."""
+    """The interface of vLLM's V2 runner to what differs between models."""
 
     # A step commits window tokens and nothing beside them.
     num_new_sampled_tokens_per_step = 0
@@ -62,11 +62,11 @@ class D2FModelState(ModelState):
         self.states.apply_staged_writes()
 
     def remove_request(self, req_id: str) -> None:
-        """vLLM calls this for preempted requests, and for finished ones after `forget_requests`."""
+        """Put a preempted request aside; `forget_requests` has forgotten finished ones before."""
         self.states.preempt(req_id)
 
     def forget_requests(self, req_ids: set[str]) -> None:
-        """Finished requests do not come back (the hook of p04)."""
+        """Forget finished requests, which do not come back (called by p04)."""
         for req_id in req_ids:
             self.states.finish(req_id)
 
@@ -156,7 +156,7 @@ class D2FModelState(ModelState):
         start_R: NDArray[np.integer],
         length_R: NDArray[np.integer],
     ) -> bool:
-        """Whether a step has the form of a captured graph (the hook of p12, before the inputs)."""
+        """Return whether a captured graph can replay a step (p12 calls it before the inputs)."""
         return whole_blocks(
             start_R,
             length_R,

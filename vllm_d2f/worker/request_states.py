@@ -198,7 +198,7 @@ class RequestStates:
         return torch.full((1,), slot, dtype=torch.int64, device=self.device)
 
     def _sampling(self, staged: Sequence[Staged]) -> Sampling:
-        """How the requests are sampled, on the device."""
+        """Return the sampling settings of the requests, on the device."""
         params = [(one.data.sampling_params, one.seed) for one in staged]
         floats = [(p.temperature, p.top_p, p.min_p) for p, _ in params if p is not None]
         integers = [(max(p.top_k, 0), seed) for p, seed in params if p is not None]

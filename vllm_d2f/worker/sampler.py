@@ -154,7 +154,7 @@ class D2FSampler:
             tail_R = (-states.window.start_R[slot_R]).clamp(min=0) * ends_R
             output.num_rejected[denoising:] = tail_R[denoising:].int()
         if states.logits_shift:
-            # Before `begin` nothing was committed, and what was kept before still holds.
+            # A query that ends before `begin` committed nothing, and the kept output still holds.
             kept_RH = torch.where(
                 (last_R >= begin_R)[:, None],
                 hidden_TH[last_R.clamp(min=0)],
@@ -272,7 +272,7 @@ class D2FSampler:
             return None
         width_D = queries.width_D
         if self.states.adaptive:
-            # What waited behind the query may be emitted with it.
+            # Decoded positions behind a narrow query may be emitted with it.
             width_D = np.maximum(width_D, self.states.settings.window)
         token_NK, value_NK, rank_N, begin = take_all(stores, new_D, width_D.tolist())
         begin += [begin[-1]] * (num_reqs - len(new_D))  # those that only prefill

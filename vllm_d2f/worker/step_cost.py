@@ -101,7 +101,7 @@ def _run(
     requests: list[DummyRequest],
     seconds: dict[int, float],
 ) -> None:
-    """Time the steps of some requests, and let them go."""
+    """Time the steps of some requests, then finish the requests."""
     block_size = runner.model_state.settings.params.block_size
     tail = len(PROMPT) % block_size if runner.model_state.states.origin_zero else 0
     while not all(one.admitted for one in requests):
@@ -129,7 +129,7 @@ def _run(
 
 
 def _requests(runner: Any, count: int) -> list[DummyRequest]:
-    """As many requests of one kind as there are pages for. Page 0 is the null page."""
+    """Make as many requests of one kind as there are pages for. Page 0 is the null page."""
     settings = runner.model_state.settings
     length = min(len(PROMPT) + (STEPS + 2) * settings.window, runner.max_model_len)
     if length <= len(PROMPT) + settings.params.block_size:
