@@ -118,7 +118,7 @@ def _wrap_kernels(meter: Meter, cpu_kernels: Any, p03: Any) -> None:
 
 def measure(llm: Any, meter: Meter, num_reqs: int, steps: int) -> dict[str, Any]:
     """Return median milliseconds per step, over `steps` steps with every window fully open."""
-    # Open a block each step whatever is decided, and decide one position a step and block.
+    # Open a block in each step whatever is decoded, and decode one position per step and block.
     params = D2FParams(BLOCK, BLOCKS, tau_add=0.0, tau_act=0.0, tau_conf=1.0)
     engine = llm.llm_engine
     vocab = llm.llm_engine.model_config.get_vocab_size()

@@ -155,7 +155,7 @@ def _with_arrivals(llm: Any, cases: Sequence[Case], rng: random.Random) -> list[
             wait = rng.randint(1, 5)
         wait -= 1
         if not engine.has_unfinished_requests():
-            continue  # with the engine in a process of its own, a step would wait for ever
+            continue  # with the engine in a process of its own, a step would never return
         for output in engine.step():
             if output.finished:
                 answers[int(output.request_id.split("-")[1])] = _answer(output)

@@ -124,7 +124,7 @@ QUICK: dict[str, Any] = dict(prompts=8)
 def scaled(profile: Sequence[Trace], widest: float, times: float, like: Trace) -> list[Trace]:
     """Return the profile of another model, for windows of 1, 2, ... blocks.
 
-    Every forward decides a token; what is decided beyond it grows in the same proportion for all
+    Every forward decodes a token; what it decodes beyond one grows in the same proportion for all
     windows, so that the widest takes `widest` tokens per forward.
 
     Args:

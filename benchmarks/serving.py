@@ -263,7 +263,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help = "vLLM's own dtype, memory and graphs (default: if there is a GPU)"
     add("--gpu", action=argparse.BooleanOptionalAction, help=help)
     add("--timeout", type=int, default=900, help="seconds for each command")
-    add("--streaming", action="store_true", help="time how text leaves, without a server")
+    add("--streaming", action="store_true", help="time streaming, without a server")
     add("--at-once", type=int, nargs="+", default=[1, 8], help="requests, with --streaming")
     positive = ("runs", "prompts", "max_tokens", "max_num_seqs", "at_once")
     args = parser.finish(argv, {"prompts": 8, "runs": 1, "at_once": [2]}, positive)

@@ -10,7 +10,7 @@ are full. `SHAPE/speed/RATE/REQUESTS`: tokens per second of `LLM.generate` at so
 forward (simulated), windows of 4 blocks. `SHAPE/profile/REQUESTS`: one step under torch's profiler:
 the largest kernels, the gaps in which none ran, and the calls in which the host stood still.
 Weights are dummies, so no time depends on what is decoded. On a GPU a process measures one shape;
-the same command goes on with the next.
+the same command continues with the next.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def build(
 ) -> dict[str, Any]:
     """Return the report's parts, the most important figures first.
 
-    `simulated`: tokens per forward that were made up, None where the models decided.
+    `simulated`: simulated tokens per forward; None where the models decided.
     """
     points = [
         {"kind": key.kind, "mode": key.mode, "batch_size": key.batch_size, **point(done, has_text)}

@@ -33,7 +33,7 @@ def greedy_answers(
 ) -> Records:
     """Return the records with the model's answers instead of their own.
 
-    They are kept in `file`, which an interrupted run goes on with. Answers that are longer than
+    They are kept in `file`, with which an interrupted run continues. Answers that are longer than
     `max_length` with their prompt, or much longer than the record's own, are left out.
     """
     with accelerator.main_process_first():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from which a training goes on exactly.
+"""Checkpoints from which a training continues exactly.
 
 Data and noise of a step are drawn from seeds made of its number, so weights, optimizers, the random
 state (for dropout) and the number are everything. A checkpoint appears as a whole or not at all.

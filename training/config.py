@@ -205,7 +205,7 @@ class LossSection(Section):
         tail_weight: weight of those positions; they are always the same token, so soon learnt.
         data_weight: weight of the cross-entropy with the data that is added.
         pattern: masks of the `diffusion` objective: one ratio per sequence (`uniform`), or mostly
-            like a decoding under way (`decoding`).
+            like a partly decoded answer (`decoding`).
         low: least mask ratio of `uniform`.
     """
 

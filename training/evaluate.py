@@ -102,7 +102,7 @@ def vanilla(
     mask_id: int,
     canvas: int,
 ) -> Score:
-    """Decode with a bidirectional model: each forward decides the surest masked positions."""
+    """Decode with a bidirectional model, in each forward the most confident masked positions."""
     outputs, order, forwards = [], [], []
     for group in by_length(examples):
         prompt = len(group[0].prompt)

@@ -2,7 +2,7 @@
 """What each choice of the method does, on the tiny model: `python -m training.experiments`.
 
 Every variant distils the same teacher, for several seeds, and is decoded with the reference loop at
-several thresholds. A result is kept as soon as it is there; running the command again goes on.
+several thresholds. Each result is kept at once; running the command again continues.
 
     python -m training.experiments --config training/configs/experiments.yaml \\
         --teacher build/tiny/teacher/final.safetensors --out build/experiments \\

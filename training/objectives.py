@@ -10,7 +10,7 @@ positions, and `d2f_loss` distils a student that decodes blocks:
    it, the prompt, its own block and the blocks before (`vllm_d2f.d2f.may_attend`).
 3. The loss is the divergence between the two at the masked positions (`divergence`), weighted.
 
-Which of the choices follows the paper and which the authors' code is said in
+Which choices follow the paper, and which follow the authors' code, is explained in
 `training/configs/dream-7b.yaml`.
 
 Shapes: B rows, T tokens, D documents, N blocks of a document, M masked positions, V vocabulary.
@@ -92,7 +92,7 @@ def decoding_ratios(batch: Batch, low: float, generator: Generator) -> Tensor:
 
     Low ratios only reward copying, so they are biased high. A quarter of the documents has one
     ratio in [low, 1]. The others have few masks before a cut inside the answer and many behind it,
-    half of them nothing but masks. Decoders that take the surest position first fill the end
+    half of them only masks. Decoders that take the most confident position first fill the end
     tokens before anything else, so in a third of the documents the tail has a ratio of its own.
     """
     D = batch.documents

@@ -5,7 +5,7 @@ A recogniser of the CTC kind writes capitals (others lower case) without punctua
 out, and keeps what the speaker did: fillers, repeated words. `degrade` makes such a transcript of a
 written text, the same one for the same seed; training, tests and the demonstration share it.
 
-`spoken` is the part of it without chance: the words of a text as they are said. Scores compare
+`spoken` is its deterministic part: the words of a text as they are spoken. Scores compare
 these, so that "$12" and "twelve dollars", which sound alike, count as the same words.
 """
 
@@ -124,7 +124,7 @@ def _said(match: re.Match[str]) -> str:
 
 
 def spoken(text: str) -> list[str]:
-    """Return the words of a text as they are said: lower case, no punctuation, numbers in words."""
+    """Return the words of a text as spoken: lower case, no punctuation, numbers in words."""
     said = SPOKEN.sub(_said, written(text)).lower()
     words = re.findall(r"[a-z]+(?:'[a-z]+)*", said)
     # "one hundred and five" and "one hundred five" are the same number.

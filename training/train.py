@@ -2,7 +2,7 @@
 """Train D2F models: `python -m training.train --config training/configs/tiny.yaml --out DIR`.
 
 A config names one or more stages, each with an objective: `next_token`, `diffusion` or `d2f`.
-Running the command again goes on where it stopped, to the same weights; finished stages are
+Running the command again continues where it stopped, to the same weights; finished stages are
 loaded. On several devices start it with `accelerate launch -m training.train ...`.
 """
 

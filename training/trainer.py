@@ -2,7 +2,7 @@
 """One stage of a training: its model, data and teacher, the loop, its log, and its end.
 
 Everything random about update number `i` comes from the stage's seed and `i`, so a training that
-was interrupted goes on to the same weights.
+was interrupted continues to the same weights.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -48,7 +48,7 @@ from vllm_d2f.output import write_at_once
 
 @dataclass
 class Run:
-    """One stage under way."""
+    """One stage while it runs."""
 
     config: Config
     name: str
@@ -228,7 +228,7 @@ def fingerprint_files(files: Sequence[Path]) -> str:
 
 
 def same_inputs(directory: Path, values: dict[str, str]) -> None:
-    """Refuse to go on with other data or weights than the run began with.
+    """Refuse to continue with other data or weights than the run began with.
 
     Raises:
         ValueError: their content has changed; the fields are named.

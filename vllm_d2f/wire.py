@@ -96,16 +96,7 @@ class DecodingStats:
     """What the scheduler has counted since its last report to the server's metrics.
 
     Attributes:
-        forwards: denoising forwards, one per request and step.
-        processed: positions that went through the model, prompts included.
-        committed: positions whose keys and values became final.
-        output: tokens that were emitted.
-        active: positions decoded in fully activated blocks.
-        semi: positions decoded in semi-activated blocks.
-        dropped: open blocks that an end token made superfluous.
-        nonfinite: proposals without a probability.
-        submitted: positions of windows that went into forwards.
-        withheld: positions of open blocks that the adaptive window left out.
+        forwards and others: `metrics.COUNTERS` says what each of them counts.
         open_blocks: blocks that are open now, over all requests.
         finished: tokens and forwards of each finished request.
     """

@@ -40,7 +40,7 @@ class Cost:
 
     `points`, pairs of tokens and milliseconds, take the place of a and b where they are given:
     between points the cost is a straight line, before the first one it is the first one's, behind
-    the last one the last line goes on.
+    the last one the last line continues.
     """
 
     a_ms: float = 0.0

@@ -49,7 +49,7 @@ def legend_below(axes: Any) -> None:
 
 
 def label_simulated(axes: Any, report: Mapping[str, Any]) -> None:
-    """Write over the picture that acceptance was made up, where it was."""
+    """Write over the picture that acceptance was simulated, if it was."""
     if (made_up := report.get("simulated_tokens_per_forward")) is not None:
         text = f"SIMULATED ACCEPTANCE: {made_up:g} tokens per forward, no score"
         axes.set_title(text, color=COLORS["ar"], fontsize=11)

@@ -4,7 +4,7 @@
 An experiment is a module with `parse`, a function that measures its points through `Record.point`
 and writes a report, and `markdown`, which makes tables of the report. `command` makes its `main`.
 Each point is appended to a journal, NAME.jsonl beside `--json NAME.json`, as soon as it is
-measured, so the same command goes on where it was stopped. When every point is there, the report
+measured, so the same command continues where it was stopped. When every point is there, the report
 goes to NAME.json, its tables to NAME.md, its pictures to .png files, and the journal is deleted.
 """
 
@@ -47,7 +47,7 @@ class UsageError(Exception):
 
 
 class Failure(Exception):
-    """An experiment cannot go on, for a reason that is no mistake of the user."""
+    """An experiment cannot continue, for a reason that is no mistake of the user."""
 
 
 class Skip(Exception):
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=int, default=0, help="of everything that is drawn")
         add("--quick", action="store_true", help="few points, under a minute on an idle machine")
         add("--json", help="write .json, .md and pictures under this name")
-        add("--minutes", type=float, help="begin no point later; the same command goes on")
+        add("--minutes", type=float, help="begin no point later; the same command continues")
         add("--restart", action="store_true", help="forget the points of a run that was stopped")
         add("--redraw", metavar="FILE", help="only tables and pictures of an earlier result again")
         if rehearse:
@@ -298,7 +298,7 @@ def main(
     if record.spoiled:
         return FAILED
     if record.late:
-        print("points are left: the same command goes on", file=sys.stderr)
+        print("points are left: the same command continues", file=sys.stderr)
         return TIME_IS_UP
     return code
 
@@ -389,7 +389,7 @@ SIMULATED = (
 def head(title: str, report: Mapping[str, Any], *simulated: Mapping[str, Any]) -> list[str]:
     """Return the first lines of every result: title, command, machine, versions.
 
-    Where acceptance was made up in one of the `simulated` parts, they say so.
+    If acceptance was simulated in one of the parts `simulated`, the lines say so.
     """
     made_up = {part.get("simulated_tokens_per_forward") for part in simulated or [report]}
     lines = [f"# {title}", ""]

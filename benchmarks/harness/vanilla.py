@@ -3,7 +3,7 @@
 
 As published: a canvas of `length` masks behind the prompt, full bidirectional attention over prompt
 and canvas, everything recomputed in every step, and the `length / steps` most confident masked
-positions decided in each. One token per step is the published quality setting. No cache, no batch.
+positions decoded in each. One token per step is the published quality setting. No cache, no batch.
 
 Two things are in its favour: the language-model head sees the canvas only, and only still masked
 positions are compared.
@@ -24,7 +24,7 @@ from benchmarks.harness.workload import Item, grade
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Canvas length and tokens decided per step; written `512:1`."""
+    """Canvas length and tokens decoded per step; written `512:1`."""
 
     length: int
     per_step: int = 1

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the experiments that need a GPU, each in processes with a time limit; call again to go on.
+"""Run the experiments that need a GPU, in processes with a time limit; call again to continue.
 
     python -m benchmarks.offline.run --out results --minutes 6     # a stretch; the same again
     python -m benchmarks.offline.run --rehearse                    # on a CPU with tiny shapes
 
 The most valuable experiment comes first. Each writes its points as they are measured, and what is
-finished is skipped. Exit code: 0 all is measured, 75 time was up and the same command goes on, 1 an
-experiment could not be finished (see run.log).
+finished is skipped. Exit code: 0 all is measured, 75 time was up and the same command continues, 1
+an experiment could not be finished (see run.log).
 """
 
 import argparse
@@ -167,7 +167,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(known)}")
     add("--out", type=Path, default=Path("gpu-results"), help="folder of results")
-    add("--minutes", type=float, default=1e4, help="end after so many; the next call goes on")
+    add("--minutes", type=float, default=1e4, help="end after so many; the next call continues")
     add("--copy-to", type=Path, help="copy the results here after every process")
     add("--rehearse", action="store_true", help="tiny shapes on a CPU: does it run at all?")
     add("--retry", action="store_true", help="measure again what has failed points")

@@ -234,12 +234,13 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
     def _any(self, layout: str) -> Any:
         """Return the wrapper for steps of any form."""
         if self._wrapper is None:
-            from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-            self._wrapper = BatchPrefillWithPagedKVCacheWrapper(
-                self._get_workspace_buffer(), layout, backend="auto"
-            )
+            self._wrapper = self._new_wrapper(layout, backend="auto")
         return self._wrapper
+
+    def _new_wrapper(self, layout: str, **options: Any) -> Any:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        return BatchPrefillWithPagedKVCacheWrapper(self._get_workspace_buffer(), layout, **options)
 
     def _graph_wrapper(self, num_sequences: int, layout: str) -> Any:
         """Return the wrapper whose kernels the graphs of `num_sequences` sequences have recorded.
@@ -248,13 +249,11 @@ class BlockCausalBuilder(AttentionMetadataBuilder[BlockCausalMetadata]):
         after another, and a step writes its plan before it replays its graph.
         """
         if num_sequences not in self._graph_wrappers:
-            from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
             def buffer(size: int) -> Tensor:
                 return torch.zeros(size, dtype=torch.int32, device=self.device)
 
-            wrapper = BatchPrefillWithPagedKVCacheWrapper(
-                self._get_workspace_buffer(),
+            wrapper = self._new_wrapper(
                 layout,
                 use_cuda_graph=True,
                 qo_indptr_buf=buffer(num_sequences + 1),

@@ -373,7 +373,7 @@ class D2FScheduler(Scheduler):
         """Take the windows of running requests that would not fit this step's token budget.
 
         vLLM would cut the last window short, and a block that waits while others go on may be
-        decoded differently. A request without a window sits out the step; earlier ones go on.
+        decoded differently. A request without a window skips the step; earlier ones continue.
         """
         budget = self.max_num_scheduled_tokens
         chunked = self.scheduler_config.enable_chunked_prefill

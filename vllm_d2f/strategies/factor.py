@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factor decoding (Fast-dLLM, arXiv 2505.22618): accept more tokens the surer the weakest one is.
+"""Factor decoding (Fast-dLLM, arXiv 2505.22618): accept more if the weakest is more confident.
 
 With confidences c_1 >= c_2 >= ... of a block, the rule accepts the most tokens for which
 (n + 1) (1 - c_n) is less than the factor f. It reads f as 1 - `tau_conf`, so that a higher

@@ -3,7 +3,7 @@
 
 The paper lets an active block that has no proposal above the threshold take its most confident
 one, wherever that stands. Such a token may fit only one of several texts that the positions before
-it can still become. This rule takes the first masked position instead, which depends on decided
+it can still become. This rule takes the first masked position instead, which depends on decoded
 tokens alone. With `tau_conf` 1 it is the schedule `sequential` of SDAR (arXiv 2510.06303).
 """
 

@@ -103,7 +103,7 @@ class D2FModelState(ModelState):
         length_R = query_start_R1[1:] - query_start_R1[:-1]
         origin_R, block_size_R = self.states.origin_S[slot_R], self.states.block_size_S[slot_R]
         served_R = np.full_like(block_size_R, self.settings.params.block_size)
-        if for_capture:  # a FULL graph is captured from made-up windows at position 0
+        if for_capture:  # a FULL graph is captured from dummy windows at position 0
             origin_R, block_size_R = np.zeros_like(origin_R), served_R
         if self.kv_zeroing is not None and not for_capture:
             self.kv_zeroing.zero(slot_R, start_R + length_R, block_tables, kv_cache_config)

@@ -6,8 +6,9 @@ beside windows, and windows only. One request is greedy, one is drawn with every
 without, and one has a request sampler, so that all kernels of the sampler run.
 """
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class DummyRequest:
     req_id: str
     params: SamplingParams
     block_ids: tuple[list[int], ...]
-    admitted: bool = field(default=False)
+    admitted: bool = False
 
 
 @torch.inference_mode()
@@ -93,14 +94,11 @@ def _requests(runner: Any, length: int) -> list[DummyRequest]:
     count = min(
         len(KINDS), runner.max_num_reqs, (runner.kv_cache_config.num_blocks - 1) // sum(pages)
     )
-    page, requests = 1, []
+    free, requests = itertools.count(1), []
     for index, kind in enumerate(KINDS[:count]):
-        block_ids = []
-        for number in pages:
-            block_ids.append(list(range(page, page + number)))
-            page += number
+        block_ids = tuple(list(itertools.islice(free, number)) for number in pages)
         params = SamplingParams(max_tokens=max_tokens, **kind)  # type: ignore[arg-type]
-        requests.append(DummyRequest(f"_d2f_warm_up_{index}_", params, tuple(block_ids)))
+        requests.append(DummyRequest(f"_d2f_warm_up_{index}_", params, block_ids))
     return requests
 
 
