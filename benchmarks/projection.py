@@ -303,7 +303,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def up_to(rows: Sequence[Mapping[str, Any]], key: str, end: str) -> int:
-    """The most requests at once up to which D2F is nowhere slower than AR, 0 for none."""
+    """Return the most requests at once up to which D2F is nowhere slower than AR, or 0."""
     ahead = itertools.takewhile(lambda row: row[key][end] >= 1, rows)
     return max((row["batch_size"] for row in ahead), default=0)
 
@@ -421,7 +421,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=64)
     add("--profile-batch", type=int, default=16)
     add("--max-tokens", type=int, default=128)
-    add("--max-model-len", type=int, default=1024)
+    add("--max-model-len", type=int, default=512)
     add("--dtype", default="float32")
     positive = ("batch_sizes", "prompt", "answer", "blocks", "prompts", "profile_batch")
     args = parser.finish(argv, QUICK, (*positive, "tokens_per_forward", "max_tokens"))
