@@ -449,7 +449,7 @@ def projection(run: Record) -> None:
     def engine() -> Any:
         from benchmarks.harness.engine import Engine
 
-        section = {"d2f": {"window": params.block_size * args.blocks}}
+        section = {"d2f": {"window": params.block_size * max(args.blocks, params.max_blocks)}}
         options: dict[str, Any] = {"max_model_len": args.max_model_len, "dtype": args.dtype}
         options["additional_config"] = section
         most = {"max_batch": args.profile_batch, "max_tokens": args.max_tokens}
