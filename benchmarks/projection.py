@@ -275,15 +275,12 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     for target, rows in report["tables"].items():
         ahead = []
         for key, name in names.items():
-            most = [
-                max((row["batch_size"] for row in rows if row[key][end] >= 1), default=0)
-                for end in ("median", "min", "max")
-            ]
+            most = [up_to(rows, key, end) for end in ("median", "min", "max")]
             ahead.append("{}: {} ({} to {})".format(name, *most))
         end = rows[-1]
         gain = end["dream_adaptive"]["median"] / end["dream_fixed"]["median"]
         lines.append(
-            f"- {target}: the most requests at once at which D2F is not slower than AR are, "
+            f"- {target}: the most requests at once up to which D2F is not slower than AR are, "
             f"{'; '.join(ahead)}. At {end['batch_size']} adaptation makes blocks of {DREAM_BLOCK} "
             f"{gain:.2g} times as fast, and blocks of {small} with it reach "
             f"{record.show(end['small_adaptive'])} of AR."
@@ -303,6 +300,12 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
         if said:
             lines.append(f"- {size} at once on an H100, EAGLE-3 {ratio:g}: {'; '.join(said)}.")
     return lines
+
+
+def up_to(rows: Sequence[Mapping[str, Any]], key: str, end: str) -> int:
+    """Return the most requests at once up to which D2F is nowhere slower than AR, or 0."""
+    ahead = itertools.takewhile(lambda row: row[key][end] >= 1, rows)
+    return max((row["batch_size"] for row in ahead), default=0)
 
 
 def beside(cell: Mapping[str, float], ratio: float) -> str:
@@ -418,7 +421,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=64)
     add("--profile-batch", type=int, default=16)
     add("--max-tokens", type=int, default=128)
-    add("--max-model-len", type=int, default=1024)
+    add("--max-model-len", type=int, default=512)
     add("--dtype", default="float32")
     positive = ("batch_sizes", "prompt", "answer", "blocks", "prompts", "profile_batch")
     args = parser.finish(argv, QUICK, (*positive, "tokens_per_forward", "max_tokens"))
@@ -446,7 +449,7 @@ def projection(run: Record) -> None:
     def engine() -> Any:
         from benchmarks.harness.engine import Engine
 
-        section = {"d2f": {"window": params.block_size * args.blocks}}
+        section = {"d2f": {"window": params.block_size * max(args.blocks, params.max_blocks)}}
         options: dict[str, Any] = {"max_model_len": args.max_model_len, "dtype": args.dtype}
         options["additional_config"] = section
         most = {"max_batch": args.profile_batch, "max_tokens": args.max_tokens}

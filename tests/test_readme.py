@@ -160,10 +160,11 @@ def real_rows() -> Iterator[tuple[str, str]]:
             (point["decoder"], point["batch_size"]): point["against_ar"]["median"]
             for point in report["points"]
         }
-        scores, name = report["scores"], report["score"].replace("_", " ")
         what = "tokens per second of SmolLM2-135M with D2F, against its autoregressive twin"
         ngram = f"; the twin with n-gram speculation {at['ar+ngram', 1]:.2f}x"
         yield what, f"{at['d2f', 1]:.2f}x for 1 request at a time{ngram}"
+    if report := load("versus_extract_all.json"):
+        scores, name = report["scores"], report["score"].replace("_", " ")
         d2f, ar = (f"{100 * scores[key]['score']:.1f} %" for key in ("d2f", "ar"))
         what = f"{name} that are right, of {scores['d2f']['answers']:,} sentences with eight each"
         yield what, f"{d2f} against {ar}"

@@ -163,6 +163,15 @@ def test_the_verdict_counts_where_d2f_is_ahead(report):
     assert last.startswith("- 64 at once on an H100, EAGLE-3 1.38: 2 blocks of 32 1 (0.5 to 2)")
 
 
+def test_d2f_is_ahead_up_to_the_first_size_at_which_it_is_slower():
+    rows = [
+        {"batch_size": 2**n, "x": {"min": low, "max": 2}}
+        for n, low in enumerate((1.1, 1, 0.9, 1.2))
+    ]
+    assert projection.up_to(rows, "x", "min") == 2 and projection.up_to(rows, "x", "max") == 8
+    assert projection.up_to(rows[2:], "x", "min") == 0
+
+
 def test_where_a_published_ratio_lies():
     cell = {"min": 1.0, "max": 2.0}
     found = [projection.beside(cell, ratio) for ratio in (0.5, 1.5, 2.5)]

@@ -36,7 +36,6 @@ EXPERIMENTS = {
 # Modules of results that an idle machine has to measure again, and what took their place.
 # docs/benchmarks.md says so.
 EARLIER = {
-    "benchmarks.latency_model": ["benchmarks.latency"],
     "benchmarks.streaming": ["benchmarks.serving", "--streaming"],
 }
 
