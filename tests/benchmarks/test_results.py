@@ -33,11 +33,6 @@ EXPERIMENTS = {
     "lookahead": lookahead,
     "projection": projection,
 }
-# Modules of results that an idle machine has to measure again, and what took their place.
-# docs/benchmarks.md says so.
-EARLIER = {
-    "benchmarks.streaming": ["benchmarks.serving", "--streaming"],
-}
 
 
 def commands():
@@ -90,10 +85,6 @@ def test_a_result_names_a_command_that_runs(command, on_gpu, monkeypatch):
         return
     (_, module, *given) = words
     assert [program, words[0]] == ["python", "-m"]
-    if now := EARLIER.get(module):
-        page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
-        assert f"`{module}` is `{' '.join(now)}`" in page
-        module, given = now[0], [*now[1:], *given]
     # Parsers ask for the device that it was measured on.
     monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
     loaded = importlib.import_module(module)

@@ -203,14 +203,14 @@ class Proposals:
         """Take the outputs that predict the rows' positions."""
         source_N = queries.first_D[rows.request_N] + rows.column_N
         if not self.states.logits_shift:
-            return queries.hidden_TH[source_N]
+            return queries.hidden_TH.index_select(0, source_N)
         # Position i is predicted at i - 1. For the first position of a window that is the last one
         # before it, whose output is kept from an earlier forward unless it is in this one.
-        return torch.where(
-            (source_N > queries.begin_D[rows.request_N])[:, None],
-            queries.hidden_TH[(source_N - 1).clamp(min=0)],
-            self.states.last_hidden_SH[slot_N],
-        )
+        output_TH, kept_SH = queries.hidden_TH, self.states.last_hidden_SH
+        inside_N = source_N > queries.begin_D[rows.request_N]
+        row_N = torch.where(inside_N, source_N - 1, slot_N + len(output_TH))
+        # One copy and `index_select` take a ninth of the time of two indexings and a `where`.
+        return torch.cat((output_TH, kept_SH)).index_select(0, row_N)
 
     def _sample_whole(
         self, hidden_NH: Tensor, slot_N: Tensor, column_N: Tensor, spans: list[Span]
