@@ -4,6 +4,8 @@
     python -m benchmarks.sweep --json benchmarks/results/sweep.json   # the paper's grid
     python -m benchmarks.sweep --grid full --json sweep.json          # every combination
     python -m benchmarks.sweep --quick                                # a few points, seconds
+    python -m benchmarks.sweep --model d2f-smollm2-extract --job extract --data test.jsonl \\
+        --dtype bfloat16 --max-tokens 128 --max-model-len 1024
 
 One engine serves all points: settings travel with each request (`vllm_xargs`, d2f_*). Every point
 answers the same problems, at batch size 1 like the paper unless told otherwise. All points are
@@ -26,7 +28,14 @@ from typing import Any
 from benchmarks.harness import figure, record
 from benchmarks.harness.record import Record
 from benchmarks.harness.worker import most_modes
-from benchmarks.harness.workload import Item, d2f_model, load_items, refuse_simulated
+from benchmarks.harness.workload import (
+    Item,
+    d2f_model,
+    load_items,
+    parse_options,
+    refuse_simulated,
+)
+from benchmarks.tasks.jobs import JOBS, Job, interval, load_job
 from vllm_d2f.d2f import D2FParams
 
 NAMES = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")
@@ -38,6 +47,7 @@ UNITS = {
     "exact": "fraction of answers right to the letter",
     "final": "fraction of answers that end by themselves with the right number",
     "exact_ci95": "95 % interval (Wilson) of `exact`",
+    "score": "of the job, if answers are not scored to the letter, with its 95 % interval",
     "pareto_forward": "no point is as good in tokens per forward and score, and better in one",
     "pareto_speed": "the same by tokens per second",
 }
@@ -98,12 +108,13 @@ def weights_digest(model: str) -> str | None:
 
 
 def ask(
-    engine: Any, params: D2FParams, repeat: int, items: Sequence[Item], batch: int
+    engine: Any, params: D2FParams, repeat: int, items: Sequence[Item], batch: int, job: Job
 ) -> dict[str, Any]:
     """Answer all items with the given settings.
 
-    `wrong` has the problems that are not exact, to compare points problem by problem; `cpu_seconds`
-    is the time of this process, engine included.
+    `wrong` has the problems that are not exact, to compare points problem by problem, and `counts`
+    what is right of how much in each where the job counts more finely; `cpu_seconds` is the time of
+    this process, engine included.
     """
     from benchmarks.harness.engine import greedy
 
@@ -115,6 +126,9 @@ def ask(
         **{"params": asdict(params), "repeat": repeat, "problems": len(answers)},
         **{name: sum(getattr(answer, name) for answer in answers) for name in sums},
         "wrong": [a.item for a in answers if not a.exact],
+        "counts": []
+        if job.score == "exact"
+        else [job.counts(items[a.item].answer or "", a.complete) for a in answers],
         "seconds": round(sum(one.seconds for one in batches), 4),
         "cpu_seconds": round(sum(one.cpu_s for one in batches), 4),
     }
@@ -154,12 +168,12 @@ def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) ->
         groups.setdefault(tuple(one["params"][name] for name in NAMES), []).append(one)
     rows = [_row(runs) for runs in groups.values()]
     for mark, speed in (("pareto_forward", "tokens_per_forward"), ("pareto_speed", "tokens_per_s")):
-        for row, best in zip(rows, pareto([(r[speed], r["exact"]) for r in rows]), strict=True):
+        for row, best in zip(rows, pareto([(r[speed], score_of(r)) for r in rows]), strict=True):
             row[mark] = best
-    lowest, highest = (f(rows, key=lambda r: r["exact"]) for f in (min, max))
+    lowest, highest = (f(rows, key=score_of) for f in (min, max))
     wrong = {key: set(runs[0]["wrong"]) for key, runs in groups.items()}
     chance = sign_test(*(wrong[tuple(row[n] for n in NAMES)] for row in (lowest, highest)))
-    score = {"lowest": lowest["exact"], "highest": highest["exact"], "chance": round(chance, 5)}
+    score = {"lowest": score_of(lowest), "highest": score_of(highest), "chance": round(chance, 5)}
     return {
         "score": score,
         # A difference that chance explains is no trade of score for speed.
@@ -170,12 +184,17 @@ def build(base: Mapping[str, Any], measurements: Iterable[Mapping[str, Any]]) ->
     }
 
 
+def score_of(row: Mapping[str, Any]) -> float:
+    """Return the job's score of a point."""
+    return float(row.get("score", row["exact"]))
+
+
 def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, problems = runs[0], runs[0]["problems"]
     speeds, by_cpu = (
         [run["useful"] / run[name] for run in runs] for name in ("seconds", "cpu_seconds")
     )
-    return {
+    row = {
         **first["params"],
         "tokens_per_forward": round(first["useful"] / first["forwards"], 3),
         "tokens_per_s": round(statistics.median(speeds), 1),
@@ -186,6 +205,10 @@ def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "exact_ci95": [round(x, 4) for x in wilson(first["exact"], problems)],
         "final": round(first["final"] / problems, 4),
     }
+    if counts := first.get("counts"):
+        score, *ends = interval(counts)
+        row |= {"score": round(score, 4), "score_ci95": [round(end, 4) for end in ends]}
+    return row
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -205,14 +228,15 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
     """Return the report as tables; points on a frontier first."""
-    base = report["base"]
+    base, name = report["base"], report.get("score_name", "exact")
+    scored = " score score_ci95" if name != "exact" else ""
 
     def others_as_base(row: Mapping[str, Any], *free: str) -> bool:
         return all(row[name] == base[name] for name in NAMES if name not in free)
 
     def cell(row: Mapping[str, Any] | None) -> str:
         form = "{tokens_per_forward:.2f} / {tokens_per_s:.0f} / {percent:.1f}"
-        return form.format(**row, percent=100 * row["exact"]) if row else ""
+        return form.format(**row, percent=100 * score_of(row)) if row else ""
 
     def grid(title: str, corner: str, keys: tuple[str, str], rows: list[Any]) -> list[str]:
         found = {tuple(row[key] for key in keys): row for row in rows}
@@ -220,7 +244,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
             return []
         left, top = (sorted({key[i] for key in found}) for i in (0, 1))
         cells = ((side, *(cell(found.get((side, head))) for head in top)) for side in left)
-        what = "Tokens per forward / useful tokens per second / exact %."
+        what = f"Tokens per forward / useful tokens per second / {name} %."
         return [f"## {title}", "", what, "", *record.table((corner, *map(str, top)), cells)]
 
     taus = ("tau_add", "tau_act", "tau_conf")
@@ -249,7 +273,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         "",
         *record.columns(
             f"frontier {' '.join(NAMES)} tokens_per_forward tokens_per_s tokens_per_s_range "
-            "tokens_per_cpu_s exact exact_ci95 final",
+            f"tokens_per_cpu_s{scored} exact exact_ci95{' final' * (not scored)}",
             (
                 row | {"frontier": "F" * row["pareto_forward"] + "S" * row["pareto_speed"]}
                 for row in sorted(report["rows"], key=lambda row: -row["tokens_per_forward"])
@@ -272,15 +296,16 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for axis, (speed, mark, label) in zip(axes, labels, strict=True):
 
         def place(some: list[Any], speed: str = speed) -> list[tuple[float, ...]]:
-            return list(zip(*sorted((r[speed], 100 * r["exact"]) for r in some), strict=True))
+            return list(zip(*sorted((r[speed], 100 * score_of(r)) for r in some), strict=True))
 
-        where = [r[speed] for r in rows], [100 * r["exact"] for r in rows]
+        where = [r[speed] for r in rows], [100 * score_of(r) for r in rows]
         shades = axis.scatter(*where, **dots, cmap="viridis", alpha=0.75, linewidths=0)
         style = dict(color="crimson", mfc="none", ms=11, lw=1.2, label="Pareto points")
         axis.plot(*place([r for r in rows if r[mark]]), "o-", **style)
         axis.plot(*(place(own) or ([], [])), "k*", ms=12, label="the model's own settings")
         axis.set_xlabel(label)
-    axes[0].set_ylabel("answers right to the letter, %")
+    name = report.get("score_name", "exact")
+    axes[0].set_ylabel("answers right to the letter, %" if name == "exact" else f"{name}, %")
     style = dict(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     drawing.legend(*axes[0].get_legend_handles_labels(), **style)
     drawing.colorbar(shades, ax=axes, label="tau_conf (size of a dot: block size)")
@@ -298,7 +323,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="d2f-tiny", help="embedded name, folder or Hub id")
     add("--grid", choices=list(GRIDS), default="paper")
     add("--problems", type=int, default=200)
-    add("--data", help='JSONL with "question" and "answer" per line')
+    add(
+        "--data",
+        help='JSONL with "question" and "answer" per line; of a job "prompt" and "response"',
+    )
+    add("--job", choices=["exact", "extract"], default="exact", help="how answers are scored")
+    add("--dtype", default="float32")
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for the engine")
     add("--max-tokens", type=int, default=64)
     add("--max-model-len", type=int, default=512)
     add("--batch-size", type=int, default=1)
@@ -307,13 +338,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.finish(argv, quick, ("problems", "max_tokens", "batch_size", "repeats"))
 
 
+def _items(args: argparse.Namespace, model: str) -> list[Item]:
+    if args.job == "exact":
+        return load_items(args.problems, args.data, args.seed)
+    from transformers import AutoTokenizer
+
+    return load_job(args.data, args.problems, args.seed, AutoTokenizer.from_pretrained(model))
+
+
 def sweep(run: Record) -> None:
     """Measure what is not measured yet, and report on everything."""
     from tqdm import tqdm
 
     args = run.args
     model, config, defaults = d2f_model("--model", args.model)
-    items = load_items(args.problems, args.data, args.seed)
+    job, items = JOBS[args.job], _items(args, model)
     refuse_simulated(f"--model {args.model}", config, "a speed/score frontier")
     base = defaults.params
     points = GRIDS[args.grid](base)
@@ -323,6 +362,8 @@ def sweep(run: Record) -> None:
         "data": Path(args.data).name if args.data else "training.arithmetic test",
         **{name: getattr(args, name) for name in ("problems", "max_tokens", "batch_size", "seed")},
     }
+    if args.job != "exact":
+        about |= {"job": args.job, "score_name": job.score, "dtype": args.dtype}
     run.keep_journal = True
     run.identify(**about)
 
@@ -332,13 +373,14 @@ def sweep(run: Record) -> None:
 
         section = {"d2f": {"window": max(p.window for p in points)}}
         options = {"max_model_len": args.max_model_len, "additional_config": section}
+        options |= {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
         most = {"max_batch": args.batch_size, "max_tokens": args.max_tokens}
         one = Engine(model, mode=most_modes()[0], **most, options=options)
-        ask(one, base, 0, items[:8], args.batch_size)  # warm-up
+        ask(one, base, 0, items[:8], args.batch_size, job)  # warm-up
         return one
 
     def measure(params: D2FParams, repeat: int) -> dict[str, Any]:
-        return ask(engine(), params, repeat, items, args.batch_size)
+        return ask(engine(), params, repeat, items, args.batch_size, job)
 
     every = list(itertools.product(range(args.repeats), points))
     for repeat, params in tqdm(every, desc="sweep", disable=None):
