@@ -13,6 +13,8 @@ OUT ?= build/tiny
 # How long `stress` soaks a server, and where it leaves its figures if anywhere.
 MINUTES ?= 6
 RESULTS ?=
+# How many processes `test` and `test-async` share their files among; each takes some 5 GB.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
@@ -79,13 +81,14 @@ serve: setup
 		--max-num-seqs 16 --kv-cache-memory-bytes 134217728
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 test-async: setup
-	D2F_TEST_ASYNC=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/engine
+	D2F_TEST_ASYNC=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+		-m 'not slow and not gpu' tests/engine
 
 test-next: setup
 	$(BIN)/python tests/compat/next_vllm.py

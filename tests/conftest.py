@@ -22,6 +22,8 @@ for folder in (ROOT, ROOT / "tests"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Else engines of test processes that run side by side bind to the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
