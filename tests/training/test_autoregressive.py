@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
+from training import chat
 from training.config import ConfigError, make_config, merged
 from training.model import AUTOREGRESSIVE, MODELS, adapter_state, as_teacher, open_base
 from training.tokenizer import build_tokenizer
@@ -225,3 +226,27 @@ def test_what_does_not_go_together_is_refused(tmp_path):
             chain(tmp_path, stages={"student": {"loss": changes}})
     with pytest.raises(ConfigError, match="loss.windows: need data.packing: false"):
         chain(tmp_path, data={"packing": True})
+
+
+def test_a_chat_model_answers_questions(tmp_path):
+    """Prompts that do not end are left out; answers are the model's greedy ones, cut or not."""
+    folder = base(tmp_path / "base", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}Q{{ m['content'] }}A{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    questions = ["Tom has 3 apples", "Ann has 12 pens and finds 4"]
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps({"question": q}) + "\n" for q in questions)
+    )
+    out = tmp_path / "chat.jsonl"
+    chat.main(
+        ["--base", str(folder), "--out", str(out), "--prompts", "3", "--max-tokens", "5"]
+        + ["--questions", str(tmp_path / "q.jsonl")]
+    )
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["prompt"] for one in found][-2:] == questions
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for one in found[-2:]:
+        ids = tokenizer(f"Q{one['prompt']}A", return_tensors="pt", add_special_tokens=False)
+        text_T = net.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert one["response"] == tokenizer.decode(text_T).split(tokenizer.eos_token)[0]
