@@ -102,7 +102,8 @@ PAGE = """\
 ## Checked
 
 Batches on the H200 at simulated acceptance with PIECEWISE graphs, from the first prompt to the
-last token: D2F / AR, the error of the ratio, and those of both speeds.
+last token: D2F / AR, the error of the ratio, and those of both speeds. So this checks the low
+engine; no batch with the FULL graphs of the middle one has been measured.
 
 {check}
 Plain decoding of an 8B model on one H100, tokens per second, beside the published controls of
