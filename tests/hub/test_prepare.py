@@ -419,6 +419,15 @@ def test_what_cannot_be_decoded_is_refused_with_the_reason(name, reason):
     names.refuse_unservable("inclusionAI/LLaDA2.0-mini")
 
 
+def test_a_folder_of_another_name_is_known_by_its_model_card(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: apache-2.0\n---\n# LLaDA2.0-mini\nCompare LLaDA2.1-mini.\n")
+    names.refuse_unservable(str(tmp_path))
+    card.write_text("---\nlicense: apache-2.0\n---\n# LLaDA2.1-mini\nIt edits.\n")
+    with pytest.raises(names.UnknownModelError, match="edit tokens"):
+        names.refuse_unservable(str(tmp_path))
+
+
 def engine_config(model, **options):
     from vllm.engine.arg_utils import EngineArgs
 

@@ -24,7 +24,7 @@ EMBEDDED: dict[str, str] = {
 
 
 # A model's own name -> why it is refused. Nothing in their config.json tells these checkpoints from
-# those of the same layout that are served.
+# those of the same layout that are served. So the model card in a folder is asked for it, too.
 _REFUSED = {
     r"llada2\.[12]": "LLaDA2.1 and 2.2 edit tokens that are decoded, and D2F never changes one",
     r"d3llm": "d3LLM attends in both directions to blocks that are not open and has no exact cache",
@@ -105,6 +105,15 @@ def resolve_embedded(name: str) -> Path:
     return folder
 
 
+def card_title(folder: Path) -> str:
+    """Return the first heading of a folder's model card (README.md); nothing without one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    heading = re.search(r"^#\s+(.*)$", card.read_text(encoding="utf-8", errors="replace"), re.M)
+    return heading[1].lower() if heading else ""
+
+
 def refuse_unservable(name: str) -> None:
     """Refuse to serve an adapter alone, a folder that a merge has not completed, or a checkpoint
     whose layout is known but not its decoding.
@@ -117,10 +126,10 @@ def refuse_unservable(name: str) -> None:
             raise UnknownModelError(
                 f"{name} is an adapter. Serve it merged into its base: vllm serve {ours}"
             )
-    for pattern, reason in _REFUSED.items():
-        if re.search(pattern, own_name(name)):
-            raise UnknownModelError(f"{name} cannot be served: {reason}")
     folder = Path(name)
+    for pattern, reason in _REFUSED.items():
+        if re.search(pattern, f"{own_name(name)}\n{card_title(folder)}"):
+            raise UnknownModelError(f"{name} cannot be served: {reason}")
     if not folder.is_dir():
         return
     if is_part(folder):
