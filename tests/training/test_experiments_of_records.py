@@ -96,6 +96,15 @@ def test_they_run_go_on_and_report(tmp_path):
         load_plan(plan_of(tmp_path, score="bleu")[0])
 
 
+def test_the_plan_of_the_language_model_is_valid():
+    plan = load_plan(CONFIGS / "experiments_extract.yaml")
+    assert plan.of_records and plan.score == "slots" and len(plan.seeds) > 1
+    assert {v for group in plan.groups.values() for v in group["variants"]} == set(plan.variants)
+    students = [plan.of(name, 1).stages["student"] for name in plan.variants]
+    updates = {(student.steps, student.batch_size) for student in students}
+    assert len(updates) == 1, "at equal compute"
+
+
 def test_committed_results_are_drawn_again(tmp_path):
     for name, config in (
         ("training_experiments", "experiments"),
