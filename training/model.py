@@ -453,6 +453,8 @@ def as_teacher(predictor: Predictor, adapter: Mapping[str, Tensor] | None) -> It
         for weights in (adapter, student):
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
+            # Autocast keeps weights in its type, and does not see that others were put in.
+            torch.clear_autocast_cache()
             if weights is adapter:
                 yield
     net.train(training)
