@@ -27,7 +27,8 @@ from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import rounded
 from benchmarks.harness.worker import most_modes
 from benchmarks.harness.workload import Item, d2f_model, parse_options, refuse_simulated
-from benchmarks.tasks.jobs import JOBS, Job, interval, load_job
+from benchmarks.tasks.jobs import JOBS, Job, load_job
+from training.intervals import interval
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.strategies import ACCEPT
 

@@ -19,7 +19,8 @@ from benchmarks.harness import record
 from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import rounded
 from benchmarks.harness.workload import Item, d2f_model
-from benchmarks.tasks.jobs import JOBS, Job, difference, interval, load_job
+from benchmarks.tasks.jobs import JOBS, Job, load_job
+from training.intervals import difference, interval
 from vllm_d2f.d2f import D2FParams
 
 UNITS = {

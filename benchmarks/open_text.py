@@ -33,7 +33,8 @@ from benchmarks.harness.workload import (
     refuse_simulated,
     resolve_model,
 )
-from benchmarks.tasks.jobs import asked, difference, interval
+from benchmarks.tasks.jobs import asked
+from training.intervals import difference, interval
 
 PROMPTS = Path(__file__).parent / "tasks" / "open_text.txt"
 TWIN = "ar"

@@ -28,7 +28,8 @@ from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import rounded
 from benchmarks.harness.worker import most_modes
 from benchmarks.harness.workload import d2f_model, parse_options, refuse_simulated
-from benchmarks.tasks.jobs import JOBS, interval, load_job
+from benchmarks.tasks.jobs import JOBS, load_job
+from training.intervals import interval
 
 D2F, AR = "dream", "qwen"
 """The shapes whose steps were measured."""

@@ -35,7 +35,8 @@ from benchmarks.harness.workload import (
     parse_options,
     refuse_simulated,
 )
-from benchmarks.tasks.jobs import JOBS, Job, interval, load_job
+from benchmarks.tasks.jobs import JOBS, Job, load_job
+from training.intervals import interval
 from vllm_d2f.d2f import D2FParams
 
 NAMES = ("block_size", "max_blocks", "tau_add", "tau_act", "tau_conf")

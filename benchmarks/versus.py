@@ -29,7 +29,8 @@ from benchmarks.harness.record import Record
 from benchmarks.harness.timing import percentiles, rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, prepare_process, workers
 from benchmarks.harness.workload import Item, parse_options, resolve_model
-from benchmarks.tasks.jobs import JOBS, Job, difference, interval, load_job
+from benchmarks.tasks.jobs import JOBS, Job, load_job
+from training.intervals import difference, interval
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], loads=[0.5], runs=2, prompts=4, scored=8)

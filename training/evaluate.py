@@ -47,12 +47,17 @@ def score(
     """Score outputs: token ids up to and including an end token, if there is one."""
     exact = final = 0
     for example, ids in zip(examples, outputs, strict=True):
-        ended = bool(ids) and ids[-1] in ends
-        text = str(tokenizer.decode(ids[:-1] if ended else ids))
+        text, ended = text_of(ids, tokenizer, ends)
         exact += ended and text.strip() == example.text.strip()
         final += ended and final_of(text) == final_of(example.text)
     n, tokens = len(examples), sum(map(len, outputs))
     return Score(n, exact / n, final / n, tokens / max(sum(forwards), 1))
+
+
+def text_of(ids: Sequence[int], tokenizer, ends: Sequence[int]) -> tuple[str, bool]:
+    """Return the text of an output, and whether it ends with an end token."""
+    ended = bool(ids) and ids[-1] in ends
+    return str(tokenizer.decode(ids[:-1] if ended else ids)), ended
 
 
 def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -138,7 +143,25 @@ def d2f(
     prompt_block: int | None = None,
     block_origin: str = "prompt_end",
 ) -> Score:
-    """Decode with the reference loop, problem by problem: what the engine is held to."""
+    """Decode with the reference loop, and score."""
+    rule = (decoding, prompt_block, block_origin)
+    outputs, forwards = d2f_outputs(logits, examples, ends, mask_id, *rule)
+    return score(examples, outputs, forwards, tokenizer, ends)
+
+
+def d2f_outputs(
+    logits: Logits,
+    examples: Sequence[Example],
+    ends: Sequence[int],
+    mask_id: int,
+    decoding: DecodingSection,
+    prompt_block: int | None = None,
+    block_origin: str = "prompt_end",
+) -> tuple[list[list[int]], list[int]]:
+    """Decode with the reference loop, problem by problem: what the engine is held to.
+
+    The answers come with their end tokens, and with the number of forwards of each.
+    """
     params = D2FParams(**decoding.model_dump(exclude={"max_tokens"}))
 
     @torch.inference_mode()
@@ -165,7 +188,7 @@ def d2f(
         )
         outputs.append(ids)
         forwards.append(count)
-    return score(examples, outputs, forwards, tokenizer, ends)
+    return outputs, forwards
 
 
 def _canvas(rows: list[list[int]], length: int, end: int) -> Batch:

@@ -219,6 +219,11 @@ def scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     return {"slots": slots / count / len(KEYS), "records": records / count, "valid": valid / count}
 
 
+def slots(right: str, found: str) -> float:
+    """Return the share of keys of one answer with the right value."""
+    return scores([(right, found)])["slots"]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write a JSONL file of prompts and responses from a file of the E2E data."""
     parser = argparse.ArgumentParser(description=main.__doc__)

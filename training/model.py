@@ -308,6 +308,62 @@ class Predictor(nn.Module):
         return inner.lm_head(hidden_BTC[chosen_BT])
 
 
+class PrefixCache:
+    """A `Predictor` for one sequence that is decoded, called like it and without a gradient.
+
+    It keeps keys, values and logits of the beginning that no later position is visible to and that
+    is as it was in the call before, such as committed blocks. Results differ by rounding only.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.cache = transformers.DynamicCache()
+        self.ids_T = torch.empty(0, dtype=torch.int64)
+        self.allowed_TT = torch.empty(0, 0, dtype=torch.bool)
+        self.rows_TV = torch.empty(0)
+
+    def __call__(
+        self, ids_1T: Tensor, position_1T: Tensor, allowed_1TT: Tensor, chosen_1T: Tensor
+    ) -> Tensor:
+        """Return the logits that predict the chosen positions."""
+        net, shift = self.predictor.net, int(self.predictor.shift)
+        inner = net.get_base_model() if hasattr(net, "peft_config") else net
+        kept = self._kept(ids_1T[0], allowed_1TT[0])
+        if kept:
+            self.cache.crop(kept - len(self.ids_T))
+        else:
+            self.cache = transformers.DynamicCache()
+        mask = as_argument(allowed_1TT[:, kept:], self.predictor.attention, inner.dtype)
+        hidden_TC = inner.model(
+            input_ids=ids_1T[:, kept:],
+            position_ids=position_1T[:, kept:],
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+        rows_TV = inner.lm_head(hidden_TC[: len(hidden_TC) - shift])
+        if not kept:
+            before_TV = rows_TV.new_zeros(shift, rows_TV.shape[1])  # nothing predicts position 0
+        else:
+            before_TV = self.rows_TV[: kept + shift]
+        self.rows_TV = torch.cat((before_TV, rows_TV))
+        self.ids_T, self.allowed_TT = ids_1T[0], allowed_1TT[0]
+        return self.rows_TV[chosen_1T[0]]
+
+    def _kept(self, ids_T: Tensor, allowed_TT: Tensor) -> int:
+        """Return the length of the beginning that is as it was and sees nothing behind it."""
+        # One less, for logits of the position behind it are kept as well.
+        n = max(min(len(ids_T), len(self.ids_T)) - 1, 0)
+        same_N = ids_T[:n] == self.ids_T[:n]
+        same_N &= (allowed_TT[:n, :n] == self.allowed_TT[:n, :n]).all(1)
+        for mask_TT in (allowed_TT, self.allowed_TT):
+            same_N &= ~mask_TT[:n, n:].any(1)
+        lead = int(same_N.cumprod(0).sum())
+        while lead and any(m[:lead, lead:].any() for m in (allowed_TT, self.allowed_TT)):
+            lead -= 1
+        return lead
+
+
 def add_lora(loaded: Loaded, section: LoraSection, seed: int, masks: bool = True) -> Any:
     """Return the model with adapters, the only weights to train; they are in float32.
 
@@ -397,6 +453,8 @@ def as_teacher(predictor: Predictor, adapter: Mapping[str, Tensor] | None) -> It
         for weights in (adapter, student):
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
+            # Autocast keeps weights in its type, and does not see that others were put in.
+            torch.clear_autocast_cache()
             if weights is adapter:
                 yield
     net.train(training)

@@ -20,8 +20,6 @@ from training import extract, restore
 Counts = Callable[[str, str], tuple[float, float]]
 """Counts of a right and a found text: how much is right, and out of how much."""
 
-DRAWS = 1000
-
 
 @dataclass(frozen=True)
 class Job:
@@ -50,7 +48,7 @@ def _exact(right: str, found: str) -> tuple[float, float]:
 
 
 def _slots(right: str, found: str) -> tuple[float, float]:
-    return extract.scores([(right, found)])["slots"], 1.0
+    return extract.slots(right, found), 1.0
 
 
 def _same_number(right: str, found: str) -> bool:
@@ -111,35 +109,3 @@ def asked(tokenizer: Any, prompt: str) -> str:
         return prompt
     turns = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-def interval(counts: Sequence[tuple[float, float]], seed: int = 0) -> tuple[float, float, float]:
-    """Return a score, and its 2.5th and 97.5th percentile, drawing answers with replacement."""
-    draws = _draws([counts], seed)
-    score = sum(top for top, _ in counts) / sum(whole for _, whole in counts)
-    return score, *_ends([of[0] for of in draws])
-
-
-def difference(
-    ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]], seed: int = 0
-) -> tuple[float, float, float]:
-    """Return our score minus theirs on the same questions, and the interval of the difference."""
-    score = interval(ours)[0] - interval(theirs)[0]
-    return score, *_ends([mine - other for mine, other in _draws([ours, theirs], seed)])
-
-
-def _draws(sets: Sequence[Sequence[tuple[float, float]]], seed: int) -> list[list[float]]:
-    """Return the scores of each set on the same draws of questions."""
-    rng = random.Random(seed)
-    found = []
-    for _ in range(DRAWS):
-        drawn = rng.choices(range(len(sets[0])), k=len(sets[0]))
-        found.append(
-            [sum(one[i][0] for i in drawn) / sum(one[i][1] for i in drawn) for one in sets]
-        )
-    return found
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    return ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered))]

@@ -10,7 +10,8 @@ from benchmarks import versus
 from benchmarks.harness.engine import Answer, Batch
 from benchmarks.harness.record import UsageError
 from benchmarks.harness.workload import Item
-from benchmarks.tasks.jobs import JOBS, difference, interval, load_job
+from benchmarks.tasks.jobs import JOBS, load_job
+from training.intervals import difference, interval
 
 FACTS = dict.fromkeys(
     ("name", "type", "food", "price", "rating", "area", "family_friendly", "near")

@@ -130,6 +130,24 @@ def test_the_teachers_adapter_is_lent_and_returned(tmp_path):
             assert all(torch.equal(inside[name], twin[name]) for name in twin)
     assert all(torch.equal(student[name], kept[name]) for name in kept)
 
+    # Under autocast each computes with its own weights, in whatever order.
+    place = torch.arange(6)[None]
+    given = (place + 5, place, torch.ones(1, 6, 6, dtype=torch.bool), place > 0)
+
+    def teacher() -> torch.Tensor:
+        with as_teacher(run.predictor, run.adapter), torch.no_grad():
+            return run.predictor(*given)
+
+    run.predictor.eval()
+    alone = []
+    for one in (teacher, lambda: run.predictor(*given)):
+        with torch.autocast("cpu", torch.bfloat16):
+            alone.append(one().detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        both = (teacher(), run.predictor(*given))
+    assert not torch.equal(*alone)
+    assert all(torch.equal(x, y) for x, y in zip(both, alone, strict=True))
+
 
 def test_the_twins_greedy_answers_are_the_data(tmp_path):
     changes = {"lora": None, "evaluate": 0}
