@@ -11,7 +11,7 @@ from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to_dict
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.selection import prepare as prepare_attention
@@ -40,6 +40,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         model_config.hf_config = family_config(model_config.hf_config)
         model_config.hf_text_config = model_config.hf_config
         _check_model_type(model_config)
+        _check_code(model_config)
         settings = _resolve(vllm_config)
         check_engine_args(vllm_config, settings)
         check_weight_files(vllm_config)
@@ -216,6 +217,23 @@ def _check_model_type(model_config: "ModelConfig") -> None:
             f"{model_config.model}: config.json says architecture {architecture} with "
             f"model_type {config.model_type!r:.80}; D2F models have {' or '.join(known)}"
         )
+
+
+def _check_code(model_config: "ModelConfig") -> None:
+    """Refuse a checkpoint that has its family's layout and comes with another decoding loop.
+
+    The checkpoint's code is searched as text and never run.
+    """
+    family = model_config.hf_config.family
+    if not family.foreign_code:
+        return
+    code = get_hf_file_bytes(family.code_file, model_config.model, model_config.revision) or b""
+    for word, reason in family.foreign_code.items():
+        if word.encode() in code:
+            raise ValueError(
+                f"{model_config.model} cannot be served: {reason} ({family.code_file} in it has "
+                f"{word!r})"
+            )
 
 
 def _resolve(vllm_config: "VllmConfig") -> Settings:

@@ -158,10 +158,12 @@ def test_sampling_parameters(model, llm):
 
 
 @pytest.mark.slow
-def test_every_setting_with_every_prompt_length(model, llm):
+@pytest.mark.parametrize("size", [4, 8, 16, 32])
+def test_every_setting_with_every_prompt_length(model, llm, size):
     rng, cases = random.Random(6), []
-    both = [*PIPELINED, *(as_published(model, params) for params in PIPELINED)]
+    settings = [params for params in PIPELINED if params.block_size == size]
+    both = [*settings, *(as_published(model, params) for params in settings)]
     for params in dict.fromkeys(both):
-        for length, max_tokens in itertools.product(prompt_lengths(params.block_size), (17, 40)):
+        for length, max_tokens in itertools.product(prompt_lengths(size), (17, 40)):
             cases.append(Case(random_prompt(rng, length), params, max_tokens))
     compare(llm, model, cases, ("batch", "arrivals"))

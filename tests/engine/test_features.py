@@ -10,7 +10,13 @@ import re
 import shutil
 
 import pytest
-from checkpoints import write_dream, write_llada, write_llada_tokenizer, write_sdar_moe
+from checkpoints import (
+    write_dream,
+    write_dream_reasoner,
+    write_llada,
+    write_llada_tokenizer,
+    write_sdar_moe,
+)
 from common import random_prompts
 from published_runs import DATA
 from rules import Rule, engine_answers, reference_answers
@@ -38,6 +44,7 @@ PUBLISHED = {
     "llada": D2FParams(16, 4, 0.1, 0.95, 0.9),
     "sdar": D2FParams(4, 1, tau_conf=0.85),
     "sdar_moe": D2FParams(4, 1, tau_conf=0.85),
+    "dream_reasoner": D2FParams(32, 1, tau_conf=0.9),
     "llada2": D2FParams(32, 1, tau_conf=0.95),
     "fast_dllm_v2": D2FParams(32, 2, tau_add=1.0, tau_conf=0.9, sub_block_size=8),
     "stable_diffcoder": D2FParams(4, 1, tau_conf=0.9499999, cut_last_block=1),
@@ -54,8 +61,11 @@ def write(family, path):
         return write_llada(path)
     if family == "sdar_moe":
         return write_sdar_moe(path)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(DATA / family / name, path / name)
+    if family == "dream_reasoner":
+        write_dream_reasoner(path)
+    else:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(DATA / family / name, path / name)
     config = json.loads((path / "config.json").read_text())
     config |= {"mask_token_id": END - 1, "eos_token_id": END, "pad_token_id": END}
     (path / "config.json").write_text(json.dumps(config))

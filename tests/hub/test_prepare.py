@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from checkpoints import write_adapted, write_dream
 from lora import make
+from published_runs import DATA
 from safetensors.torch import load_file, save_file
 
 from vllm_d2f.__main__ import main, show
@@ -426,6 +428,16 @@ def test_a_folder_of_another_name_is_known_by_its_model_card(tmp_path):
     card.write_text("---\nlicense: apache-2.0\n---\n# LLaDA2.1-mini\nIt edits.\n")
     with pytest.raises(names.UnknownModelError, match="edit tokens"):
         names.refuse_unservable(str(tmp_path))
+
+
+def test_a_folder_without_a_name_is_known_by_the_code_in_it(tmp_path):
+    shutil.copytree(DATA / "llada2", tmp_path, dirs_exist_ok=True)
+    code = tmp_path / "modeling_llada2_moe.py"
+    code.write_text("def generate(self, inputs, threshold=0.95): ...\n")
+    assert engine_config(tmp_path, skip_tokenizer_init=True).model_config.hf_config.d2f
+    code.write_text("def generate(self, inputs, threshold=0.95, editing_threshold=0.9): ...\n")
+    with pytest.raises(ValueError, match="LLaDA2.1 edits decoded tokens"):
+        engine_config(tmp_path, skip_tokenizer_init=True)
 
 
 def engine_config(model, **options):

@@ -93,6 +93,8 @@ class Family:
             block, or in blocks of which each sees those before it.
         block_origin: where blocks begin unless the `d2f` section says otherwise: behind the prompt,
             or at multiples of the block size from position 0 on.
+        foreign_code: what the modelling code of a checkpoint contains that has the family's layout
+            and decodes differently -> why it is refused.
         aliases: other names of the family in the names of its repositories.
         presets: task -> published D2F settings.
         published: name -> model on the Hub.
@@ -111,6 +113,7 @@ class Family:
     logits_shift: LogitsShift = "none"
     prompt_attention: PromptAttention = "bidirectional"
     block_origin: BlockOrigin = "prompt_end"
+    foreign_code: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     published: Mapping[str, Published] = field(default_factory=dict)
@@ -124,6 +127,11 @@ class Family:
     def model_type(self) -> str:
         """The `model_type` of config.json."""
         return self.config.model_type
+
+    @property
+    def code_file(self) -> str:
+        """The file of a checkpoint that has the authors' modelling code."""
+        return f"modeling_{self.model_type}.py"
 
     @property
     def preset_names(self) -> list[str]:

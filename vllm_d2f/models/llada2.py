@@ -16,6 +16,7 @@ from vllm_d2f.models.family import Family, Published
 
 __all__ = ["FAMILY", "LLaDA2MoeConfig"]
 
+_T2T = "LLaDA2.1 edits decoded tokens, which D2F never changes"
 _EDITS = "LLaDA2.2 inserts and deletes decoded tokens, which D2F never changes"
 
 
@@ -79,6 +80,8 @@ FAMILY = Family(
     extra_end_token_ids=(156892,),
     prompt_attention="block_causal",
     block_origin="zero",
+    # A parameter of LLaDA2.1's `generate`. Its config.json does not differ from LLaDA2.0's.
+    foreign_code={"editing_threshold": _T2T},
     # The defaults of LLaDA2.0's own `generate`, and MBD's (arXiv 2606.29215).
     presets={
         "default": dict(block_size=32, max_blocks=1, tau_conf=0.95),
