@@ -70,6 +70,21 @@ def test_sign_test_compares_problem_by_problem():
     assert sign_test({1, 2}, {3, 4}) == sign_test(set(), set()) == 1.0
 
 
+def test_a_job_that_counts_more_finely_is_ranked_by_its_own_score():
+    """The first point has more answers right to the letter, the second more of the slots."""
+    letters = measurement(120) | {"counts": [(0.5, 1.0)] * 200}
+    slots = measurement(100, tau_conf=0.99) | {"counts": [(0.9, 1.0)] * 200}
+    report = report_of([letters, slots]) | {"score_name": "slots"}
+    first, second = report["rows"]
+    assert (first["score"], second["score"]) == (0.5, 0.9)
+    assert second["score_ci95"] == [0.9, 0.9]
+    assert (first["pareto_forward"], second["pareto_forward"]) == (False, True)
+    assert report["score"]["lowest"] == 0.5 and report["score"]["highest"] == 0.9
+    assert "| score |" in "\n".join(markdown(report))
+    exact = report_of([measurement(120), measurement(100, tau_conf=0.99)])
+    assert [row["pareto_forward"] for row in exact["rows"]] == [True, False]
+
+
 def test_report_says_whether_the_frontier_is_flat():
     flat = report_of([measurement(199), measurement(200, tau_conf=0.99)])
     assert flat["flat"] and "flat" in verdict(flat)
