@@ -44,10 +44,12 @@ KEPT_STEPS = 30
 PROFILED, TOP = 5, 25
 """Steps under the profiler, and kernels that are listed."""
 WAITS = ("Synchronize", "cudaMemcpy", "cudaStreamWaitEvent", "cudaFree", "cudaMalloc")
+FULL: dict[str, Any] = {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "full": {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+    "full": FULL,
     "async": {"async_scheduling": True},
+    "full_async": {**FULL, "async_scheduling": True},
     "eager": {"enforce_eager": True},
 }
 """The engine's arguments of `--variant`."""
@@ -320,7 +322,9 @@ def steps(run: Record) -> None:
     args = run.args
     device, dtype = ("cpu", torch.float32) if args.rehearse else ("cuda", torch.bfloat16)
     machine = run.point("machine", partial(timing.machine, torch.device(device), dtype))
-    changes = {} if args.rehearse and args.variant == "full" else VARIANTS[args.variant]
+    changes = dict(VARIANTS[args.variant])
+    if args.rehearse:  # a CPU has no CUDA graphs
+        changes.pop("compilation_config", None)
     step_tokens = max(args.requests) * 4 * BLOCK
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
