@@ -153,6 +153,66 @@ def test_ties_at_the_limit_keep_the_lower_ids(k):
     torch.testing.assert_close(value, want)
 
 
+def kept(row, temperature, k, p):
+    """Return the probability of each id that stays, computed in float64.
+
+    The order is that of (logit over temperature, then lower id). `sampling.sample` sorts by log p
+    instead, whose rounding makes close logits equal.
+    """
+    row = row.cpu().float()
+    row[MASK] = -torch.inf
+    value, token = (row / temperature).sort(descending=True, stable=True)
+    weight = (value.double() - value[0].double()).exp()
+    weight[k or len(row) :] = 0
+    weight[1:][(weight.cumsum(0) - weight >= p * weight.sum())[1:]] = 0
+    token, weight = token[weight > 0], weight[weight > 0]
+    return dict(zip(token.tolist(), (weight / weight.sum()).tolist(), strict=True))
+
+
+def assert_kept(row, temperature, k, p, draws=1):
+    """Compare tokens and probabilities, which tell how many tokens stay, with `kept`."""
+    rule = Sampling.greedy(draws, DEVICE)
+    rule.temperature_R[:], rule.top_k_R[:], rule.top_p_R[:] = temperature, k, p
+    rule.seed_R[:] = torch.arange(draws, device=DEVICE)
+    zero = torch.zeros_like(rule.seed_R)
+    token, value = confidence.sample(row.repeat(draws, 1), MASK, rule, zero, zero)
+    want = kept(row, temperature, k, p)
+    assert set(token.tolist()) <= set(want), (k, p)
+    probability = torch.tensor([want[t] for t in token.tolist()])
+    torch.testing.assert_close(value.cpu(), probability, rtol=2e-5, atol=1e-7)
+
+
+NEIGHBOURS = (0x3F9FFFFC + torch.arange(20) * 7 % 20).int().view(torch.float32)
+ROWS = {
+    "equal": torch.full((20,), -1.7),
+    "zeros of both signs": torch.tensor([0.0, -0.0] * 10),
+    "neighbours": NEIGHBOURS,
+    "neighbours below zero": -NEIGHBOURS,
+    "around zero": (torch.arange(20) * 7 % 20 - 9) * 1e-45,
+    "of all magnitudes": torch.cat([1e-30 * torch.ones(6), -torch.ones(7), -1e30 * torch.ones(7)]),
+    "one finite": torch.where(torch.arange(20) == 11, 2.5, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+def test_limits_in_a_row_of_close_logits(name, dtype):
+    """Fewer bit patterns than pivots, neighbours, and different logits of one value."""
+    row = ROWS[name].to(DEVICE, dtype)
+    for temperature in (1.0, 3.0) if dtype == torch.float32 else (1.0,):
+        for k, p in [(1, 1), (2, 1), (7, 1), (19, 1), (20, 1), (0, 1e-6), (0, 0.342), (0, 0.9999)]:
+            assert_kept(row, temperature, k, p)
+        assert_kept(row, temperature, 13, 0.654)
+        assert_kept(row, temperature, 2, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_limits_among_thousands_of_equals(dtype):
+    row = (random_logits(1, 20000, scale=1.0)[0] * 2).round().to(dtype)
+    for k, p in [(1, 1), (5000, 1), (19999, 1), (0, 0.4321), (0, 0.99), (5000, 0.8765)]:
+        assert_kept(row, 0.8, k, p, draws=2)
+
+
 def test_greedy_takes_the_first_of_equals():
     logits = random_logits(3, 20000)
     logits[0] = 1.5

@@ -7,14 +7,18 @@ depend on the size of the vocabulary alone, so a row's result does not depend on
 are read in their own type and reduced in float32.
 
 top_k and top_p keep a prefix of the tokens in the order of (logit, then lower id). The kernel finds
-its end, the last logit and among equal logits the last id, without a sort: by bisection over the
-bit pattern of the float, which is exact after at most 32 counts of the row.
+its end, the last logit and among equal logits the last id, without a sort: by a search over the
+bit pattern of the logit. Each pass over the row counts, or weighs, what reaches each of several
+pivots, and leaves the bit patterns between two of them. So the end is exact after a few passes, 5
+for bfloat16.
 
 A row with a NaN or +inf, or without a finite logit, gets confidence 0 and the token that
 `sampling.sample` gives it.
 
 Shape suffixes: N rows, V vocabulary (or a rank's shard of it), C tiles of a row.
 """
+
+import math
 
 import torch
 import triton
@@ -28,10 +32,17 @@ MAX_TILE = 4096
 """Most logits of a program. It must not follow from the number of rows: sums would then depend on
 the batch."""
 
+CUT_TILE = 4096
+"""Most logits that `_cut` takes at a time. It holds one sum per pivot for each of them."""
+CUT_WARPS = 16
+PIVOTS = 8
+"""Pivots of one pass of the search in `_cut`, a power of two."""
+
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 MIX_2 = tl.constexpr(0x94D049BB133111EB)
 STEP = tl.constexpr(0x9E3779B97F4A7C15)
 LEAST = tl.constexpr(-(1 << 63))
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def sample(
@@ -84,7 +95,8 @@ def shard(
     if logits_NV.stride(1) != 1:
         logits_NV = logits_NV.contiguous()
     rows, vocabulary = logits_NV.shape
-    tile = min(MAX_TILE, max(triton.next_power_of_2(vocabulary), 16))
+    whole = max(triton.next_power_of_2(vocabulary), 16)
+    tile = min(MAX_TILE, whole)
     tiles = triton.cdiv(vocabulary, tile)
 
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -108,7 +120,11 @@ def shard(
     if sampling is not None:
         end = (max_NC, max_N, new(torch.float32, rows), new(torch.int32, rows))
         limits = (sampling.top_k_R, sampling.top_p_R, sampling.min_p_R)
-        _cut[(rows,)](*line, *limits, *end, *split, tile, num_warps=warps)
+        # Bits at the end of a float32 that are zero in every logit: 16 of bfloat16.
+        unused = round(math.log2(torch.finfo(logits_NV.dtype).eps)) + 23
+        search = (min(CUT_TILE, whole), PIVOTS, unused)
+        best = (order_NC, first_token)
+        _cut[(rows,)](*line, *limits, *end, *best, *split, *search, num_warps=CUT_WARPS)
         kept_NC = new(torch.float32, rows, tiles)
         draw = (sampling.seed_R, position_N, forward_N)
         out_NC = (order_NC, kept_NC, moment_NC, first_token)
@@ -126,8 +142,11 @@ def _key(x):
 
 
 @triton.jit
-def _from_key(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _from_key(key, UNUSED: tl.constexpr):
+    """Return the float of a key (int64) without its last bits, which are unused in the float."""
+    key = (key << UNUSED).to(tl.int32)
+    bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) >> UNUSED << UNUSED
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -137,16 +156,28 @@ def _order(score, token):
 
 
 @triton.jit
+def _logits(logits, row_stride, size, mask_at, column):
+    """Load logits in float32, -inf for the mask token and beyond the row."""
+    row = tl.program_id(0).to(tl.int64)
+    # The mask token is not part of the load's mask: loads of several logits at once need that.
+    x = tl.load(logits + row * row_stride + column, mask=column < size, other=-float("inf"))
+    return tl.where(column == mask_at, -float("inf"), x.to(tl.float32))
+
+
+@triton.jit
+def _over(x, temperature):
+    """Divide by a temperature above 0."""
+    # Rounded as PyTorch divides; `/` is an approximation here. The shapes must agree.
+    return tl.div_rn(x, temperature + tl.zeros_like(x))
+
+
+@triton.jit
 def _values(logits, row_stride, size, mask_at, temperature, column, DRAWN: tl.constexpr):
     """Load logits over temperature, -inf for the mask token and beyond the row."""
-    row = tl.program_id(0).to(tl.int64)
-    inside = (column < size) & (column != mask_at)
-    x = tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf"))
-    x = x.to(tl.float32)
+    x = _logits(logits, row_stride, size, mask_at, column)
     if DRAWN:
-        t = tl.load(temperature + row)
-        # Rounded as PyTorch divides; `/` is an approximation here. The shapes must agree.
-        x = tl.where(t > 0, tl.div_rn(x, tl.where(t > 0, t, 1.0) + tl.zeros_like(x)), x)
+        t = tl.load(temperature + tl.program_id(0).to(tl.int64))
+        x = tl.where(t > 0, _over(x, tl.where(t > 0, t, 1.0)), x)
     return x
 
 
@@ -200,23 +231,63 @@ def _tiles(
 
 
 @triton.jit
-def _mass(
-    logits, row_stride, size, mask_at, temperature, base, least, COUNT: tl.constexpr,
+def _column(order, first_token):
+    """Return the column of what `_order` returns."""
+    return (0x7FFFFFFF - (order & 0xFFFFFFFF)).to(tl.int32) - first_token
+
+
+@triton.jit
+def _search(
+    logits, row_stride, size, mask_at, top, scale, goal,
+    TILE: tl.constexpr, PIVOTS: tl.constexpr, UNUSED: tl.constexpr,
+):  # fmt: skip
+    """Find the largest logit so that it and the larger ones weigh at least `goal`.
+
+    The weight of a logit is exp2((logit - top) * scale), or 1 without a scale, whose sums float32
+    holds exactly. Each sum adds the same columns in the same order. So the sum from a lower logit
+    up is never smaller, and a row's sums do not depend on the batch.
+
+    If all weigh less than `goal`, the result is -inf.
+    """
+    low = _key(tl.full((), -float("inf"), tl.float32)).to(tl.int64) >> UNUSED
+    high = _key(top).to(tl.int64) >> UNUSED
+    while low < high:
+        step = (high - low) // (PIVOTS + 1) + 1
+        key = tl.minimum(low + step * (1 + tl.arange(0, PIVOTS)), high)
+        pivot = _from_key(key, UNUSED)[:, None]
+        total = tl.zeros((PIVOTS, TILE), tl.float32)
+        for begin in range(0, size, TILE):
+            column_1T = begin + tl.arange(0, TILE)[None, :]
+            x_1T = _logits(logits, row_stride, size, mask_at, column_1T)
+            weight_1T = 1.0
+            if scale is not None:
+                weight_1T = tl.exp2((x_1T - top) * scale)
+            total = tl.where(x_1T >= pivot, total + weight_1T, total)
+        reached = tl.sum((tl.sum(total, 1) >= goal).to(tl.int32))
+        low = tl.minimum(low + step * reached, high)
+        high = tl.minimum(low + step - 1, high)
+    return _from_key(low, UNUSED)
+
+
+@triton.jit
+def _split(
+    logits, row_stride, size, mask_at, temperature, top, scale, cut,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Count the values with a key of at least `least`, or sum their exponentials."""
-    total = tl.full((), 0.0, tl.float32)
-    if COUNT:
-        total = tl.full((), 0, tl.int32)
+    """Count what is above a value and what equals it; weigh the former and one of the latter."""
+    above = tl.zeros((TILE,), tl.int32)
+    equal = tl.zeros((TILE,), tl.int32)
+    weight = tl.zeros((TILE,), tl.float32)
+    each = tl.zeros((TILE,), tl.float32)
     for begin in range(0, size, TILE):
-        column = begin + tl.arange(0, TILE)
-        x = _values(logits, row_stride, size, mask_at, temperature, column, True)
-        kept = (_key(x).to(tl.int64) >= least) & (column < size)
-        if COUNT:
-            total += tl.sum(kept.to(tl.int32))
-        else:
-            total += tl.sum(tl.where(kept, tl.exp(x - base), 0.0))
-    return total
+        x = _logits(logits, row_stride, size, mask_at, begin + tl.arange(0, TILE))
+        value = _over(x, temperature)
+        one = tl.exp2((x - top) * scale)
+        above += (value > cut).to(tl.int32)
+        weight = tl.where(value > cut, weight + one, weight)
+        equal += (value == cut).to(tl.int32)
+        each = tl.where(value == cut, one, each)
+    return tl.sum(above), tl.sum(equal), tl.sum(weight), tl.max(each)
 
 
 @triton.jit
@@ -233,84 +304,76 @@ def _cut(
     row_max,
     cut_out,
     last_out,
+    order_in,
+    first_token,
     tiles,
     ROW_TILES: tl.constexpr,
     TILE: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    UNUSED: tl.constexpr,
 ):
-    """Find the end of what min_p, top_k and top_p keep: the least value and its last id."""
+    """Find the end of what min_p, top_k and top_p keep: the least value and its last id.
+
+    The search goes over the logits, which need no division. Their order is that of the values, but
+    different logits can have one value. So `_split` counts in values.
+    """
     row = tl.program_id(0).to(tl.int64)
     base = _row_max(max_tiles, row_max, tiles, ROW_TILES)
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
+    t = tl.load(temperature + row)
     floor = tl.load(min_p + row)
     cut = tl.where(floor > 0, base + tl.log(floor), -float("inf"))
-    low = _key(cut).to(tl.int64)
     last = size
-    # A greedy row keeps all, and a row without a finite maximum has nothing to keep.
-    limited = ((k > 0) | (p < 1)) & (tl.load(temperature + row) > 0)
-    if limited & (base > -float("inf")) & (base < float("inf")):
-        top = _key(base).to(tl.int64)
+    at = tl.arange(0, ROW_TILES)
+    order = tl.max(tl.load(order_in + row * tiles + at, mask=at < tiles, other=LEAST))
+    top = _logits(logits, row_stride, size, mask_at, _column(order, first_token))
+    # A greedy row keeps all, and a row with a NaN or without a finite maximum has nothing to keep.
+    by_k = (k > 0) & (k < size)
+    if (by_k | (p < 1)) & (t > 0) & (top > -float("inf")) & (base < float("inf")):
+        scale = LOG2_E / t
+        most = tl.full((), size, tl.int64)
+        if by_k:
+            x = _search(
+                logits, row_stride, size, mask_at, top, None, k.to(tl.float32), TILE, PIVOTS, UNUSED
+            )
+            value = _over(x, t)
+            most = tl.where(value >= cut, k, most)
+            cut = tl.maximum(value, cut)
+        above, equal, weight, each = _split(
+            logits, row_stride, size, mask_at, t, top, scale, cut, TILE
+        )
         # How many of the values that equal the cut stay.
-        ties = tl.full((), 0x7FFFFFFF, tl.int32)
-        if k > 0:
-            count = _mass(logits, row_stride, size, mask_at, temperature, base, low, True, TILE)
-            if k < count:
-                high = top
-                while low < high:
-                    middle = low + (high - low + 1) // 2
-                    count = _mass(
-                        logits, row_stride, size, mask_at, temperature, base, middle, True, TILE
-                    )
-                    if count >= k:
-                        low = middle
-                    else:
-                        high = middle - 1
-                above = _mass(
-                    logits, row_stride, size, mask_at, temperature, base, low + 1, True, TILE
-                )
-                ties = (k - above).to(tl.int32)
+        ties = tl.minimum(equal, most.to(tl.int32) - above)
         if p < 1:
-            above = _mass(
-                logits, row_stride, size, mask_at, temperature, base, low + 1, False, TILE
-            )
-            equal = _mass(logits, row_stride, size, mask_at, temperature, base, low, True, TILE)
-            equal -= _mass(
-                logits, row_stride, size, mask_at, temperature, base, low + 1, True, TILE
-            )
-            each = tl.exp(_from_key(low.to(tl.int32)) - base)
-            goal = p * (above + tl.minimum(equal, ties).to(tl.float32) * each)
-            high = top
-            edge = low
-            while edge < high:
-                middle = edge + (high - edge + 1) // 2
-                mass = _mass(
-                    logits, row_stride, size, mask_at, temperature, base, middle, False, TILE
+            goal = p * (weight + ties.to(tl.float32) * each)
+            x = _search(logits, row_stride, size, mask_at, top, scale, goal, TILE, PIVOTS, UNUSED)
+            value = _over(x, t)
+            if value > cut:
+                cut = value
+                above, equal, weight, each = _split(
+                    logits, row_stride, size, mask_at, t, top, scale, cut, TILE
                 )
-                if mass >= goal:
-                    edge = middle
-                else:
-                    high = middle - 1
-            if edge > low:
-                ties = tl.full((), 0x7FFFFFFF, tl.int32)
-            low = edge
-            above = _mass(
-                logits, row_stride, size, mask_at, temperature, base, low + 1, False, TILE
-            )
-            each = tl.exp(_from_key(low.to(tl.int32)) - base)
+                ties = equal
             if each > 0:
-                need = tl.ceil((goal - above) / each)
+                need = tl.ceil((goal - weight) / each)
                 need = tl.minimum(tl.maximum(need, 1.0), 2147483520.0).to(tl.int32)
                 ties = tl.minimum(ties, need)
-        cut = _from_key(low.to(tl.int32))
-        seen = tl.full((), 0, tl.int32)
-        last = tl.full((), -1, tl.int32)
-        for begin in range(0, size, TILE):
+        if ties < equal:
+            # The tile of the last one that stays, then the place in it.
+            begin = tl.full((), -TILE, tl.int32)
+            before = tl.full((), 0, tl.int32)
+            seen = tl.full((), 0, tl.int32)
+            while seen < ties:
+                begin += TILE
+                column = begin + tl.arange(0, TILE)
+                x = _over(_logits(logits, row_stride, size, mask_at, column), t)
+                before = seen
+                seen += tl.sum((x == cut).to(tl.int32))
             column = begin + tl.arange(0, TILE)
-            x = _values(logits, row_stride, size, mask_at, temperature, column, True)
-            equals = (_key(x).to(tl.int64) == low) & (column < size)
-            rank = seen + tl.cumsum(equals.to(tl.int32), 0)
-            last = tl.maximum(last, tl.max(tl.where(equals & (rank <= ties), column, -1)))
-            seen += tl.sum(equals.to(tl.int32))
+            x = _over(_logits(logits, row_stride, size, mask_at, column), t)
+            rank = before + tl.cumsum((x == cut).to(tl.int32), 0)
+            last = tl.max(tl.where((x == cut) & (rank <= ties), column, -1))
     tl.store(cut_out + row, cut)
     tl.store(last_out + row, last)
 
@@ -416,7 +479,7 @@ def _reduce(
             total = tl.where(total == total, kept, total)
             if moment_in is not None:
                 moment = tl.sum(tile_moment)
-    column = (0x7FFFFFFF - (order & 0xFFFFFFFF)).to(tl.int32) - first_token
+    column = _column(order, first_token)
     value = _values(logits, row_stride, size, mask_at, temperature, column, temperature is not None)
     tl.store(order_out + row, order)
     tl.store(value_out + row, value)
