@@ -24,8 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ARCHITECTURES = ("DreamModel", "Qwen2ForCausalLM")
-"""Those with the layers and tensor names of Qwen2, whose head size follows from the hidden size."""
+from vllm_d2f.models import FAMILIES
 
 
 def widen(source: Path, target: Path, head_size: int) -> Path:
@@ -36,8 +35,9 @@ def widen(source: Path, target: Path, head_size: int) -> Path:
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{architecture} cannot be widened, only {', '.join(ARCHITECTURES)}")
+    family = FAMILIES.get(architecture)
+    if (family.hf if family else architecture) != "Qwen2ForCausalLM":
+        raise ValueError(f"{architecture} cannot be widened, only models with Qwen2's layers")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"rotary embeddings of another kind cannot be widened: {rope}")
@@ -45,8 +45,10 @@ def widen(source: Path, target: Path, head_size: int) -> Path:
         raise ValueError(f"{source.name} has no model.safetensors; shards cannot be widened")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     size = hidden // heads
-    if head_size % size or head_size < size or config.get("head_dim") not in (None, size):
-        raise ValueError(f"heads of {config.get('head_dim', size)} do not divide {head_size}")
+    if config.get("head_dim") not in (None, size):
+        raise ValueError(f"{heads} heads of {config['head_dim']} are not the hidden size {hidden}")
+    if head_size % size or head_size < size:
+        raise ValueError(f"heads of {size} do not divide {head_size}")
     factor = head_size // size
     counts = {"q": heads, "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
     read = load_file(source / "model.safetensors")
