@@ -4,8 +4,9 @@
     python -m benchmarks.kernels --json kernels.json
 
 `found`: what is installed and what the device is. `tests/FOLDER`: the tests marked `gpu`, which
-compare the FlashInfer backend and the kernels with float64. `confidence/MODEL/RULE/ROWS`: the
-confidence kernel at the vocabularies of Dream and LLaDA; its floor reads the logits once.
+compare the FlashInfer backend and the kernels with float64, and the engine with the authors' own
+runs. `confidence/MODEL/RULE/ROWS`: the confidence kernel at the vocabularies of Dream and LLaDA;
+its floor reads the logits once.
 """
 
 import argparse
@@ -119,7 +120,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = record.Parser("kernels", __doc__)
     add = parser.add_argument
     add("--rows", type=int, nargs="+", default=[1, 32, 128, 1024], help="masked positions")
-    add("--tests", nargs="*", default=["attention", "sampling", "worker"], help="folders of tests/")
+    folders = ["attention", "sampling", "worker", "engine"]
+    add("--tests", nargs="*", default=folders, help="folders of tests/")
     args = parser.finish(argv, {"rows": [32]}, ("rows",), rehearse=True)
     if not (args.rehearse or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device; --rehearse runs what runs on a CPU")

@@ -13,8 +13,10 @@ preempted; `again` the batch once more with prefix caching on and warm. `bfloat1
 for, is the batch in an engine of that data type, whose differences are counted beside the others.
 
 On a GPU `--attention-backend`, `--dtype` and `--engine-args` choose what is compared. Answers in
-bfloat16 may differ where two tokens are nearly equal, so there the shares of equal answers and
-tokens and the score are given, and the exit status is 1 only if the score falls by more than 0.02.
+bfloat16 and float16 may differ where two tokens are nearly equal, so there the shares of equal
+answers and tokens and the score are given, and the exit status is 1 only if the score falls by more
+than 0.02. `--head-size` is for backends that lack the heads of a tiny model: the engine serves a
+copy with heads of that size, padded with zeros, and the reference decodes the original.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import math
 import platform
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +36,7 @@ from typing import Any
 from benchmarks.harness import record
 from benchmarks.harness.engine import greedy, preemptions, shut_down, start_engine
 from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.widen import widen
 from benchmarks.harness.workload import d2f_model, load_items, load_prompts, parse_options
 from benchmarks.tasks.jobs import load_job
 from vllm_d2f.d2f import D2FParams
@@ -212,7 +216,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-model-len", type=int, help="default: the model's, at most 1024")
     add("--grid", action="store_true", help="48 settings instead of the model's own")
     add("--ways", nargs="+", choices=[*WAYS, "bfloat16"], default=list(WAYS))
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--head-size", type=int, help="pad the engine's heads with zeros to this size")
     add("--attention-backend", help="of vLLM: CUSTOM (FlashInfer), FLASH_ATTN, TRITON_ATTN")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's engine")
     return parser.finish(argv, {"prompts": 6}, ("prompts", "max_tokens"))
@@ -220,10 +225,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parity(run: Record) -> int:
     """Decode everything in all ways. Return 1 for differences that rounding does not explain."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compare_all(run, Path(folder))
+
+
+def compare_all(run: Record, folder: Path) -> int:
+    """Do what `parity` does, with an empty folder for a widened copy of the model."""
     from transformers import AutoTokenizer
 
     args = run.args
     model, config, defaults = d2f_model("--model", args.model)
+    served = model
+    if args.head_size:
+        try:
+            served = str(widen(Path(model), folder / Path(model).name, args.head_size))
+        except ValueError as error:
+            raise UsageError(f"--head-size {args.head_size}: {error}") from error
     max_model_len = args.max_model_len or min(config.max_position_embeddings, 1024)
     own = defaults.params
     settings = GRID if args.grid else [own]
@@ -242,11 +259,13 @@ def parity(run: Record) -> int:
     given = {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
     if args.attention_backend:
         given["attention_backend"] = args.attention_backend
+    if "compilation_config" in given:
+        given.setdefault("enforce_eager", False)  # eager engines compile and capture nothing
     block_causal = defaults.prompt_attention == "block_causal"
     if block_causal or "compilation_config" in given:
         # FULL graphs, and the blocks of a prompt, are those of the served block size.
-        served = {"block_size": own.block_size, "max_blocks": own.max_blocks, "window": window}
-        given["additional_config"] = {"d2f": served}
+        section = {"block_size": own.block_size, "max_blocks": own.max_blocks, "window": window}
+        given["additional_config"] = {"d2f": section}
 
     started = time.perf_counter()
     block = own.block_size if block_causal else None
@@ -282,7 +301,9 @@ def parity(run: Record) -> int:
         if run.late or all(run.settled(way) for way in ways):
             continue
         try:
-            llm = start_engine(model, window=window, max_model_len=max_model_len, **given | options)
+            llm = start_engine(
+                served, window=window, max_model_len=max_model_len, **given | options
+            )
         except (ImportError, ValueError) as error:
             if not args.attention_backend:
                 raise
@@ -303,13 +324,14 @@ def parity(run: Record) -> int:
         ways={way: run.points[way] for way in args.ways if way in WAYS},
         bfloat16=run.points.get("bfloat16"),
         machine=f"{platform.machine()}, {platform.system()}, {on}, {args.dtype}",
+        **({"head_size": args.head_size} if args.head_size else {}),
     )  # fmt: skip
     run.write(report)
     return int(any(not holds(report, row) for row in report["ways"].values()))
 
 
 def holds(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Return whether a way agrees with the reference, ties aside; in bfloat16 its score decides."""
+    """Return whether a way agrees with the reference, ties aside; in 16 bits its score decides."""
     if report["machine"].endswith("float32"):
         return row["equal"] + row["ties"] == row["of"]
     return row["score"] is None or row["score"] >= report["reference_score"] - 0.02
@@ -317,11 +339,13 @@ def holds(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
     bfloat16 = [report["bfloat16"]] if report.get("bfloat16") else []
+    head_size = report.get("head_size")
     return [
         *record.head("Engine against reference", report),
         f"{report['model']}, {report['prompts']} prompts, {report['settings']} setting(s),",
         f"{report['machine']}. The reference: {report['tokens_per_forward']} tokens per forward,",
         f"score {report['reference_score']}; {report['answers_with_a_tie']} answers have a tie.",
+        *([f"The engine's heads are padded to {head_size}."] if head_size else []),
         "",
         *record.columns(
             "way equal of ties equal_tokens score agrees",

@@ -45,17 +45,35 @@ class Step:
 
 CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"
 EDGES = "--requests 1 8 --blocks 4 --contexts 512 --what steps"
+
+
+def engine(**options: Any) -> str:
+    """Return an option of a command: JSON without spaces, which `format` and `split` keep whole."""
+    text = json.dumps(options, separators=(",", ":"))
+    return "--engine-args " + text.replace("{", "{{").replace("}", "}}")
+
+
 # The tiny model needs little, and others may use the device.
-LITTLE = '--engine-args {{"gpu_memory_utilization":0.3}}'
-# FlashInfer has no float32.
-FLOAT32 = f"parity --prompts 16 --ways batch single --attention-backend TRITON_ATTN {LITTLE}"
-BFLOAT16 = f"parity --prompts 40 --ways batch --dtype bfloat16 {LITTLE}"
+LITTLE = {"gpu_memory_utilization": 0.3}
+GRAPHS = {**LITTLE, "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
+# FlashInfer has no float32, and no heads as small as those of d2f-tiny.
+FLOAT32 = "parity --prompts 16 --ways batch single --attention-backend TRITON_ATTN"
+WIDE = "parity --prompts 40 --ways batch --head-size 128 --dtype float16 --attention-backend CUSTOM"
+BFLOAT16 = "parity --prompts 40 --ways batch --dtype bfloat16"
+ON_CPU = "--quick --dtype float32 --attention-backend="
 FEW = "--contexts 512 2048 --requests 1 16 --blocks 1 4"
 STEPS = (
-    Step("kernels", "kernels --rows 32", 120),
-    Step("parity", FLOAT32, 90, "--quick --attention-backend="),
+    Step("kernels", "kernels --rows 32", 180),
+    Step("parity", f"{FLOAT32} {engine(**LITTLE)}", 90, "--quick --attention-backend="),
+    Step("parity_full", f"{WIDE} {engine(**GRAPHS)}", 180, f"{ON_CPU} --engine-args {{}}"),
+    Step(
+        "parity_async",
+        f"{WIDE} {engine(**GRAPHS, async_scheduling=True)}",
+        180,
+        f'{ON_CPU} --engine-args {{"async_scheduling":true}}',
+    ),
     Step("steps", f"steps --shapes dream qwen {CASES}", 240),
-    Step("parity_bfloat16", BFLOAT16, 90, "--quick --dtype float32"),
+    Step("parity_bfloat16", f"{BFLOAT16} {engine(**LITTLE)}", 90, "--quick --dtype float32"),
     Step("steps_full", f"steps --shapes dream --variant full {EDGES}", 150),
     Step("steps_async", f"steps --shapes dream --variant async {EDGES}", 150),
     Step("attention", f"attention --layer dream {FEW}", 120),

@@ -255,7 +255,9 @@ def test_device_tests_are_collected_where_there_is_only_a_bundle(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     files = device_tests("tests")
     assert {"tests/worker/test_no_host_wait.py", "tests/worker/test_masked_rows.py"} <= set(files)
+    assert "tests/engine/test_golden.py" in files
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
     done = subprocess.run([*words, "-m", "gpu", *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "test_a_step_waits_for_nothing_on_a_device" in done.stdout
+    assert "test_authors_runs_on_a_device" in done.stdout

@@ -33,6 +33,7 @@ def run(module, path, *arguments):
         (parity.main, ["--model", "/no/such/folder"], "--model"),
         (parity.main, ["--model", "ar-tiny"], "no D2F model"),
         (parity.main, ["--data", "/no/such/file"], "--data"),
+        (parity.main, ["--head-size", "40"], "heads of 32 do not divide 40"),
         (overhead.main, ["--model", "/no/such/folder"], "--model"),
         (serving.main, ["--streaming", "--models", "/no/such/folder"], "--models"),
         (serving.main, ["--streaming", "--models", "ar-tiny"], "no D2F model"),
@@ -74,6 +75,15 @@ def test_parity_of_block_causal_prompts_asked_as_a_chat(tmp_path):
     assert report["ways"].keys() == {"batch", "arrivals"} and status == 0
     assert all(way["equal"] + way["ties"] == way["of"] == 6 for way in report["ways"].values())
     assert report["bfloat16"]["of"] == 6 and report["bfloat16"]["equal_tokens"] > 0.5
+
+
+@pytest.mark.slow
+def test_parity_of_larger_heads(tmp_path):
+    given = ["--head-size", "64", "--ways", "batch"]
+    report, status = run("parity", tmp_path / "parity.json", *given)
+    assert status == 0 and report["head_size"] == 64
+    assert report["ways"]["batch"]["equal"] + report["ways"]["batch"]["ties"] == 6
+    assert "padded to 64" in (tmp_path / "parity.md").read_text()
 
 
 @pytest.mark.slow
