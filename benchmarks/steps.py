@@ -47,6 +47,7 @@ WAITS = ("Synchronize", "cudaMemcpy", "cudaStreamWaitEvent", "cudaFree", "cudaMa
 FULL: dict[str, Any] = {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
     "full": FULL,
     "async": {"async_scheduling": True},
     "full_async": {**FULL, "async_scheduling": True},

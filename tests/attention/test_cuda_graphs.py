@@ -415,7 +415,7 @@ def test_fill_up_refuses_what_has_no_room():
 # The choice
 
 
-def test_full_graphs_are_only_on_request_and_only_with_our_backend(monkeypatch):
+def test_full_graphs_are_the_default_and_only_with_our_backend(monkeypatch):
     select.register()
     monkeypatch.setattr(select, "find_spec", {"flashinfer": object()}.get)
 
@@ -432,10 +432,12 @@ def test_full_graphs_are_only_on_request_and_only_with_our_backend(monkeypatch):
 
     never, uniform = AttentionCGSupport.NEVER, AttentionCGSupport.UNIFORM_BATCH
     both = CUDAGraphMode.FULL_AND_PIECEWISE
-    assert resolved(None, None) == (PIECEWISE, never)
+    assert resolved(None, None) == (both, uniform)
+    assert resolved(None, PIECEWISE) == (PIECEWISE, never)
     assert resolved(None, both) == (both, uniform)
     assert resolved(None, CUDAGraphMode.FULL_DECODE_ONLY)[1] == uniform
     assert resolved(None, NONE) == (NONE, never)
     enum = type(select.AttentionBackendEnum.FLASH_ATTN)
+    assert resolved(enum.FLASH_ATTN, None) == (PIECEWISE, never)
     assert resolved(enum.FLASH_ATTN, both) == (PIECEWISE, never)
     assert resolved(None, both, head_size=32) == (PIECEWISE, never)

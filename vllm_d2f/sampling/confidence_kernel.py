@@ -34,8 +34,8 @@ the batch."""
 
 CUT_TILE = 4096
 """Most logits that `_cut` takes at a time. It holds one sum per pivot for each of them."""
-CUT_WARPS = 16
-PIVOTS = 8
+CUT_WARPS = 32
+PIVOTS = 4
 """Pivots of one pass of the search in `_cut`, a power of two."""
 
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
