@@ -5,11 +5,11 @@
     python -m benchmarks.projection --model d2f-smollm2-extract --job extract --data test.jsonl \\
         --dtype bfloat16 --settings '{"tau_add": 0.1}'
 
-Two things are measured: the steps of a 7B shape on an H200 (`--steps`, `--full`), and a decoding
-profile, which this command measures on a small model: tokens per forward and window positions for
-1, 2, ... open blocks. Everything else is an assumption with a range, and the tables say so. Every
-cell is the middle of the assumptions, with the lowest and the highest that they allow. Adaptation
-is the best number of leading blocks at each batch size.
+Two things are measured: the steps of a 7B shape on an H200 (`--steps`, `--piecewise`), and a
+decoding profile, which this command measures on a small model: tokens per forward and window
+positions for 1, 2, ... open blocks. Everything else is an assumption with a range, and the tables
+say so. Every cell is the middle of the assumptions, with the lowest and the highest that they
+allow. Adaptation is the best number of leading blocks at each batch size.
 """
 
 import argparse
@@ -49,7 +49,7 @@ REDUCE = ((25.0, 250.0), (15.0, 370.0), (8.0, 480.0))
 ring) and 480 (in the switch) are what NCCL's maintainers name for eight H100s in
 github.com/NVIDIA/nccl-tests/issues/212; the rest is assumed."""
 
-ENGINES = ("PIECEWISE graphs", "FULL graphs, measured at two sizes", "nothing")
+ENGINES = ("PIECEWISE graphs", "FULL graphs, the default", "nothing")
 """The time of a D2F step beyond bytes and operations: low, middle, high."""
 
 DREAM_BLOCK = 32
@@ -102,9 +102,9 @@ PAGE = """\
 
 ## Checked
 
-Batches on the H200 at simulated acceptance with PIECEWISE graphs, from the first prompt to the
-last token: D2F / AR, the error of the ratio, and those of both speeds. So this checks the low
-engine; no batch with the FULL graphs of the middle one has been measured.
+Batches on the H200 at simulated acceptance with FULL graphs, from the first prompt to the last
+token: D2F / AR, the error of the ratio, and those of both speeds. So this checks the middle
+engine.
 
 {check}
 Plain decoding of an 8B model on one H100, tokens per second, beside the published controls of
@@ -144,15 +144,19 @@ def scaled(profile: Sequence[Trace], widest: float, times: float, like: Trace) -
     ]
 
 
-def engines(report: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[dict[str, float], Any]:
+def engines(
+    report: Mapping[str, Any], piecewise: Mapping[str, Any]
+) -> tuple[dict[str, float], Any]:
     """Return the bandwidth and arithmetic that steps reached, and the rest of each engine."""
     points, machine = report["points"], report["floor"]
     ar, d2f = cost.steps_of(points, AR), cost.steps_of(points, D2F)
-    graphs = cost.steps_of(full["points"], D2F)
-    if not (ar and d2f and graphs):
-        raise UsageError(f"--steps and --full need steps of {D2F}, --steps those of {AR} as well")
+    pieces = cost.steps_of(piecewise["points"], D2F)
+    if not (ar and d2f and pieces):
+        raise UsageError(
+            f"--steps and --piecewise need steps of {D2F}, --steps those of {AR} as well"
+        )
     reached = cost.reached(ar, d2f, D2F, machine)
-    beside = [cost.beyond(points, D2F, reached) for points in (d2f, graphs)]
+    beside = [cost.beyond(points, D2F, reached) for points in (pieces, d2f)]
     return reached, (*beside, ((0.0, 0.0),))
 
 
@@ -248,7 +252,7 @@ def build(
                     f"{name}_{key}": value for key, value in cell(both, every, plain, size).items()
                 }
             rows.append(row)
-    own, (first, *_) = on(next(iter(TARGETS)), reached), beside
+    own, (_, middle, _) = on(next(iter(TARGETS)), reached), beside
     h100 = replace(on("7B, H100", reached), shape="llama")
     return {
         "benchmark": "projection", "units": UNITS, "reached": reached,
@@ -256,7 +260,7 @@ def build(
         "beyond_ms": dict(zip(ENGINES, beside, strict=True)),
         "block_size": block, "answer": args.answer, "prompt": args.prompt,
         "tokens_per_forward": args.tokens_per_forward, "tables": tables,
-        "check": check(steps["points"], own, replace(own, shape=D2F, beyond=first)),
+        "check": check(steps["points"], own, replace(own, shape=D2F, beyond=middle)),
         "plain_8b": [
             {"batch_size": size, "published": [round(value, 1) for value in values],
              "predicted": rounded(cost.predict_steady(h100, plain, size))}
@@ -409,7 +413,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = record.Parser("projection", __doc__)
     add, results = parser.add_argument, Path(__file__).parent / "results" / "h200"
     add("--steps", metavar="FILE", default=str(results / "steps.json"), help="of benchmarks.steps")
-    add("--full", metavar="FILE", default=str(results / "steps_full.json"), help="--variant full")
+    pieces = str(results / "steps_piecewise.json")
+    add("--piecewise", metavar="FILE", default=pieces, help="--variant piecewise")
     add("--batch-sizes", type=int, nargs="+", default=[2**i for i in range(9)])
     help = "of the widest window: low, middle, high"
     add("--tokens-per-forward", type=float, nargs=3, default=[2.0, 2.9, 4.5], help=help)
@@ -437,7 +442,7 @@ def projection(run: Record) -> None:
 
     args, job = run.args, JOBS[run.args.job]
     steps = cost.read_steps("--steps", args.steps)
-    reached, beside = engines(steps, cost.read_steps("--full", args.full))
+    reached, beside = engines(steps, cost.read_steps("--piecewise", args.piecewise))
     model, config, own = d2f_model("--model", args.model)
     refuse_simulated(f"--model {args.model}", config, "a decoding profile")
     try:

@@ -165,39 +165,37 @@ class Clock:
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     steps: list[StepCost] = field(default_factory=list)
-    _scheduled: tuple[int, int, int, int] | None = None
     _at: float = 0.0
     _cpu_at: float = 0.0
 
     def attach(self, llm: Any) -> "Clock":
         """Listen to an engine of this process."""
         client, scheduler = llm.llm_engine.engine_core, core_of(llm).scheduler
-        schedule, get_output = scheduler.schedule, client.get_output
+        update, get_output = scheduler.update_from_output, client.get_output
 
-        def timed_schedule(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            if output.total_num_scheduled_tokens:
-                context = sum(output.scheduled_cached_reqs.num_computed_tokens)
-                requests, new = len(output.num_scheduled_tokens), len(output.scheduled_new_reqs)
-                tokens = output.total_num_scheduled_tokens
-                self._scheduled = (requests, new, tokens, context)
-            return output
+        def timed_update(done: Any, *args: Any, **kwargs: Any) -> Any:
+            # Once for each step, in their order. With asynchronous scheduling the next one has been
+            # scheduled by then, and `get_output` may have returned without a step.
+            found = update(done, *args, **kwargs)
+            now, cpu = time.perf_counter(), time.process_time()
+            if tokens := done.total_num_scheduled_tokens:
+                context = sum(done.scheduled_cached_reqs.num_computed_tokens)
+                requests, new = len(done.num_scheduled_tokens), len(done.scheduled_new_reqs)
+                spent = (1e3 * (now - self._at), 1e3 * (cpu - self._cpu_at))
+                self.steps.append(StepCost(requests, new, tokens, context, *spent))
+            self._at, self._cpu_at = now, cpu
+            return found
 
         def timed_get_output() -> Any:
             outputs = get_output()
-            now, cpu = time.perf_counter(), time.process_time()
+            now = time.perf_counter()
             for output in outputs.outputs:
                 if output.new_token_ids:
                     self.first.setdefault(output.request_id, now)
                     self.last[output.request_id] = now
-            if self._scheduled:
-                spent = (1e3 * (now - self._at), 1e3 * (cpu - self._cpu_at))
-                self.steps.append(StepCost(*self._scheduled, *spent))
-                self._scheduled = None
-            self._at, self._cpu_at = now, cpu
             return outputs
 
-        scheduler.schedule, client.get_output = timed_schedule, timed_get_output
+        scheduler.update_from_output, client.get_output = timed_update, timed_get_output
         return self
 
     def start(self) -> None:

@@ -74,7 +74,7 @@ STEPS = (
     ),
     Step("steps", f"steps --shapes dream qwen {CASES}", 240),
     Step("parity_bfloat16", f"{BFLOAT16} {engine(**LITTLE)}", 90, "--quick --dtype float32"),
-    Step("steps_full", f"steps --shapes dream --variant full {EDGES}", 150),
+    Step("steps_piecewise", f"steps --shapes dream --variant piecewise {EDGES}", 150),
     Step("steps_async", f"steps --shapes dream --variant async {EDGES}", 150),
     Step("attention", f"attention --layer dream {FEW}", 120),
     Step("latency", "latency --steps {out}/steps.json", 60, ""),

@@ -178,7 +178,7 @@ def test_where_a_published_ratio_lies():
     assert [words.split()[0] for words in found] == ["above", "which", "below"]
 
 
-@pytest.mark.parametrize("option", ["--steps", "--full"])
+@pytest.mark.parametrize("option", ["--steps", "--piecewise"])
 def test_without_steps_it_says_what_to_run(option, tmp_path, capsys):
     file = tmp_path / "steps.json"
     assert projection.main([option, str(file)]) == 2
