@@ -33,7 +33,7 @@ CASES = [
         "_cut",
         {**ROW, **RULES, "max_tiles": "*fp32", "cut_out": "*fp32", "last_out": "*i32"}
         | {"order_in": "*i64", "first_token": SCALAR, "tiles": SCALAR},
-        {"row_max": None, "PIVOTS": 8, "UNUSED": 16, **SIZES},
+        {"row_max": None, "PIVOTS": 4, "UNUSED": 16, **SIZES},
     ),
     (
         "_draw",

@@ -9,7 +9,7 @@ are read in their own type and reduced in float32.
 top_k and top_p keep a prefix of the tokens in the order of (logit, then lower id). The kernel finds
 its end, the last logit and among equal logits the last id, without a sort: by a search over the
 bit pattern of the logit. Each pass over the row counts, or weighs, what reaches each of several
-pivots, and leaves the bit patterns between two of them. So the end is exact after a few passes, 5
+pivots, and leaves the bit patterns between two of them. So the end is exact after a few passes, 7
 for bfloat16.
 
 A row with a NaN or +inf, or without a finite logit, gets confidence 0 and the token that
