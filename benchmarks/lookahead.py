@@ -133,8 +133,9 @@ def lookahead(run: Record) -> None:
 
     args, job = run.args, JOBS[run.args.job]
     folder, _, settings = d2f_model("--model", args.model)
-    if settings.block_origin != "prompt_end" or settings.prompt_attention != "bidirectional":
-        raise UsageError(f"--model {args.model}: lookaheads are written for D2F's own prompts only")
+    if settings.block_origin != "prompt_end":
+        raise UsageError(f"--model {args.model}: lookaheads need blocks that begin behind the prompt")
+    block_causal = settings.prompt_attention == "block_causal"
     try:
         looks = [(int(k), float(m or 0)) for k, _, m in (s.partition(":") for s in args.settings)]
     except ValueError as error:
@@ -147,6 +148,7 @@ def lookahead(run: Record) -> None:
     for k, margin, tau in keys:
         params = replace(settings.params, tau_conf=tau, accept="threshold", min_per_step=1)
         how = {"lookaheads": k, "margin": margin, "max_tokens": args.max_tokens}
+        how["prompt_block"] = params.block_size if block_causal else None
         run.point(f"{k} {margin} {tau}", partial(ask, loaded, job, params, items, **how))
     run.need_all()
     parts = build(job, [(*key, run.points["{} {} {}".format(*key)]) for key in keys])

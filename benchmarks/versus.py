@@ -287,9 +287,6 @@ def versus(run: Record) -> None:
     items = load_job(args.data, count, args.seed, AutoTokenizer.from_pretrained(ar))
     options = {"dtype": args.dtype, **parse_options("--engine-args", args.engine_args)}
     asked: Variants = {"": None, "+schema": job.schema} if args.schema else {"": None}
-    if args.schema:  # keys and marks as the answers of the job have them
-        form = {"backend": "xgrammar", "disable_any_whitespace": True}
-        options.setdefault("structured_outputs_config", form)
     table = [Decoder("d2f", d2f, "eager", options), Decoder("ar", ar, "eager", options)]
     for setting in args.settings:
         name, _, text = setting.partition("=")

@@ -14,7 +14,7 @@ import pytest
 from vllm_d2f.d2f import D2FParams
 from vllm_d2f.lookahead import generate
 from vllm_d2f.models.hf import load_hf
-from vllm_d2f.reference import hf_forward
+from vllm_d2f.reference import decode, hf_forward
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 RUNS = json.loads((GOLDEN / "lopa.json").read_text())
@@ -79,3 +79,19 @@ def test_an_answer_ends_with_its_first_end_token(forward, lookaheads):
         ended += found.tokens[-1] == end
         assert found.rounds <= free.rounds
     assert ended >= 5
+
+
+@pytest.mark.parametrize("prompt_block", [None, 4])
+def test_without_lookaheads_it_is_d2f(forward, prompt_block):
+    """Where the forced token has the lowest entropy; a prompt may be causal by blocks."""
+    cases = 0
+    for seed in range(12):
+        prompt = [(31 * seed + 7 * i) % 190 for i in range(11)]
+        params = D2FParams(4, 3, 0.1, 0.95, 0.0)
+        given = dict(max_tokens=16, mask_id=MASK, ends=[END], shift=True, prompt_block=prompt_block)
+        *_, last = decode(forward, prompt, params, **given)
+        found = generate(forward, prompt, params, lookaheads=0, **given)
+        assert found.tokens == last.tokens and found.rounds == last.forward
+        other = generate(forward, prompt, params, lookaheads=0, **given | {"prompt_block": 2})
+        cases += other.tokens != found.tokens
+    assert cases

@@ -55,6 +55,7 @@ def generate(
     ends: Sequence[int],
     shift: bool,
     run_on: bool = False,
+    prompt_block: int | None = None,
 ) -> Lookahead:
     """Decode one request, greedy, by the rule `threshold`.
 
@@ -76,7 +77,8 @@ def generate(
             _open_no_more(window, before[len(prompt) :], ends)
         add(window)
         rows = range(len(window.open_R))
-        logits_BWV = [_logits(forward, before, window, row, len(prompt), shift) for row in rows]
+        cut = (len(prompt), params.block_size, prompt_block)
+        logits_BWV = [_logits(forward, before, window, row, cut, shift) for row in rows]
         # The mask token is never proposed, and counts in no distribution.
         token_BW, p_BW = zip(*(sample_greedy(one, mask_id) for one in logits_BWV), strict=True)
         sure_BW = [_negative_entropy(logits_WV) for logits_WV in logits_BWV]
@@ -110,14 +112,22 @@ def _open_no_more(window: Window, committed: Sequence[int], ends: Sequence[int])
 
 
 def _logits(
-    forward: Forward, before: list[int], window: Window, row: int, origin: int, shift: bool
+    forward: Forward,
+    before: list[int],
+    window: Window,
+    row: int,
+    cut: tuple[int, int, int | None],
+    shift: bool,
 ) -> Tensor:
-    """Return the logits of a branch's open window, float32 [W, V]."""
+    """Return the logits of a branch's open window, float32 [W, V].
+
+    Args:
+        cut: where blocks begin, their size, and that of a prompt's blocks.
+    """
     open_ = int(window.open_R[row])
     tokens_T = torch.cat([torch.tensor(before), window.tokens_RW[row, :open_]])
     position_T = torch.arange(len(tokens_T))
-    size = int(window.block_R[row])
-    mask_TT = may_attend(position_T[:, None], position_T[None, :], origin, size)
+    mask_TT = may_attend(position_T[:, None], position_T[None, :], *cut)
     return forward(tokens_T, mask_TT)[position_T[len(before) :] - int(shift)].float()
 
 
