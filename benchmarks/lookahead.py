@@ -134,7 +134,7 @@ def lookahead(run: Record) -> None:
     args, job = run.args, JOBS[run.args.job]
     folder, _, settings = d2f_model("--model", args.model)
     if settings.block_origin != "prompt_end":
-        raise UsageError(f"--model {args.model}: lookaheads need blocks that begin behind the prompt")
+        raise UsageError(f"--model {args.model}: its blocks do not begin where the prompt ends")
     block_causal = settings.prompt_attention == "block_causal"
     try:
         looks = [(int(k), float(m or 0)) for k, _, m in (s.partition(":") for s in args.settings)]
