@@ -65,6 +65,7 @@ FEW = "--contexts 512 2048 --requests 1 16 --blocks 1 4"
 STEPS = (
     Step("kernels", "kernels --rows 32", 180),
     Step("parity", f"{FLOAT32} {engine(**LITTLE)}", 90, "--quick --attention-backend="),
+    Step("steps", f"steps --shapes dream qwen {CASES}", 240),
     Step("parity_full", f"{WIDE} {engine(**GRAPHS)}", 180, f"{ON_CPU} --engine-args {{}}"),
     Step(
         "parity_async",
@@ -72,7 +73,6 @@ STEPS = (
         180,
         f'{ON_CPU} --engine-args {{"async_scheduling":true}}',
     ),
-    Step("steps", f"steps --shapes dream qwen {CASES}", 240),
     Step("parity_bfloat16", f"{BFLOAT16} {engine(**LITTLE)}", 90, "--quick --dtype float32"),
     Step("steps_piecewise", f"steps --shapes dream --variant piecewise {EDGES}", 150),
     Step("steps_async", f"steps --shapes dream --variant async {EDGES}", 150),
