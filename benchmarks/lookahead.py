@@ -72,14 +72,22 @@ def build(job: Job, points: Sequence[tuple[int, float, float, Any]]) -> dict[str
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Say whether lookaheads decode more tokens per forward at a score that D2F has or more."""
+    """Say whether lookaheads decode more tokens per forward than D2F where both score as well.
+
+    D2F's point may have another `tau_conf`. A point with lookaheads wins if D2F has one that is
+    slower and scores no better, and none that is as fast and scores as well.
+    """
+
+    def as_good(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        return all(one[key] >= other[key] for key in ("tokens_per_forward", "score"))
+
     plain = [row for row in report["rows"] if not row["lookaheads"]]
     ahead = [
         row
         for row in report["rows"]
-        for one in plain
-        if row["tokens_per_forward"] > one["tokens_per_forward"] and row["score"] >= one["score"]
         if row["lookaheads"]
+        and any(as_good(row, one) for one in plain)
+        and not any(as_good(one, row) for one in plain)
     ]
     if not ahead:
         return (

@@ -37,11 +37,9 @@ def start_llm(model: str, **options: Any) -> Any:
 
 
 def start_engine(model: str, *, window: int, max_model_len: int, **options: Any) -> Any:
-    """Start `vllm.LLM` to compare with the reference: float32, eager, token ids in and out.
-
-    Triton multiplies float32 on a GPU with 10 bits of mantissa (TF32) unless it is told otherwise.
-    With so few, one of the golden runs takes another way.
-    """
+    """Start `vllm.LLM` to compare with the reference: float32, eager, token ids in and out."""
+    # On a GPU Triton's attention otherwise multiplies float32 with 10 bits of mantissa (TF32), and
+    # one of the authors' 16 golden runs then decodes other tokens.
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     section = {"block_size": 4, "max_blocks": 1, "window": window}
     defaults: dict[str, Any] = dict(

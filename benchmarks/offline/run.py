@@ -47,7 +47,7 @@ CASES = "--requests 1 8 64 --blocks 4 1 2 --contexts 512 --rates 2.9"
 EDGES = "--requests 1 8 --blocks 4 --contexts 512 --what steps"
 
 
-def engine(**options: Any) -> str:
+def engine_args(**options: Any) -> str:
     """Return an option of a command: JSON without spaces, which `format` and `split` keep whole."""
     text = json.dumps(options, separators=(",", ":"))
     return "--engine-args " + text.replace("{", "{{").replace("}", "}}")
@@ -64,16 +64,16 @@ ON_CPU = "--quick --dtype float32 --attention-backend="
 FEW = "--contexts 512 2048 --requests 1 16 --blocks 1 4"
 STEPS = (
     Step("kernels", "kernels --rows 32", 180),
-    Step("parity", f"{FLOAT32} {engine(**LITTLE)}", 90, "--quick --attention-backend="),
+    Step("parity", f"{FLOAT32} {engine_args(**LITTLE)}", 90, "--quick --attention-backend="),
     Step("steps", f"steps --shapes dream qwen {CASES}", 240),
-    Step("parity_full", f"{WIDE} {engine(**GRAPHS)}", 180, f"{ON_CPU} --engine-args {{}}"),
+    Step("parity_full", f"{WIDE} {engine_args(**GRAPHS)}", 180, f"{ON_CPU} --engine-args {{}}"),
     Step(
         "parity_async",
-        f"{WIDE} {engine(**GRAPHS, async_scheduling=True)}",
+        f"{WIDE} {engine_args(**GRAPHS, async_scheduling=True)}",
         180,
         f'{ON_CPU} --engine-args {{"async_scheduling":true}}',
     ),
-    Step("parity_bfloat16", f"{BFLOAT16} {engine(**LITTLE)}", 90, "--quick --dtype float32"),
+    Step("parity_bfloat16", f"{BFLOAT16} {engine_args(**LITTLE)}", 90, "--quick --dtype float32"),
     Step("steps_piecewise", f"steps --shapes dream --variant piecewise {EDGES}", 150),
     Step("steps_async", f"steps --shapes dream --variant async {EDGES}", 150),
     Step("attention", f"attention --layer dream {FEW}", 120),

@@ -64,3 +64,7 @@ def test_lookaheads_win_where_they_are_faster_and_as_good():
     other = report((2, 0.1, 0.9, rows(190, 4, 3)))
     assert "win**: 2.50 tokens per forward at a score of 95.0%, in 3.0" in lookahead.verdict(other)
     assert "| 0.9 | 2 | 0.1 | 2.5 | 3 |" in "\n".join(lookahead.markdown(other))
+    # A lower threshold alone gives as much.
+    for forwards, said in ((4, "do not win"), (5, "win**")):
+        lower = (0, 0.0, 0.8, rows(190, forwards, 1))
+        assert said in lookahead.verdict(report(lower, (2, 0.1, 0.9, rows(190, 4, 3))))

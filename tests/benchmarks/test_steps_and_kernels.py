@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the experiments for a GPU compute around the device: windows, shapes, summaries, timing."""
 
+import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from benchmarks import kernels, steps
 from benchmarks.harness import shapes, timing
-from benchmarks.harness.engine import BLOCK, LASTING_WINDOWS
+from benchmarks.harness.engine import BLOCK, LASTING_WINDOWS, Clock
 from benchmarks.harness.record import Skip
 from benchmarks.steps import LASTING, Span, warm_up
 from vllm_d2f.d2f import Beginning, D2FParams, Window, add, step
@@ -18,6 +20,35 @@ CPU = torch.device("cpu")
 
 
 # Steps.
+
+
+def test_a_step_is_booked_when_it_is_done_and_not_when_the_next_is_scheduled():
+    """As vLLM's core calls it with asynchronous scheduling: a step ahead, and a return without."""
+    ahead, done = deque(), []
+
+    def scheduled(new, tokens):
+        cached = SimpleNamespace(num_computed_tokens=[])
+        total = {"total_num_scheduled_tokens": tokens * new, "scheduled_cached_reqs": cached}
+        requests = dict.fromkeys(range(new), tokens)
+        return SimpleNamespace(scheduled_new_reqs=[0] * new, num_scheduled_tokens=requests, **total)
+
+    def get_output():
+        ahead.append(coming.pop(0))
+        if len(ahead) == 2:
+            time.sleep(0.02)
+            scheduler.update_from_output(ahead.popleft(), None)
+        return SimpleNamespace(outputs=[])
+
+    coming = [scheduled(*one) for one in ((22, 512), (20, 512), (1, 64))]
+    scheduler = SimpleNamespace(update_from_output=lambda output, result: done.append(output))
+    client = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+    client.get_output = get_output
+    clock = Clock().attach(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=client)))
+    clock.start()
+    for _ in range(3):
+        client.get_output()
+    assert [(step.new, step.tokens) for step in clock.steps] == [(22, 22 * 512), (20, 20 * 512)]
+    assert len(done) == 2 and all(step.ms >= 20 for step in clock.steps)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
