@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from http_server import MODEL, Server, free_port, stop, wait_until_ready
+from http_server import KEEP_ALIVE, MODEL, Server, free_port, stop, wait_until_ready
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=dict(os.environ),
+            env=os.environ | KEEP_ALIVE,
             start_new_session=True,
         )
         try:

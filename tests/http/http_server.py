@@ -18,6 +18,9 @@ MODEL = "d2f-tiny"
 START_SECONDS = 900
 """A machine whose cores are all taken needs minutes where an idle one needs half of one."""
 STOP_SECONDS = 60
+KEEP_ALIVE = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+"""vLLM closes a connection that was idle for 5 seconds, which is when httpx gives it up, too: a
+client that retries nothing then sends its next request into a closed connection."""
 
 
 @dataclass(frozen=True)
