@@ -36,6 +36,7 @@ from training.trainer import (
     set_up,
     take_whole,
 )
+from vllm_d2f.cpu import emulates
 from vllm_d2f.output import check_output, disk_is_full, ends_with_its_pipe, write_at_once
 
 
@@ -68,6 +69,9 @@ def train(
             "DeepSpeed gives no access to gradients, which an update here divides by a sum over "
             "all forwards; shard with --config_file training/configs/accelerate-fsdp.yaml"
         )
+    for name in chosen:
+        if config.stages[name].precision == "bfloat16" and accelerator.device.type == "cpu":
+            warn_of_slow_precision(name)
     attention = chosen_attention(attention or config.model.attention, accelerator.device)
     base = open_base(config.model)
     config.check_positions(base.config.max_position_embeddings)
@@ -82,6 +86,17 @@ def train(
         accelerator.free_memory()
     if config.trackers:
         accelerator.end_training()
+
+
+def warn_of_slow_precision(stage: str) -> None:
+    """Name the faster settings where the processor has no instructions for bfloat16."""
+    if emulates(torch.bfloat16):
+        print(
+            f"stage {stage}: this processor has no instructions for bfloat16, so that training "
+            "takes several times as long as in float32: give "
+            f"model.dtype=float32 stages.{stage}.precision=float32",
+            file=sys.stderr,
+        )
 
 
 def check_trackers(config: Config) -> None:

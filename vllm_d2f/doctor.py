@@ -62,8 +62,11 @@ def _vllm() -> Iterator[Any]:
 
     vllm_d2f.register()  # refuses other versions of vLLM with the remedy
 
+    import torch
     import vllm
     from vllm.platforms import current_platform
+
+    from vllm_d2f.cpu import emulates
 
     served = current_platform.is_cpu() or current_platform.is_cuda()
     yield current_platform.get_device_total_memory() if served else float("inf")
@@ -73,6 +76,8 @@ def _vllm() -> Iterator[Any]:
     why = "vLLM does not load it; install the package, and name d2f in VLLM_PLUGINS if that is set"
     yield "plugin", loaded, "vLLM loads it" if loaded else why
     backend = "vLLM's CPU backend"
+    if current_platform.is_cpu() and emulates(torch.bfloat16):
+        backend += "; give --dtype float32, this processor has no instructions for bfloat16"
     if not served:
         backend = "D2F runs on CPUs and on CUDA, and this vLLM is built for neither"
     elif current_platform.is_cuda():

@@ -15,6 +15,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_d2f.attention.selection import prepare as prepare_attention
+from vllm_d2f.cpu import emulates
 from vllm_d2f.engine_args import SCHEDULER, check_engine_args
 from vllm_d2f.hub.checkpoint import check_tokenizer_files, check_weight_files
 from vllm_d2f.models import FAMILIES, family_config
@@ -71,6 +72,7 @@ class D2FConfigHook(VerifyAndUpdateConfig):
         if current_platform.is_cpu():
             _refuse_on_cpu(vllm_config)
             _bound_cpu_cache(vllm_config)
+            _warn_of_slow_dtype(model_config)
         _set_prefill(settings, model_config.max_model_len, scheduler_config)
 
         # The published setting is greedy. A request and the user's own default come first.
@@ -207,6 +209,17 @@ def _bound_cpu_cache(vllm_config: "VllmConfig") -> None:
             model.max_model_len,
         )
         cache.kv_cache_memory_bytes = enough
+
+
+def _warn_of_slow_dtype(model_config: "ModelConfig") -> None:
+    """Name the faster data type where the processor has no instructions for the chosen one."""
+    if emulates(dtype := cast("torch.dtype", model_config.dtype)):
+        logger.warning(
+            "This processor has no instructions for %s, so a window takes several times as long "
+            "as in float32, and D2F may be slower than an autoregressive model. Give "
+            "--dtype float32.",
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def _check_model_type(model_config: "ModelConfig") -> None:
