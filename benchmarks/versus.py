@@ -10,8 +10,10 @@ its own process with the same data type and threads. All answer the same prompts
 ratio compares what was measured moments apart. `--scored N` lets each of them answer N prompts in
 the largest batch first, for the score. `--settings NAME=JSON` adds D2F with other settings, such as
 `adaptive={"adaptive_window": true}`. With `--schema` every decoder answers the same prompts under
-the job's JSON schema too, in rows of their own. `--loads` lets requests come in one by one at
-random (Poisson) at these shares of what the twin answers per second in the largest batch.
+the job's JSON schema too, in rows of their own. `--teacher` adds vanilla diffusion by a
+bidirectional model, in plain transformers and one request at a time. `--loads` lets requests come
+in one by one at random (Poisson) at these shares of what the twin answers per second in the largest
+batch.
 """
 
 import argparse
@@ -21,16 +23,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import figure, record
 from benchmarks.harness.engine import Answer, Batch, answers, paired, rate
-from benchmarks.harness.record import Record
+from benchmarks.harness.record import Record, UsageError
 from benchmarks.harness.timing import percentiles, rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, prepare_process, workers
 from benchmarks.harness.workload import Item, parse_options, resolve_model
 from benchmarks.tasks.jobs import JOBS, Job, load_job
 from training.intervals import difference, interval
+
+if TYPE_CHECKING:
+    from benchmarks.harness.vanilla import Setting
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 QUICK: dict[str, Any] = dict(batch_sizes=[1, 4], loads=[0.5], runs=2, prompts=4, scored=8)
@@ -47,15 +52,26 @@ def under(schema: Mapping[str, Any] | None, items: Sequence[Item]) -> list[Item]
 
 
 def measure(
-    items: Sequence[Item], size: int, run: int, decoders: Mapping[str, Worker], asked: Variants
+    items: Sequence[Item],
+    size: int,
+    run: int,
+    decoders: Mapping[str, Worker],
+    asked: Variants,
+    vanilla: Mapping[str, "Setting"],
 ) -> Any:
-    """Measure one batch size in one run: every decoder once in each way, in alternating order."""
-    names = list(decoders)[:: 1 if run % 2 == 0 else -1]
-    return {
-        name + way: decoders[name].measure(under(schema, items), size)
-        for name in names
-        for way, schema in asked.items()
-    }
+    """Measure one batch size in one run: every decoder once in each way, in alternating order.
+
+    Vanilla diffusion, the decoders in `vanilla`, takes part at batch size 1 and knows no schema.
+    """
+    found = {}
+    for name in list(decoders)[:: 1 if run % 2 == 0 else -1]:
+        if name in vanilla:
+            if size == 1:
+                found[name] = decoders[name].measure(items, vanilla[name])
+            continue
+        for way, schema in asked.items():
+            found[name + way] = decoders[name].measure(under(schema, items), size)
+    return found
 
 
 def arrive(
@@ -239,7 +255,9 @@ def draw(report: Mapping[str, Any], path: Any) -> None:
     for name in dict.fromkeys(point["decoder"] for point in report["points"]):
         rows = [p for p in report["points"] if p["decoder"] == name and p["against_ar"]]
         low, middle, high = ([p["against_ar"][k] for p in rows] for k in ("min", "median", "max"))
-        score, color = report["scores"][name]["score"], next(palette, "#333333")
+        # Vanilla diffusion answers the timed questions only.
+        scored = report["scores"].get(name, rows[0] if rows else {})
+        score, color = scored.get("score", 0.0), next(palette, "#333333")
         sizes = [p["batch_size"] for p in rows]
         label = f"{NAMES.get(name, name)}, {report['score'].replace('_', ' ')} {score:.1%}"
         axes.plot(sizes, middle, marker="o", color=color, label=label)
@@ -259,6 +277,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", help='JSONL with "prompt" and "response" (default: generated problems)')
     add("--settings", nargs="*", default=[], metavar="NAME=JSON", help="D2F with other settings")
     add("--schema", action="store_true", help="ask under the job's JSON schema as well")
+    add("--teacher", help="bidirectional model for vanilla diffusion (default: none)")
+    add("--vanilla", nargs="+", default=["128:1"], metavar="LEN:PER_STEP", help="its canvases")
     add("--no-ngram", action="store_true", help="leave n-gram speculation out")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
     add("--loads", type=float, nargs="*", default=[], help="shares of the twin's best rate")
@@ -273,12 +293,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--schema: the job {args.job} has no JSON schema")
     if any(share <= 0 for share in args.loads):
         parser.error("--loads must be greater than 0")
+    if args.teacher and min(args.batch_sizes) != 1:
+        parser.error("--teacher is compared at batch size 1: add 1")
     return args
 
 
 def versus(run: Record) -> None:
     """Measure every batch size in every run and report."""
     from transformers import AutoTokenizer
+
+    from benchmarks.harness.vanilla import Setting
 
     args, job = run.args, JOBS[run.args.job]
     d2f, ar = resolve_model("--d2f", args.d2f), resolve_model("--ar", args.ar)
@@ -294,27 +318,36 @@ def versus(run: Record) -> None:
         table.append(Decoder(name, d2f, "eager", options | {"additional_config": section}))
     if not args.no_ngram:
         table.append(Decoder("ar+ngram", ar, "eager", options | {"speculative_config": NGRAM}))
+    vanilla = {}
+    if args.teacher:
+        teacher = resolve_model("--teacher", args.teacher)
+        try:
+            vanilla = {f"vanilla {text}": Setting.parse(text) for text in args.vanilla}
+        except ValueError as error:
+            raise UsageError(f"--vanilla {error}") from None
+        table += [Decoder(name, teacher, "vanilla") for name in vanilla]
     keys = {f"run {n}, batch {size}": (n, size) for n in range(args.runs) for size in sizes}
     loads = [f"load {share:g}" for share in args.loads]
     if not all(run.settled(key) for key in ("scores", *keys, *loads)):
         with workers(table, max(sizes), args.max_tokens) as decoders:
-            for worker in decoders.values():
+            engines = {name: worker for name, worker in decoders.items() if name not in vanilla}
+            for worker in engines.values():
                 for schema in asked.values():
                     worker.warm_up(under(schema, items), sizes[:1])
             scored_items = items[: args.scored]
-            run.point("scores", partial(measure, scored_items, max(sizes), 0, decoders, asked))
+            run.point("scores", partial(measure, scored_items, max(sizes), 0, engines, asked, {}))
             for key, (number, size) in keys.items():
                 some = items[: -(-args.prompts // size) * size]
-                run.point(key, partial(measure, some, size, number, decoders, asked))
+                run.point(key, partial(measure, some, size, number, decoders, asked, vanilla))
             for share, key in zip(args.loads, loads, strict=True):
                 largest = run.points[f"run 0, batch {max(sizes)}"]["ar"]
                 done = [Batch.from_dict(one) for one in largest]
                 per_s = share * len(answers([done])) / sum(one.seconds for one in done)
                 at_s = arrivals(args.prompts, per_s, args.seed)
-                run.point(key, partial(arrive, items[: args.prompts], at_s, decoders, asked))
+                run.point(key, partial(arrive, items[: args.prompts], at_s, engines, asked))
     run.need_all()
     parts = build(job, items, sizes, args.runs, run.points)
-    models = {"d2f": args.d2f, "ar": args.ar}
+    models = {"d2f": args.d2f, "ar": args.ar} | ({"teacher": args.teacher} if vanilla else {})
     run.write(run.report(job=args.job, models=models, settings=args.settings, **parts))
 
 

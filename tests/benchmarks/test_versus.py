@@ -9,6 +9,7 @@ import pytest
 from benchmarks import versus
 from benchmarks.harness.engine import Answer, Batch
 from benchmarks.harness.record import UsageError
+from benchmarks.harness.vanilla import Setting
 from benchmarks.harness.workload import Item
 from benchmarks.tasks.jobs import JOBS, load_job
 from training.intervals import difference, interval
@@ -116,6 +117,40 @@ def test_a_schema_needs_a_job_that_has_one(capsys):
     assert "the job exact has no JSON schema" in capsys.readouterr().err
 
 
+class Fake:
+    """A worker that says what it was asked."""
+
+    def measure(self, items, how):
+        return [(item.schema, how) for item in items]
+
+
+def test_vanilla_diffusion_takes_part_alone():
+    workers, canvas = {"d2f": Fake(), "vanilla 8:1": Fake()}, Setting.parse("8:1")
+    vanilla, asked = {"vanilla 8:1": canvas}, {"": None, "+schema": {"const": 1}}
+    alone = versus.measure([Item("q", 0.0)], 1, 0, workers, asked, vanilla)
+    assert alone["vanilla 8:1"] == [(None, canvas)]
+    assert alone["d2f+schema"] == [({"const": 1}, 1)] and set(alone) > {"d2f"}
+    assert set(versus.measure([], 4, 1, workers, asked, vanilla)) == {"d2f", "d2f+schema"}
+
+
+def test_vanilla_diffusion_is_compared_on_the_timed_questions(tmp_path, capsys):
+    items = [Item("q", 0.0, RIGHT), Item("p", 0.0, RIGHT)]
+    ar = [asdict(answer(0, RIGHT, 2.0, 12)), asdict(answer(1, RIGHT, 2.0, 12))]
+    points = {"scores": {"ar": ar}}
+    slow = [asdict(answer(0, RIGHT[:-1], 20.0, 64))]
+    points["run 0, batch 1"] = {"ar": ar[:1], "vanilla 64:1": slow}
+    report = versus.build(JOBS["extract"], items, [1], 1, points)
+    (row,) = (row for row in report["points"] if row["decoder"] == "vanilla 64:1")
+    assert row["score"] == 0.0 and row["leaves_the_control"]
+    assert row["against_ar"]["median"] == pytest.approx(0.1)
+    versus.draw(report, tmp_path / "versus.png")
+    with pytest.raises(SystemExit):
+        versus.parse(["--teacher", "dream-tiny", "--batch-sizes", "4"])
+    assert "compared at batch size 1" in capsys.readouterr().err
+    assert versus.main(["--teacher", "dream-tiny", "--vanilla", "8:9"]) == 2
+    assert "tokens per step must be in [1, length]" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_item_with_a_schema_is_answered_under_it(monkeypatch):
     from benchmarks.harness.engine import Engine, shut_down
@@ -136,8 +171,11 @@ def test_arrivals_come_at_the_rate_that_was_asked_for():
 
 @pytest.mark.slow
 def test_quick(tmp_path):
-    assert versus.main(["--quick", "--json", str(tmp_path / "v.json")]) == 0
+    teacher = ["--teacher", "dream-tiny", "--vanilla", "64:8"]
+    assert versus.main(["--quick", *teacher, "--json", str(tmp_path / "v.json")]) == 0
     report = json.loads((tmp_path / "v.json").read_text())
     assert set(report["scores"]) == {"d2f", "ar", "ar+ngram"}
     assert all(row["answers"] == 8 for row in report["scores"].values())
     assert report["scores"]["ar"]["score"] > 0.8
+    (row,) = (row for row in report["points"] if row["decoder"] == "vanilla 64:8")
+    assert row["batch_size"] == 1 and row["score"] > 0.5 and row["tokens_per_forward"] > 1
