@@ -55,10 +55,12 @@ def ask(engine: Any, job: Job, params: D2FParams, items: Sequence[Item], batch: 
     from benchmarks.harness.engine import greedy
 
     engine.sampling = greedy(engine.sampling.max_tokens, params)
-    answers = [answer for one in engine.measure(items, batch) for answer in one.answers]
-    return [
-        [*job.counts(items[a.item].answer or "", a.complete), a.useful, a.forwards] for a in answers
-    ]
+    found = []
+    for answer in (answer for one in engine.measure(items, batch) for answer in one.answers):
+        counted, of = job.counts(items[answer.item].answer or "", answer.complete)
+        right = of - counted if job.errors else counted
+        found.append([right, of, answer.useful, answer.forwards])
+    return found
 
 
 def frontier(
@@ -101,7 +103,8 @@ def build(job: Job, points: Sequence[tuple[str, float, Any]], seed: int) -> dict
                 "gain_interval": [rounded(low), rounded(high)], "beats_threshold": bool(low > 0),
             }  # fmt: skip
         rows.append(row)
-    return {"score": job.score, "prompts": prompts, "units": UNITS, "rows": rows}
+    shown = f"1 - {job.score}" if job.errors else job.score
+    return {"score": shown, "prompts": prompts, "units": UNITS, "rows": rows}
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -175,7 +178,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     defaults = [f"{rule}={','.join(map(str, THRESHOLDS[rule]))}" for rule in ACCEPT]
     add("--model", default="d2f-tiny", help="D2F model: name, folder or Hub id")
-    add("--job", choices=["exact", "extract"], default="exact", help="how answers are scored")
+    add(
+        "--job",
+        choices=["exact", "extract", "restore"],
+        default="exact",
+        help="how answers are scored",
+    )
     add("--data", help='JSONL with "prompt" and "response" (default: generated problems)')
     add("--rules", nargs="+", default=defaults, metavar="RULE=TAU,TAU")
     add("--prompts", type=int, default=512)

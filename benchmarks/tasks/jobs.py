@@ -28,6 +28,7 @@ class Job:
     Attributes:
         score: its name.
         counts: what counts for it.
+        errors: whether that is what is wrong.
         figures: other scores of all answers.
         same: whether two answers say the same.
         unseen: whether a right answer belongs to the questions that are scored apart as well,
@@ -37,6 +38,7 @@ class Job:
 
     score: str
     counts: Counts
+    errors: bool = False
     figures: Callable[[Sequence[tuple[str, str]]], dict[str, float]] = lambda pairs: {}
     same: Callable[[str, str], bool] = eq
     unseen: Callable[[str], bool] | None = None
@@ -68,9 +70,14 @@ SLOTS = {
 
 JOBS = {
     "exact": Job("exact", _exact),
-    "extract": Job("slots", _slots, extract.scores, unseen=extract.unseen, schema=SLOTS),
+    "extract": Job("slots", _slots, figures=extract.scores, unseen=extract.unseen, schema=SLOTS),
     "number": Job("last_number", _number, same=_same_number),
-    "restore": Job("word_error_rate", lambda *pair: restore.word_errors([pair]), restore.scores),
+    "restore": Job(
+        "word_error_rate",
+        lambda *pair: restore.word_errors([pair]),
+        errors=True,
+        figures=restore.scores,
+    ),
 }
 
 

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance rules and lookahead branches: what beats what, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks import acceptance, lookahead
+from benchmarks.harness.engine import Answer, Batch
 from benchmarks.harness.record import UsageError
+from benchmarks.harness.workload import Item
 from benchmarks.tasks.jobs import JOBS
+from vllm_d2f.d2f import D2FParams
 
 ABOUT = {
     "command": "c",
@@ -40,6 +45,21 @@ def test_on_the_line_and_outside_of_it_nothing_is_gained():
     assert not any(row.get("beats_threshold") for row in report["rows"])
     assert "gain" not in report["rows"][3]
     assert "No rule beats" in acceptance.verdict(report)
+
+
+def test_errors_count_as_what_is_right():
+    """So that more is better for every job."""
+    said = Answer(0, False, False, 9, 9, 3, 9, 5, 1.0, 1.0, "the cat sit on the mat")
+    engine = SimpleNamespace(
+        sampling=SimpleNamespace(max_tokens=64),
+        measure=lambda items, batch: [Batch(1.0, 1.0, 3, (said,), 1.0)],
+    )
+    items = [Item("q", 0.0, "The cat sat on the mat.")]
+    one = acceptance.ask(engine, JOBS["restore"], D2FParams(), items, 1)
+    assert one == [[5, 6, 9, 3]]
+    report = acceptance.build(JOBS["restore"], [("threshold", 0.9, one)], seed=0)
+    assert report["score"] == "1 - word_error_rate"
+    assert report["rows"][0]["score"] == pytest.approx(5 / 6, abs=1e-3)
 
 
 @pytest.mark.parametrize("text", ["bold=0.5", "entropy=21", "factor=a", "factor"])
