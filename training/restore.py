@@ -7,6 +7,9 @@ written text, the same one for the same seed; training, tests and the demonstrat
 
 `spoken` is its deterministic part: the words of a text as they are spoken. Scores compare
 these, so that "$12" and "twelve dollars", which sound alike, count as the same words.
+
+`exchange` puts other words into a text, any of a tokenizer's vocabulary. GSM8K has few words, and a
+model that learns from it alone writes a likelier word where it reads one that it seldom saw.
 """
 
 import argparse
@@ -31,6 +34,11 @@ HOMOPHONES = {
 SYMBOLS = {
     "&": "and", "+": "plus", "=": "equals", "*": "times", "@": "at", "#": "number",
     "€": "euros", "£": "pounds", "°": "degrees",
+}  # fmt: skip
+AMOUNTS = {
+    "hundred", "thousand", "million", "billion", "point", "half", "halves", "third", "thirds",
+    "quarter", "quarters", "dollar", "dollars", "cent", "cents", "percent", "clock", "euros",
+    "pounds", "degrees", "number", "plus", "equals", "times", "over",
 }  # fmt: skip
 PLAIN = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "}
@@ -136,6 +144,12 @@ def spoken(text: str) -> list[str]:
 
 
 @lru_cache(maxsize=1)
+def _amounts() -> frozenset[str]:
+    """Return the words that are written as digits and signs, or stand beside such."""
+    return _number_words() | AMOUNTS
+
+
+@lru_cache(maxsize=1)
 def _number_words() -> frozenset[str]:
     return frozenset(word for n in range(100) for word in _say(str(n)).split())
 
@@ -170,6 +184,39 @@ def _slip(words: list[str], rng: random.Random) -> Iterator[str]:
             yield HOMOPHONES[word]
         else:
             yield word
+
+
+Words = tuple[list[str], list[str]]
+"""Words in lower case, and words with a capital."""
+
+
+def vocabulary(tokenizer: Any) -> Words:
+    """Return the words of four letters and more that are one token behind a space.
+
+    Those that say a number or an amount are left out.
+    """
+    tokens = sorted(tokenizer.get_vocab())
+    words = [token[1:] for token in tokens if re.fullmatch("Ġ[A-Za-z][a-z]{3,}", token)]
+    words = [word for word in words if word.lower() not in _amounts()]
+    return [w for w in words if w.islower()], [w for w in words if not w.islower()]
+
+
+def exchange(text: str, seed: int | str, words: Words, share: float) -> str:
+    """Return a text in which a share of the longer words are others, alike wherever they stand.
+
+    Words that say a number or an amount stay, for they are written as digits and signs.
+    """
+    rng = random.Random(f"exchange:{seed}")
+    found: dict[str, str] = {}
+
+    def other(match: re.Match[str]) -> str:
+        word = match[0]
+        if word not in found:
+            chosen = word.lower() not in _amounts() and rng.random() < share
+            found[word] = rng.choice(words[word[0].isupper()]) if chosen else word
+        return found[word]
+
+    return re.sub(r"\b[A-Za-z][a-z]{3,}\b", other, text)
 
 
 Pair = tuple[str, str]
@@ -269,8 +316,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--copies", type=int, default=1, help="transcripts per text")
     parser.add_argument("--capitals", type=float, default=1.0, help="share of them in capitals")
     parser.add_argument("--answers", action="store_true", help="use sentences of answers too")
+    parser.add_argument(
+        "--exchange", type=float, default=0.0, help="share of the longer words that are exchanged"
+    )
+    parser.add_argument("--tokenizer", help="folder or Hub id: whose words these become")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
+    if (args.exchange > 0) is not bool(args.tokenizer):
+        parser.error("--exchange SHARE and --tokenizer go together")
+    words: Words = ([], [])
+    if args.tokenizer:
+        from transformers import AutoTokenizer
+
+        words = vocabulary(AutoTokenizer.from_pretrained(args.tokenizer))
     texts = []
     for line in args.texts.read_text().splitlines():
         record = json.loads(line)
@@ -283,8 +341,9 @@ def main(argv: list[str] | None = None) -> None:
             for at, text in enumerate(texts):
                 seed = f"{args.seed}:{copy}:{at}"
                 capitals = random.Random(seed).random() < args.capitals
-                prompt = degrade(text, seed, capitals)
-                file.write(json.dumps({"prompt": prompt, "response": text}) + "\n")
+                right = exchange(text, seed, words, args.exchange) if args.exchange else text
+                prompt = degrade(right, seed, capitals)
+                file.write(json.dumps({"prompt": prompt, "response": right}) + "\n")
 
 
 if __name__ == "__main__":

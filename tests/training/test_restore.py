@@ -2,10 +2,21 @@
 """The job `restore`: transcripts that a seed decides, and scores."""
 
 import json
+import re
 
 import pytest
 
-from training.restore import degrade, main, plain_sentences, scores, spoken, word_errors, written
+from training.restore import (
+    degrade,
+    exchange,
+    main,
+    plain_sentences,
+    scores,
+    spoken,
+    vocabulary,
+    word_errors,
+    written,
+)
 
 TEXT = "Natalia sold 48 clips, and she sold $1,200 worth in May. How many?"
 
@@ -42,6 +53,27 @@ def test_a_seed_decides_a_transcript():
     assert 40 < len(slipped) < 100, "about half of the texts get slips, some of them none"
     assert all(len(heard.split()) >= len(plain.split()) for heard in many)
     assert any(" UM " in heard for heard in many) and any("SOLD SOLD" in heard for heard in many)
+
+
+class Vocabulary:
+    def get_vocab(self):
+        return dict.fromkeys(
+            ["Ġwalrus", "Ġmelt", "ĠOslo", "ĠRaymond", "walk", "Ġof", "Ġa1bcd", "Ġtwelve"], 0
+        )
+
+
+def test_other_words_take_the_place_of_a_share():
+    """Alike wherever they stand; what is written in digits and signs stays."""
+    words = vocabulary(Vocabulary())
+    assert words == (["melt", "walrus"], ["Oslo", "Raymond"])
+    text = "Mary's nails cost 4 dollars. Mary sold two hundred nails."
+    found = exchange(text, 3, words, 1.0)
+    name, thing = re.fullmatch(
+        r"(\w+)'s (\w+) \w+ 4 dollars\. \1 \w+ two hundred \2\.", found
+    ).groups()
+    assert name in words[1] and thing in words[0]
+    assert exchange(text, 3, words, 1.0) == found and exchange(text, 3, words, 0.0) == text
+    assert len({exchange(text, seed, words, 0.5) for seed in range(20)}) > 5
 
 
 @pytest.mark.parametrize(
@@ -85,3 +117,5 @@ def test_records_are_written_from_questions_and_answers(tmp_path):
     out.unlink()
     main([str(source), "--out", str(out), "--copies", "3", "--capitals", "0.5", "--answers"])
     assert out.read_text() == before
+    with pytest.raises(SystemExit):  # whose words?
+        main([str(source), "--out", str(tmp_path / "other.jsonl"), "--exchange", "0.2"])
