@@ -91,3 +91,11 @@ def test_admission(structured, message):
         return
     with pytest.raises(VLLMValidationError, match=message):
         check_grammar(params)
+
+
+@pytest.mark.parametrize(("rules", "found"), [(1500, ["r700"]), (2500, [])])
+def test_many_rules(rules, found):
+    """The search holds up a server, so that it is left out where it would take seconds."""
+    bodies = {f"r{i}": "r700" if i == 700 else f'"{i}"' for i in range(rules)}
+    lines = [f"root ::= {' | '.join(bodies)}", *(f"{k} ::= {v}" for k, v in bodies.items())]
+    assert stuck_rules(xgrammar.Grammar.from_ebnf("\n".join(lines))) == found

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 MAX_END_TOKENS = 8
 """End tokens of a request that end its window early; further ones end it one block later."""
 
+MAX_PROBED_RULES = 2000
+"""A grammar with more rules is not searched for stuck ones: that would hold up all requests of the
+server for seconds. An answer that reaches such a rule then ends with an error."""
+
 
 def end_tokens(params: "SamplingParams") -> list[int]:
     """Return the tokens that end a request: its stop tokens, and the model's unless ignored."""
@@ -143,26 +147,37 @@ def stuck_rules(grammar: "Grammar") -> list[str]:
     """Return the names of a grammar's rules that match no text and allow no next character.
 
     Every rule is tried once with xgrammar's own matcher: behind a probe rule `"0;" first | "1;"
-    second | ...` the matcher accepts a rule's label and then shows which characters may follow.
+    second | ...` the matcher accepts a rule's label and then shows which characters may follow. The
+    probe is a tree with a digit of the label at each branch: the matcher tries every alternative,
+    and of a single rule there would be as many as there are rules.
     """
     import xgrammar
 
     # The text of a grammar has one rule per line, and can be read again.
     text = str(grammar)
     names = [line.partition(" ::= ")[0].strip() for line in text.splitlines() if " ::= " in line]
+    if len(names) > MAX_PROBED_RULES:
+        return []
     probe = max(names, key=len) + "_"  # a name that no rule has
-    labels = " | ".join(f'("{i};" {name})' for i, name in enumerate(names))
+    width = len(f"{len(names):x}")
+    labels = [f"{i:0{width}x}" for i in range(len(names))]
+    tree: dict[str, dict[str, str]] = {}
+    for label, name in zip(labels, names, strict=True):
+        for depth, digit in enumerate(label):
+            behind = f'";" {name}' if depth == width - 1 else f"{probe}{label[: depth + 1]}"
+            tree.setdefault(label[:depth], {})[digit] = f'("{digit}" {behind})'
+    rules = [f"{probe}{node} ::= {' | '.join(tree[node].values())}" for node in tree]
     try:
-        tried = xgrammar.Grammar.from_ebnf(f"{text}\n{probe} ::= {labels}\n", root_rule_name=probe)
+        tried = xgrammar.Grammar.from_ebnf("\n".join((text, *rules, "")), root_rule_name=probe)
         compiled = _byte_compiler().compile_grammar(tried)
     except RuntimeError:
         return []  # xgrammar does not read what it has printed; then no rule is known to be stuck
     matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
     allowed_1B = xgrammar.allocate_token_bitmask(1, 256)
     stuck = []
-    for i, name in enumerate(names):
+    for label, name in zip(labels, names, strict=True):
         matcher.reset()
-        matcher.accept_string(f"{i};")
+        matcher.accept_string(f"{label};")
         if not matcher.is_completed():
             matcher.fill_next_token_bitmask(allowed_1B)
             if not allowed_1B.any():

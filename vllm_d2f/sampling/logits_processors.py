@@ -91,8 +91,9 @@ class LogitProcessor:
             if rules.allowed is not None:
                 added_V.fill_(-torch.inf)
                 added_V[list(rules.allowed)] = 0
-            for token, bias in rules.bias:
-                added_V[token] += bias
+            if rules.bias:
+                tokens, biases = zip(*rules.bias, strict=True)
+                added_V[list(tokens)] += torch.tensor(biases)
             added_V[list(rules.banned)] = -torch.inf
             self.added_V = to_device(added_V, device)
         self.stops_E = to_device(torch.tensor(rules.stops, dtype=torch.int64), device)

@@ -218,6 +218,7 @@ class D2FScheduler(Scheduler):
         # vLLM's own metric of corrupted requests (VLLM_COMPUTE_NANS_IN_LOGITS) reads this.
         model_runner_output.num_nans_in_logits = {r: s.nonfinite for r, s in steps.items()}
         self.stats.processed += scheduler_output.total_num_scheduled_tokens
+        computed: dict[str, int] = {}
         for req_id, window in windows.items():
             request = self.requests.get(req_id)
             if request is None or request.is_finished():
@@ -231,6 +232,10 @@ class D2FScheduler(Scheduler):
                 self._take_from_flight(request, stream, rejected=len(window) - emitted)
             else:
                 request.num_computed_tokens += stream.commit_to(request) - emitted
+                if request.num_computed_tokens <= 0:
+                    # More tokens were emitted than a short prompt and a narrow query have
+                    # positions, and vLLM subtracts from positive numbers only.
+                    computed[req_id] = request.num_computed_tokens + emitted - len(window)
             self.stats.submitted += len(window)
             if req_id in self.traces:
                 self.traces[req_id].forwards += 1
@@ -241,6 +246,9 @@ class D2FScheduler(Scheduler):
                     self.traces[req_id].record(tokens, start, self.mask_id)
             self.stats.add(committed, emitted, step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for req_id, number in computed.items():
+            if req_id in self.requests:
+                self.requests[req_id].num_computed_tokens = number
         if not self.running:
             self._step_began = None  # the next step may begin much later
         self._step_positions = scheduler_output.total_num_scheduled_tokens

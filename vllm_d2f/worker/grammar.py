@@ -32,7 +32,7 @@ class GrammarConstraint:
 
     def __init__(
         self,
-        grammar: "StructuredOutputGrammar",
+        grammar: "StructuredOutputGrammar | None",
         bitmask_1B: Tensor,
         mask_id: int,
         *,
@@ -42,7 +42,7 @@ class GrammarConstraint:
     ) -> None:
         """
         Args:
-            grammar: at its start.
+            grammar: at its start; None: it could not be compiled, and the answer ends.
             bitmask_1B: int32, one row as its backend allocates it, to write into.
             mask_id: the mask token: text to some backends, never allowed here.
             specials: the tokenizer's special tokens. To xgrammar they are text like any other, but
@@ -55,14 +55,17 @@ class GrammarConstraint:
         no other.
         """
         self.grammar, self.bitmask_1B, self.mask_id = grammar, bitmask_1B, mask_id
-        self.lost = False
+        self.lost = grammar is None
         self.stops, self.min_tokens, self.accepted = sorted(stops), min_tokens, 0
         self.specials = sorted(set(specials) - set(self.stops))
 
     def forbid(self, logits_V: Tensor) -> None:
-        if self.grammar.is_terminated():
+        if self.grammar is None:
+            self.bitmask_1B.zero_()
+        elif self.grammar.is_terminated():
             return  # behind an ignored end token everything is allowed
-        self.grammar.fill_bitmask(self.bitmask_1B, 0)
+        else:
+            self.grammar.fill_bitmask(self.bitmask_1B, 0)
         bits = np.unpackbits(self.bitmask_1B.numpy().view(np.uint8)[0], bitorder="little")
         allowed_V = np.zeros(len(logits_V), dtype=bool)
         bits = bits[: len(allowed_V)]
@@ -81,7 +84,9 @@ class GrammarConstraint:
     def accept(self, token: int) -> None:
         self.accepted += 1
         # Never raise: an exception would end the engine, and with it all requests.
-        if not self.lost and not self.grammar.accept_tokens("", [token]):
+        if self.lost or self.grammar is None:
+            return
+        if not self.grammar.accept_tokens("", [token]):
             logger.error(
                 "vllm-d2f: the grammar allowed token %d and then did not accept it. This is a bug; "
                 "please report it with the request's structured_outputs.",
@@ -100,7 +105,9 @@ class Grammars:
     def constraint(self, params: "SamplingParams") -> GrammarConstraint:
         """Compile the grammar of a request that `wire.send_grammar_backend` has seen.
 
-        The scheduler compiled the same grammar before it admitted the request, so this succeeds.
+        The scheduler compiled the same grammar before it admitted the request. This succeeds too,
+        unless it takes longer than vLLM's limit (`VLLM_REGEX_COMPILATION_TIMEOUT_S`) and did not
+        before; then this request ends with an error, and no other.
         """
         from vllm.v1.structured_output import StructuredOutputManager
         from vllm.v1.structured_output.request import StructuredOutputRequest
@@ -117,8 +124,9 @@ class Grammars:
         self._manager.grammar_init(request)
         grammar = structured.grammar
         if isinstance(grammar, Exception):
-            raise grammar
-        assert grammar is not None and self._manager.backend is not None
+            logger.error("vllm-d2f: a grammar was compiled, and then was not: %s", grammar)
+            grammar = None
+        assert self._manager.backend is not None
         return GrammarConstraint(
             grammar,
             self._manager.backend.allocate_token_bitmask(1),

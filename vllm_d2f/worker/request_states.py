@@ -201,7 +201,12 @@ class RequestStates:
         """Return the sampling settings of the requests, on the device."""
         params = [(one.data.sampling_params, one.seed) for one in staged]
         floats = [(p.temperature, p.top_p, p.min_p) for p, _ in params if p is not None]
-        integers = [(max(p.top_k, 0), seed) for p, seed in params if p is not None]
+        # The seed of an answer of several is the request's plus its number, and may leave int64.
+        integers = [
+            (max(p.top_k, 0), (seed + (1 << 63)) % (1 << 64) - (1 << 63))
+            for p, seed in params
+            if p is not None
+        ]
         temperature_R, top_p_R, min_p_R = async_tensor_h2d(
             torch.tensor(floats, dtype=torch.float32).T, device=self.device
         )
