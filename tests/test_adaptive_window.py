@@ -5,7 +5,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_d2f.d2f import Beginning, Window, add, step
+from vllm_d2f.scheduler import D2FScheduler
 from vllm_d2f.scheduler.adaptive import (
     LEVELS,
     PRIOR,
@@ -15,6 +24,8 @@ from vllm_d2f.scheduler.adaptive import (
     Windows,
     choose,
 )
+from vllm_d2f.settings import request_params, served_settings
+from vllm_d2f.wire import StepStats
 
 M, X = 1, 7  # the mask token, any other
 
@@ -117,3 +128,62 @@ def test_learns_from_what_came_of_the_choice():
     assert masked[first] == pytest.approx(1 + 4)
     assert decided[second] == pytest.approx(2) and masked[second] == pytest.approx(4)
     assert decided.sum() == pytest.approx(5)  # the lost block counts for nothing
+
+
+def scheduler():
+    """Make vLLM's scheduler with D2F, for d2f-tiny with adaptive windows, and no engine."""
+    options = {"additional_config": {"d2f": {"adaptive_window": True}}, "enforce_eager": True}
+    config = EngineArgs(
+        model="d2f-tiny", dtype="float32", enable_prefix_caching=False, **options
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = 200
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    cache = KVCacheConfig(200, [], [KVCacheGroupSpec(["layer"], spec)])
+    manager = StructuredOutputManager(config)
+    return config, D2FScheduler(config, cache, manager, 16, hash_block_size=16, log_stats=True)
+
+
+def test_more_tokens_than_a_short_prompt_and_a_narrow_query_have_positions():
+    """The scheduler and the device agree where a query begins, whatever a step emits.
+
+    Of the first block the first position is decoded last; then everything behind it is emitted.
+    """
+    config, host = scheduler()
+    sampling = SamplingParams(temperature=0, max_tokens=100)
+    sampling.update_from_generation_config({}, 0)
+    params = request_params(served_settings(config.model_config), None)
+    prompt = [5, 6, 7, 8, 9]
+    host.add_request(Request("r", prompt, sampling, None))
+    window = Window.empty(1, params.window, 8, M)
+    window.start([0], [Beginning(params, 100, 512 - len(prompt), [0])], M)
+    add(window)
+    begin, emitted, most = 0, 0, 0
+    while "r" in host.requests:
+        scheduled = host.schedule()
+        new, cached = scheduled.scheduled_new_reqs, scheduled.scheduled_cached_reqs
+        computed = new[0].num_computed_tokens if new else cached.num_computed_tokens[0]
+        assert computed == begin
+        drafts = len(scheduled.scheduled_spec_decode_tokens.get("r", ()))
+        position_W = torch.arange(params.window) + int(window.start_R)
+        sure_W = torch.where(position_W < 16, 0.3 + 0.01 * position_W, torch.tensor(0.99))
+        sure_W[drafts:] = -1.0  # not computed
+        done = step(window, (position_W % 50 + 10)[None], sure_W[None].float(), M)
+        add(window)
+        first, last = int(done.emitted_R), int(done.emit_R)
+        begin += scheduled.num_scheduled_tokens["r"] - drafts + int(done.commit_R)
+        emitted, most = emitted + last - first, max(most, last - first - drafts)
+        stats = StepStats.pack(0, 0, 0, int(window.open_R), 0)
+        tokens = done.tokens_RW[0, first:last].tolist()
+        host.update_from_output(
+            scheduled,
+            ModelRunnerOutput(
+                req_ids=["r"],
+                req_id_to_index={"r": 0},
+                sampled_token_ids=[tokens],
+                prompt_logprobs_dict={},
+                num_nans_in_logits={"r": stats},
+            ),
+        )
+        open_W = torch.where(window.column_W < window.open_R[:, None], window.tokens_RW, -1)
+        host.update_draft_token_ids(DraftTokenIds(["r"], open_W.tolist()))
+    assert emitted == 100 and most > len(prompt)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast-dLLM v2: what its decoding does otherwise than D2F, and the runs of its own code."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from published_runs import DATA, END, published_runs
@@ -46,6 +48,12 @@ def test_sure_positions_wait_for_their_sub_block():
     # The forward that commits the first block decodes the first position of the second.
     assert decoded == [[0], [1, 2, 3], [4, 5, 6, 7], [8]]
     assert int(result.commit_R) == 8 and int(window.open_R) == 8
+
+
+def test_a_sub_block_longer_than_the_block_is_the_block():
+    """Also one that fits no tensor: it comes with a request."""
+    rows = [Beginning(replace(PARAMS, sub_block_size=size), 20, 20, [2]) for size in (8, 1 << 70)]
+    assert rows[0].counters(16, 1) == rows[1].counters(16, 1)
 
 
 def test_rows_with_and_without_sub_blocks_stand_beside_each_other():

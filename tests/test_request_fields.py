@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
@@ -21,8 +22,9 @@ from vllm_d2f.patches.patch import configs
 
 from vllm_d2f import register
 from vllm_d2f.admission import check_sampling_params
+from vllm_d2f.d2f import Beginning, Window, add, step
 from vllm_d2f.request_fields import REMOVED_FIELDS, RequestFields, check_default_greedy
-from vllm_d2f.settings import served_settings
+from vllm_d2f.settings import request_params, served_settings
 
 GENERATE = {
     "/v1/completions",
@@ -159,3 +161,19 @@ def test_a_body_that_is_nested_too_deeply(served, depth):
     else:
         with pytest.raises(ValueError, match="nested too deeply"):
             fields.options(body.encode())
+
+
+def test_a_single_scored_token_is_decoded_first(served):
+    """Whatever rule the model has: its probabilities are those beside masked positions only."""
+    scored = SamplingParams(max_tokens=1, logprob_token_ids=[5, 6])
+    check_sampling_params(scored, served.model_config)
+    params = request_params(served_settings(served.model_config), scored.extra_args)
+    window = Window.empty(1, params.window, 8, 1)
+    window.start([0], [Beginning(params, 1, 64, [0])], 1)
+    add(window)
+    sure_W = torch.linspace(0.1, 0.99, params.window)
+    done = step(window, torch.full((1, params.window), 7), sure_W[None], 1)
+    assert (done.tokens_RW[0, : int(window.open_R)] == 7).nonzero()[:, 0].tolist() == [0]
+    own = SamplingParams(max_tokens=1, logprob_token_ids=[5], extra_args={"d2f_tau_conf": 0.5})
+    check_sampling_params(own, served.model_config)
+    assert own.extra_args["d2f_tau_conf"] == 0.5

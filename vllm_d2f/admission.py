@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 MAX_END_TOKENS = 8
 """End tokens of a request that end its window early; further ones end it one block later."""
 
+FIRST_POSITION = {
+    "d2f_accept": "leftmost", "d2f_tau_conf": 1.0, "d2f_min_per_step": 1, "d2f_sub_block_size": 0,
+}  # fmt: skip
+"""How a token is decoded whose probabilities alone are asked for, as `/generative_scoring` does: in
+the first forward, while the rest of its block is masked."""
+
 MAX_PROBED_RULES = 2000
 """A grammar with more rules is not searched for stuck ones: that would hold up all requests of the
 server for seconds. An answer that reaches such a rule then ends with an error."""
@@ -48,6 +54,8 @@ def check_sampling_params(params: "SamplingParams", model_config: "ModelConfig")
     from vllm.sampling_params import RequestOutputKind
 
     add_http_options(params)
+    if params.max_tokens == 1 and params.logprob_token_ids:
+        params.extra_args = FIRST_POSITION | (params.extra_args or {})
     try:
         rule = request_params(served_settings(model_config), params.extra_args).accept
     except ValueError as error:
