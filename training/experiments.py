@@ -103,6 +103,11 @@ class Plan:
         ]
         return sorted({trained, *more})
 
+    def compared(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the groups of which at least two variants have results."""
+        there = {row["variant"] for row in rows}
+        return {t: g for t, g in self.groups.items() if len(there & set(g["variants"])) > 1}
+
     def fingerprint(self, name: str) -> str:
         """Return the sha256 of the settings that decide a variant's results."""
         decoded: tuple[Any, ...] = (self.thresholds, self.problems, self.block_sizes(name))
@@ -372,7 +377,7 @@ def markdown(plan: Plan, rows: list[dict[str, Any]], report: dict[str, Any]) -> 
         about + (f" {report['note']}" if report["note"] else "") + "\n",
         f"![score against speed]({report['plot']})\n",
     ]
-    for title, group in plan.groups.items():
+    for title, group in plan.compared(rows).items():
         lines += [f"## {title}\n", group.get("text", "").strip() + "\n"]
         if plan.of_records:
             lines += _records(plan, rows, group, report)
@@ -442,10 +447,10 @@ def plot(plan: Plan, rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 3
-    lines = -(-len(plan.groups) // columns)
+    groups, columns = plan.compared(rows), 3
+    lines = max(1, -(-len(groups) // columns))
     figure, axes = plt.subplots(lines, columns, figsize=(11, 2.9 * lines), squeeze=False)
-    for at, (title, group) in enumerate(plan.groups.items()):
+    for at, (title, group) in enumerate(groups.items()):
         axis = axes[at // columns, at % columns]
         for name in group["variants"]:
             for block in plan.shown_blocks(group, name):
@@ -467,7 +472,7 @@ def plot(plan: Plan, rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel(label, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=6, frameon=False)
-    for at in range(len(plan.groups), lines * columns):
+    for at in range(len(groups), lines * columns):
         axes[at // columns, at % columns].axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

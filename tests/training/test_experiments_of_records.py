@@ -75,6 +75,8 @@ def test_they_run_go_on_and_report(tmp_path):
     arguments = ["--config", str(file), "--out", str(tmp_path / "w"), "--results", str(results),
                  "--teacher", str(tmp_path / "twin" / "twin" / "final.safetensors")]  # fmt: skip
     main([*arguments, "--variants", "default"])
+    alone = results.with_suffix(".md").read_text()
+    assert "## all" not in alone, "nothing stands beside it yet"
     main(arguments)
     kept = (tmp_path / "w" / "runs.jsonl").read_text().splitlines()
     assert len(kept) == 6 and len(set(kept)) == 6
