@@ -22,6 +22,10 @@ from vllm_d2f.hub.names import resolve
 GROUP = 32
 """Input channels that share a scale in the 4-bit checkpoint."""
 
+WIDE = pytest.mark.skipif(
+    not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="vLLM's CPU build has these kernels for AVX-512 only",
+)
 MODEL = Path(resolve("d2f-tiny"))
 ITEMS = list(problems("test", 32, 5))
 
@@ -42,6 +46,7 @@ def exact(texts: list[str]) -> int:
     return sum(text == item.answer for text, item in zip(texts, ITEMS, strict=True))
 
 
+@WIDE
 @pytest.mark.parametrize("cache", ["fp8", "fp8_e5m2"])
 def test_fp8_cache(cache):
     assert exact(answers(MODEL, kv_cache_dtype=cache)) >= 28
@@ -56,6 +61,7 @@ def test_fp8_weights():
     assert exact(answers(MODEL, quantization="fp8")) >= 28
 
 
+@WIDE
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_four_bit_checkpoint(tmp_path, method):
     """Its answers are those of the same weights written out, not just good ones."""
@@ -66,6 +72,7 @@ def test_four_bit_checkpoint(tmp_path, method):
     assert same >= 30 and abs(exact(expected) - exact(got)) <= 2
 
 
+@WIDE
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", ["sdar", "fast_dllm_v2", "stable_diffcoder"])
