@@ -111,6 +111,8 @@ def test_committed_results_are_drawn_again(tmp_path):
     for name, config in (
         ("training_experiments", "experiments"),
         ("training_prompt_attention", "prompt_attention"),
+        ("training_experiments_extract", "experiments_extract"),
+        ("training_experiments_extract_teacher", "experiments_extract"),
     ):
         report = json.loads((RESULTS / f"{name}.json").read_text())
         plan = load_plan(CONFIGS / f"{config}.yaml")
