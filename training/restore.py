@@ -37,8 +37,8 @@ SYMBOLS = {
 }  # fmt: skip
 AMOUNTS = {
     "hundred", "thousand", "million", "billion", "point", "half", "halves", "third", "thirds",
-    "quarter", "quarters", "dollar", "dollars", "cent", "cents", "percent", "clock", "euros",
-    "pounds", "degrees", "number", "plus", "equals", "times", "over",
+    "quarter", "quarters", "dollar", "dollars", "cent", "cents", "percent", "clock", "over",
+    *SYMBOLS.values(),
 }  # fmt: skip
 PLAIN = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "}
@@ -322,6 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="folder or Hub id: whose words these become")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
+    if not 0 <= args.exchange <= 1:
+        parser.error(f"--exchange {args.exchange} must be in [0, 1]")
     if (args.exchange > 0) is not bool(args.tokenizer):
         parser.error("--exchange SHARE and --tokenizer go together")
     words: Words = ([], [])
@@ -329,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
         from transformers import AutoTokenizer
 
         words = vocabulary(AutoTokenizer.from_pretrained(args.tokenizer))
+        if not all(words):
+            parser.error(f"--tokenizer {args.tokenizer}: its vocabulary has no tokens like Ġword")
     texts = []
     for line in args.texts.read_text().splitlines():
         record = json.loads(line)

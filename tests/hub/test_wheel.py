@@ -138,10 +138,10 @@ def test_a_base_from_the_index_is_a_plain_model(index, tmp_path):
     assert torch.equal(model.lm_head.weight, torch.from_numpy(head.data.copy()).bfloat16())
 
 
-def merged_with(adapter: str, name: str = NAMES[0]):
+def merged_with(adapter: str, name: str = NAMES[0], base: str = "own/base"):
     """Put a merge in the place of a name, as `prepare` would have made it of this adapter."""
     folder = cache.folder_of(name)
-    sources = {"adapter": {"source": adapter, "sha256": "00"}, "base": {"source": "own/base"}}
+    sources = {"adapter": {"source": adapter, "sha256": "00"}, "base": {"source": base}}
 
     def write(part):
         (part / "config.json").write_text("{}")
@@ -167,6 +167,15 @@ def test_an_adapter_of_an_earlier_version_is_merged_again_where_the_base_can_be_
     assert "ships another adapter" in capfd.readouterr().err
     assert "with the adapter of an earlier version" in caplog.text
     assert cache.inspect(old).kind == "ready"
+
+
+def test_a_base_that_was_brought_here_is_used_again(index, tmp_path, monkeypatch):
+    from vllm_d2f.hub import prepare
+
+    monkeypatch.setattr(prepare, "prepare", lambda name, plan, force=False: (plan.base, force))
+    shipped = f"/other/vllm_d2f/embedded/{NAMES[0]}-lora"
+    merged_with(shipped, base=str(tmp_path))
+    assert ensure(NAMES[0]) == (str(tmp_path), True)
 
 
 def test_only_unfinished_folders_of_ours_are_deleted(tmp_path):

@@ -119,3 +119,5 @@ def test_records_are_written_from_questions_and_answers(tmp_path):
     assert out.read_text() == before
     with pytest.raises(SystemExit):  # whose words?
         main([str(source), "--out", str(tmp_path / "other.jsonl"), "--exchange", "0.2"])
+    with pytest.raises(SystemExit):
+        main([str(source), "--out", str(tmp_path / "other.jsonl"), "--exchange", "1.5"])

