@@ -323,15 +323,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def throughput(run: Record) -> None:
     """Measure every batch size in every run and report."""
-    from benchmarks.harness.vanilla import Setting
+    from benchmarks.harness.vanilla import parse_settings
 
     args = run.args
     named = {"d2f": ("--d2f", args.d2f), "ar": ("--ar", args.ar)}
     named["vanilla"] = ("--teacher", args.teacher)
-    try:
-        vanilla = tuple(Setting.parse(text) for text in args.vanilla)
-    except ValueError as error:
-        raise UsageError(f"--vanilla {error}") from None
+    vanilla = parse_settings("--vanilla", args.vanilla)
     items = load_items(needed(args.batch_sizes, args.prompts), args.data, args.seed)
     sizes = tuple(sorted(set(args.batch_sizes)))
     plan = Plan(tuple(items), sizes, args.runs, args.prompts, vanilla, args.vanilla_forwards)

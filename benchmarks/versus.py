@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import figure, record
 from benchmarks.harness.engine import Answer, Batch, answers, paired, rate
-from benchmarks.harness.record import Record, UsageError
+from benchmarks.harness.record import Record
 from benchmarks.harness.timing import percentiles, rounded, spread
 from benchmarks.harness.worker import Decoder, Worker, prepare_process, workers
 from benchmarks.harness.workload import Item, parse_options, resolve_model
@@ -302,7 +302,7 @@ def versus(run: Record) -> None:
     """Measure every batch size in every run and report."""
     from transformers import AutoTokenizer
 
-    from benchmarks.harness.vanilla import Setting
+    from benchmarks.harness.vanilla import parse_settings
 
     args, job = run.args, JOBS[run.args.job]
     d2f, ar = resolve_model("--d2f", args.d2f), resolve_model("--ar", args.ar)
@@ -321,10 +321,8 @@ def versus(run: Record) -> None:
     vanilla = {}
     if args.teacher:
         teacher = resolve_model("--teacher", args.teacher)
-        try:
-            vanilla = {f"vanilla {text}": Setting.parse(text) for text in args.vanilla}
-        except ValueError as error:
-            raise UsageError(f"--vanilla {error}") from None
+        settings = parse_settings("--vanilla", args.vanilla)
+        vanilla = {f"vanilla {setting}": setting for setting in settings}
         table += [Decoder(name, teacher, "vanilla") for name in vanilla]
     keys = {f"run {n}, batch {size}": (n, size) for n in range(args.runs) for size in sizes}
     loads = [f"load {share:g}" for share in args.loads]

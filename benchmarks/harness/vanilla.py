@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.engine import Answer, Batch, peak_mib, reset_peak
+from benchmarks.harness.record import UsageError
 from benchmarks.harness.workload import Item, grade
 
 
@@ -46,6 +47,18 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.length}:{self.per_step}"
+
+
+def parse_settings(option: str, texts: Sequence[str]) -> tuple[Setting, ...]:
+    """Return the settings that an option names.
+
+    Raises:
+        UsageError: one of them is none.
+    """
+    try:
+        return tuple(map(Setting.parse, texts))
+    except ValueError as error:
+        raise UsageError(f"{option} {error}") from None
 
 
 @torch.inference_mode()
